@@ -1,0 +1,200 @@
+package host_test
+
+import (
+	"errors"
+	"maps"
+	"os"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/host"
+	"trireme.dev/shared/mem/memtest"
+)
+
+const page = mem.HostPage
+
+func store(t testing.TB, pages, limit, keep int64) *host.Store {
+	t.Helper()
+	s, err := host.NewStore("test", pages*page, limit*page, keep*page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func dup(t testing.TB, f *os.File) *os.File {
+	t.Helper()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fd), f.Name())
+}
+
+func space(t testing.TB, s *host.Store) *host.Space {
+	t.Helper()
+	sp, err := host.OpenSpace(dup(t, s.File()), s.Bytes())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := sp.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return sp
+}
+
+// backend is the host's for the suite, with stores that keep so many freed pages.
+func backend(keep int64) memtest.Backend {
+	return memtest.Backend{
+		New: func(t *testing.T) (mem.Store, func() mem.Space) {
+			s := store(t, memtest.Pages, memtest.Pages, keep)
+			return s, func() mem.Space { return space(t, s) }
+		},
+		File: func(s mem.Store) *os.File { return s.(*host.Store).File() },
+		Open: func(f *os.File, bytes int64) (mem.Space, error) { return host.OpenSpace(f, bytes) },
+	}
+}
+
+func TestMain(m *testing.M) { os.Exit(memtest.Main(m, backend(0))) }
+
+func TestConformance(t *testing.T) {
+	for name, keep := range map[string]int64{"punching": 0, "caching": memtest.Pages, "some": 3} {
+		t.Run(name, func(t *testing.T) { memtest.Run(t, backend(keep)) })
+	}
+}
+
+// resident is the memory that the store really takes.
+func resident(t rapid.TB, s *host.Store) int64 {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(s.File().Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+func TestMemoryGoesBack(t *testing.T) {
+	rapid.Check(t, func(r *rapid.T) {
+		const total, limit, keep = 32, 20, 6
+		s, err := host.NewStore("test", total*page, limit*page, keep*page)
+		if err != nil {
+			r.Fatal(err)
+		}
+		defer s.Close()
+		live := map[int64]mem.Extent{}
+		var used int64
+		r.Repeat(map[string]func(*rapid.T){
+			"back": func(r *rapid.T) {
+				e := mem.Extent{Offset: page * rapid.Int64Range(0, total-1).Draw(r, "at"), Bytes: page * rapid.Int64Range(1, 6).Draw(r, "pages")}
+				want := e.Check(page, total*page) == nil
+				for _, o := range live {
+					want = want && (e.Offset >= o.Offset+o.Bytes || o.Offset >= e.Offset+e.Bytes)
+				}
+				if err := s.Back(e); want != (err == nil) {
+					r.Fatalf("Back(%v) = %v with %v in use", e, err, live)
+				}
+				if want {
+					live[e.Offset] = e
+					used += e.Bytes
+				}
+			},
+			"drop": func(r *rapid.T) {
+				if len(live) == 0 {
+					r.Skip("nothing in use")
+				}
+				at := rapid.SampledFrom(slices.Sorted(maps.Keys(live))).Draw(r, "at")
+				if err := s.Drop(live[at]); err != nil {
+					r.Fatal(err)
+				}
+				used -= live[at].Bytes
+				delete(live, at)
+			},
+			"": func(r *rapid.T) {
+				if got := resident(r, s); got != used+s.Cached() {
+					r.Fatalf("%d bytes resident, %d in use and %d cached", got, used, s.Cached())
+				}
+				if s.Cached() > keep*page || used+s.Cached() > max(limit*page, used) {
+					r.Fatalf("%d bytes cached beside %d in use", s.Cached(), used)
+				}
+			},
+		})
+	})
+}
+
+func TestNeighboursMergeIntoOneMap(t *testing.T) {
+	s := store(t, 1000, 1000, 0)
+	sp := space(t, s)
+	before := len(memtest.Maps(t))
+	for i := range int64(1000) {
+		e := mem.Extent{Offset: i * page, Bytes: page}
+		if err := s.Back(e); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := sp.Map(e, mem.ReadWrite); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := len(memtest.Maps(t)) - before; got != 1 {
+		t.Errorf("1000 neighbouring extents take %d maps, want 1", got)
+	}
+	if sp.Mapped() != 1000 {
+		t.Errorf("Mapped() = %d", sp.Mapped())
+	}
+}
+
+func TestFileCannotBeCut(t *testing.T) {
+	s := store(t, 4, 4, 0)
+	if err := s.File().Truncate(0); err == nil {
+		t.Error("a holder of the descriptor can cut the file under everyone's maps")
+	}
+}
+
+func TestOpenSpaceChecksTheFile(t *testing.T) {
+	memtest.NoLeaks(t)
+	s := store(t, 4, 4, 0)
+	if _, err := host.OpenSpace(dup(t, s.File()), 8*page); err == nil {
+		t.Error("a space larger than its file was opened")
+	}
+	if _, err := host.OpenSpace(dup(t, s.File()), page+1); !errors.Is(err, mem.ErrInvalid) {
+		t.Errorf("a space of a broken page: %v", err)
+	}
+}
+
+func TestTable(t *testing.T) {
+	memtest.NoLeaks(t)
+	tab, err := host.NewTable("test-table", 512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tab.Close()
+	v, err := host.OpenView(dup(t, tab.File()), 512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tab.Store(511, 7)
+	if got := v.Load(511); got != 7 {
+		t.Errorf("Load(511) = %d, want 7", got)
+	}
+	if got := v.Load(0); got != 0 {
+		t.Errorf("Load(0) = %d, want 0", got)
+	}
+	if _, err := unix.Mmap(int(tab.File().Fd()), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+		t.Error("a holder of the descriptor can map the table for writing")
+	}
+	if _, err := unix.Pwrite(int(tab.File().Fd()), []byte{1}, 0); err == nil {
+		t.Error("a holder of the descriptor can write the table")
+	}
+	if _, err := host.OpenView(dup(t, tab.File()), 100_000); err == nil {
+		t.Error("a view larger than its table was opened")
+	}
+}
