@@ -1,0 +1,69 @@
+package hbm
+
+import (
+	"context"
+	"fmt"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+)
+
+// Part names what a claim is for.
+type Part = protocol.Part
+
+// Orphan is a claim whose claimant's connection has ended: whoever gets it makes its message be delivered again by a nak
+// to Reply.
+type Orphan = protocol.Orphan
+
+// Claim is the right to work on a part of a request until somebody claims it later.
+type Claim struct {
+	client     *Client
+	part       Part
+	slot       int
+	generation uint64
+}
+
+// Claim takes a part for this instance, whoever had it: the generation always rises, and the one before is fenced.
+// reply is the JetStream subject that acknowledges the message being worked on. mem.ErrEnded when the request is over or
+// a later attempt is known.
+func (c *Client) Claim(ctx context.Context, p Part, reply string) (*Claim, error) {
+	var got protocol.Claimed
+	undo := func() {
+		_ = c.call(context.Background(), protocol.OpUnclaim, protocol.Unclaim{Part: p, Generation: got.Generation}, nil)
+	}
+	if err := c.acquire(ctx, protocol.OpClaim, protocol.Claim{Part: p, Reply: reply}, &got, undo); err != nil {
+		return nil, err
+	}
+	if t := c.table.Load(); t != nil && (got.Slot < 0 || got.Slot >= t.Len()) {
+		return nil, fmt.Errorf("claim in slot %d of %d: %w", got.Slot, t.Len(), mem.ErrInvalid)
+	}
+	return &Claim{c, p, got.Slot, got.Generation}, nil
+}
+
+// Part is what the claim is for.
+func (k *Claim) Part() Part { return k.part }
+
+// Generation is the claim's number; later claims have higher ones, of any part and after a restart of the HMM too.
+func (k *Claim) Generation() uint64 { return k.generation }
+
+// Held reports whether nobody has claimed the part later, the request has not ended, and the HMM is there. It costs two
+// atomic loads: call it before every append, publish, ack and nak.
+func (k *Claim) Held() bool {
+	t := k.client.table.Load()
+	return t != nil && t.Load(k.slot) == k.generation
+}
+
+// Unclaim gives a claim up after its work is done. One that is held no more is left alone, and the error says why:
+// mem.ErrFenced when somebody has claimed the part later, mem.ErrEnded when the request or the attempt has ended.
+func (c *Client) Unclaim(ctx context.Context, k *Claim) error {
+	return c.call(ctx, protocol.OpUnclaim, protocol.Unclaim{Part: k.part, Generation: k.generation}, nil)
+}
+
+// Orphans takes the claims of a stage whose claimant's connection has ended, the oldest first, at most 1024. The HMM
+// gives each to one caller and forgets it: a caller that dies before it has given the message back leaves that to the
+// queue's own timeout.
+func (c *Client) Orphans(ctx context.Context, stage string) ([]Orphan, error) {
+	var found []Orphan
+	err := c.call(ctx, protocol.OpOrphans, stage, &found)
+	return found, err
+}

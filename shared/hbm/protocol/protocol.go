@@ -1,0 +1,192 @@
+// Package protocol is what the HMM daemon and its clients say to each other on the HMM's Unix socket: frames, messages
+// and error codes. services/hmm/PROTOCOL.md tells it in prose. It opens no socket: shared/hbm is the client, services/hmm
+// the daemon. Messages on NATS are another matter, see shared/wire.
+package protocol
+
+import (
+	"time"
+
+	"trireme.dev/shared/mem"
+)
+
+// Version is the version of the protocol. Both sides refuse another one; it is raised by every change that an older peer
+// would misread.
+const Version = 1
+
+// Op names a request.
+type Op uint8
+
+// The requests, each with its body and the body of its reply.
+const (
+	OpHello   Op = iota + 1 // Hello, Welcome; the first and only the first
+	OpAlloc                 // []Spec, []Grant
+	OpAttach                // Attach, []Grant
+	OpSeal                  // Seal, []mem.Handle
+	OpKeep                  // Keep, nothing
+	OpFree                  // []Object, nothing
+	OpClaim                 // Claim, Claimed
+	OpUnclaim               // Unclaim, nothing
+	OpOrphans               // string (stage), []Orphan
+	OpEnd                   // string (request), nothing
+	OpStats                 // nothing, Stats
+	OpBye                   // nothing, nothing; the client has unmapped everything and the connection ends
+
+	OpFindMM      // FindMM, FoundMM
+	OpPublishMM   // PublishMM, nothing
+	OpAbandonMM   // AbandonMM, nothing
+	OpCacheBlocks // CacheBlocks, nothing
+	OpFindPrefix  // FindPrefix, Prefix
+	OpForget      // []Object, nothing
+)
+
+// MaxBatch is the most objects of one request; clients split larger ones.
+const MaxBatch = 1024
+
+// RoleGateway is the role that is given host memory only: it holds no NPU and maps no NPU's memory.
+const RoleGateway = "gateway"
+
+// Hello introduces a client.
+type Hello struct {
+	Version  int
+	Instance string // instance id, unique among the running ones
+	Role     string // gateway, encode, prefill, decode
+	NPUs     int    // NPUs wanted; the lowest free ones are granted
+}
+
+// Welcome answers Hello. Descriptors travel with it (SCM_RIGHTS): first the claim table's, then one a space.
+type Welcome struct {
+	Version int
+	Node    string
+	NPUs    []int   // granted, rising
+	Slots   int     // words of the claim table
+	Spaces  []Space // host memory, then the memory domains; the gateway gets the first only
+}
+
+// Space describes one space of the node.
+type Space struct {
+	Page  int64 // bytes
+	Bytes int64 // address room, which may exceed the memory behind it
+}
+
+// Ref names a request hold.
+type Ref struct {
+	Request string
+	Attempt int
+	Left    time.Duration // to the request's deadline
+}
+
+// Spec describes an object to allocate.
+type Spec struct {
+	Kind  mem.Kind
+	NPU   int   // to book it to; mem.HostNPU for host memory
+	Bytes int64 // of the content, at least 1
+	Shape []int // of the content in elements of float32; nil for plain bytes
+	Ref   Ref   // request hold from the start, beside the connection hold; zero: none
+}
+
+// Grant is an object that the client may map.
+type Grant struct {
+	Handle mem.Handle
+	Extent mem.Extent
+}
+
+// Object names an object in the requests of one who holds it.
+type Object struct {
+	ID         uint64
+	Generation uint64
+}
+
+// Attach asks for objects by handle, all or none.
+type Attach struct {
+	Access  mem.Access
+	NPU     int // to book NPU memory to; negative: leave it
+	Handles []mem.Handle
+}
+
+// Seal makes objects final and adds a request hold.
+type Seal struct {
+	Ref   Ref
+	Items []Sealing
+}
+
+// Sealing is one object of Seal.
+type Sealing struct {
+	Object Object
+	CRC    uint32 // CRC-32C of the content
+}
+
+// Keep adds a request hold.
+type Keep struct {
+	Ref     Ref
+	Objects []Object
+}
+
+// Part names what a claim is for: one part of one stage of one attempt at a request.
+type Part struct {
+	Request string
+	Attempt int
+	Stage   string
+	Part    int           // picture of encode, 0 of prefill, choice of decode
+	Left    time.Duration // to the request's deadline; 0: not known
+}
+
+// Claim asks for the claim of a part. It always succeeds over an older claim.
+type Claim struct {
+	Part  Part
+	Reply string // JetStream subject that acknowledges the message being worked on
+}
+
+// Claimed answers Claim: the claim is held while the word Slot of the claim table reads Generation.
+type Claimed struct {
+	Generation uint64
+	Slot       int
+}
+
+// Unclaim gives a claim up.
+type Unclaim struct {
+	Part       Part
+	Generation uint64
+}
+
+// Orphan is a claim whose claimant's connection has ended.
+type Orphan struct {
+	Part       Part
+	Generation uint64
+	Reply      string
+}
+
+// Stats is the state of a node's memory. Bytes everywhere.
+type Stats struct {
+	Node        string     `json:"node"`
+	Memory      []NPUStats `json:"memory"` // host memory (NPU -1), then the NPUs
+	Cached      int64      `json:"cached"` // freed, kept to be used again
+	Objects     int        `json:"objects"`
+	Holds       int        `json:"holds"`    // objects x holders, connections and requests
+	Requests    int        `json:"requests"` // known and not ended
+	Ended       int        `json:"ended"`    // ended and remembered
+	Claims      int        `json:"claims"`
+	Orphans     int        `json:"orphans"` // of the claims
+	Connections int        `json:"connections"`
+
+	Resting      int `json:"resting"`       // of the objects: nobody holds them, a cache keeps them
+	CachedMM     int `json:"cached_mm"`     // MM objects in the cache, resting or held
+	CachedBlocks int `json:"cached_blocks"` // KV blocks in the prefix index
+}
+
+// NPUStats is the part of Stats about the memory booked to one NPU.
+type NPUStats struct {
+	NPU      int              `json:"npu"`
+	Instance string           `json:"instance,omitempty"` // whom the NPU is granted to
+	Capacity int64            `json:"capacity"`
+	Free     int64            `json:"free"`
+	Usage                     // of all kinds
+	Kinds    map[string]Usage `json:"kinds"`
+}
+
+// Usage is memory in use.
+type Usage struct {
+	Used   int64 `json:"used"`   // content
+	Padded int64 `json:"padded"` // lost to whole pages
+	Peak   int64 `json:"peak"`   // most of Used + Padded so far
+	Cached int64 `json:"cached"` // of Used + Padded: only a cache keeps it, so it is given to whoever needs room
+}
