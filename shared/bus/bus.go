@@ -1,0 +1,347 @@
+// Package bus is the way of messages between services: work queues on JetStream with explicit acks, join records and
+// heartbeats in key-value buckets, and plain publish and request/reply for what may be lost. It knows no meaning of
+// messages (shared/wire holds them), moves no pictures, MM objects or KV (shared/mem does), and its acks are no fence:
+// whoever acts on a message checks its claim generation first.
+//
+// All streams, consumers and buckets are permanent; every Connect makes those that are missing.
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"trireme.dev/shared/wire"
+)
+
+// Stages name the work queues; they are what Publish and Consumer take.
+const (
+	StageEncode  = "encode"
+	StagePrefill = "prefill"
+	StageDecode  = "decode"
+)
+
+// Defaults of the options.
+const (
+	DefaultAckWait     = 30 * time.Second
+	DefaultInstanceTTL = 5 * time.Second
+)
+
+const (
+	tryTimeout    = 500 * time.Millisecond // one try at a publish, ack or bucket operation
+	setupTimeout  = 5 * time.Second        // one try at making a stream, consumer or bucket
+	reconnectWait = 100 * time.Millisecond
+	drainTimeout  = 3 * time.Second
+	dedupeWindow  = 2 * time.Minute
+	maxAckPending = 1 << 16
+	maxMessages   = 1 << 20 // of one stream; publishers then see an error rather than a full disk
+	joinTTL       = 24 * time.Hour
+)
+
+// Errors of Connect, Publish and Consumer.
+var (
+	// ErrStage is returned for a stage that is none of the Stage constants.
+	ErrStage = errors.New("no such stage")
+	// ErrNoJetStream is returned by Connect when the NATS server runs without JetStream.
+	ErrNoJetStream = errors.New("NATS server runs without JetStream (start it with -js)")
+	// ErrClosed is returned by calls that wait while the Bus is closed.
+	ErrClosed = errors.New("bus is closed")
+)
+
+type stage struct{ name, stream, consumer string }
+
+var stages = []stage{
+	{StageEncode, wire.StreamEncode, wire.ConsumerEncode},
+	{StagePrefill, wire.StreamPrefill, wire.ConsumerPrefill},
+	{StageDecode, wire.StreamDecode, wire.ConsumerDecode},
+}
+
+func findStage(name string) (stage, error) {
+	for _, s := range stages {
+		if s.name == name {
+			return s, nil
+		}
+	}
+	return stage{}, fmt.Errorf("stage %q: %w", name, ErrStage)
+}
+
+// Option changes a Bus from its defaults. Options that are part of streams, consumers or buckets must be the same for
+// all services on one NATS.
+type Option func(*Bus)
+
+// WithAckWait sets the time after which an unacked message that nobody keeps in progress is delivered again; default
+// DefaultAckWait.
+func WithAckWait(d time.Duration) Option { return func(b *Bus) { b.ackWait = d } }
+
+// WithInstanceTTL sets how long a heartbeat lives without a successor; default DefaultInstanceTTL. Heartbeats go out
+// every fifth of it.
+func WithInstanceTTL(d time.Duration) Option { return func(b *Bus) { b.instanceTTL = d } }
+
+// Bus is a connection to NATS. It is safe for concurrent use; its owner calls Close.
+type Bus struct {
+	log         *slog.Logger
+	ackWait     time.Duration
+	instanceTTL time.Duration
+
+	conn       *nats.Conn
+	js         jetstream.JetStream
+	joins      jetstream.KeyValue
+	joinStream jetstream.Stream // the stream behind joins
+	instances  jetstream.KeyValue
+	keeper     *keeper
+
+	ctx    context.Context // ends at Close; the life of the Bus's own goroutines
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	gone   chan struct{} // closed when conn is closed for good
+
+	mu       sync.Mutex
+	epoch    context.Context // ends, and is replaced, at each reconnect; child of ctx
+	endEpoch context.CancelFunc
+	ready    bool // Connect is done
+	closed   bool
+}
+
+// Connect connects to the NATS server at url and makes the streams, consumers and buckets that are missing. It tries
+// until ctx ends, then the error says what the last try failed with; a malformed url, refused credentials and a server
+// without JetStream (ErrNoJetStream) are errors at once. The connection is made again for ever when it breaks, and
+// what is missing then is made again too. Name is what monitoring shows for the connection.
+func Connect(ctx context.Context, url, name string, log *slog.Logger, opts ...Option) (*Bus, error) {
+	b := &Bus{
+		log:         log,
+		ackWait:     DefaultAckWait,
+		instanceTTL: DefaultInstanceTTL,
+		gone:        make(chan struct{}),
+	}
+	for _, o := range opts {
+		o(b)
+	}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.epoch, b.endEpoch = context.WithCancel(b.ctx)
+	b.keeper = newKeeper(b.ackWait/3, func(reply string) error { return b.conn.Publish(reply, ackProgress) })
+	if err := b.dial(ctx, url, name); err != nil {
+		b.cancel()
+		return nil, fmt.Errorf("connecting to NATS at %s: %w", url, err)
+	}
+	err := b.open(ctx)
+	if err != nil {
+		b.cancel()
+		b.conn.Close()
+		<-b.gone
+		return nil, fmt.Errorf("preparing JetStream at %s: %w", url, err)
+	}
+	b.wg.Go(func() { b.keeper.run(b.ctx) })
+	b.mu.Lock()
+	b.ready = true
+	b.mu.Unlock()
+	return b, nil
+}
+
+// open makes what JetStream lacks and opens the buckets.
+func (b *Bus) open(ctx context.Context) (err error) {
+	if b.js, err = jetstream.New(b.conn, jetstream.WithDefaultTimeout(setupTimeout)); err != nil {
+		return err
+	}
+	if err := b.setup(ctx); err != nil {
+		return err
+	}
+	if b.joins, err = b.js.KeyValue(ctx, wire.BucketJoin); err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
+	}
+	if b.joinStream, err = b.js.Stream(ctx, "KV_"+wire.BucketJoin); err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
+	}
+	if b.instances, err = b.js.KeyValue(ctx, wire.BucketInstances); err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketInstances, err)
+	}
+	return nil
+}
+
+// dial connects, trying again while the server cannot be reached.
+func (b *Bus) dial(ctx context.Context, url, name string) error {
+	opts := []nats.Option{
+		nats.Name(name),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(reconnectWait),
+		nats.ReconnectJitter(reconnectWait/2, reconnectWait/2),
+		nats.Timeout(2 * time.Second),
+		nats.PingInterval(5 * time.Second),
+		nats.MaxPingsOutstanding(3),
+		nats.DrainTimeout(drainTimeout),
+		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
+			if sub != nil {
+				b.log.Warn("NATS reports an error", "subject", sub.Subject, "error", err)
+				return
+			}
+			b.log.Warn("NATS reports an error", "error", err)
+		}),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			if b.ctx.Err() == nil {
+				b.log.Warn("connection to NATS broke; connecting again", "error", err)
+			}
+		}),
+		nats.ReconnectHandler(b.reconnected),
+		nats.ClosedHandler(func(*nats.Conn) { close(b.gone) }),
+	}
+	for wait := newPause(); ; {
+		var err error
+		if b.conn, err = nats.Connect(url, opts...); err == nil {
+			return nil
+		}
+		if !unreachable(err) {
+			return err
+		}
+		if wait.tries == 0 {
+			b.log.Info("NATS cannot be reached yet; trying again", "url", url, "error", err)
+		}
+		if wait.sleep(ctx) != nil {
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// unreachable reports whether a connect failed because no server answers, which may change.
+func unreachable(err error) bool {
+	if malformed := (*url.Error)(nil); errors.As(err, &malformed) { // it is a net.Error too
+		return false
+	}
+	var n net.Error
+	return errors.As(err, &n) || errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) ||
+		strings.HasSuffix(err.Error(), "EOF")
+}
+
+// setup makes what is missing, trying again on errors that may pass.
+func (b *Bus) setup(ctx context.Context) error {
+	for wait := newPause(); ; {
+		err := b.ensure(ctx)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
+			return ErrNoJetStream
+		case permanent(err):
+			return err
+		}
+		if wait.sleep(ctx) != nil {
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// ensure makes the streams, consumers and buckets, or brings their settings up to date.
+func (b *Bus) ensure(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
+	defer cancel()
+	for _, s := range stages {
+		stream, err := b.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+			Name:       s.stream,
+			Subjects:   []string{wire.StageSubjects(s.name)},
+			Retention:  jetstream.WorkQueuePolicy,
+			Storage:    jetstream.FileStorage,
+			Discard:    jetstream.DiscardNew,
+			Duplicates: dedupeWindow,
+			MaxMsgSize: wire.MaxMessage,
+			MaxMsgs:    maxMessages,
+		})
+		if err != nil {
+			return fmt.Errorf("stream %s: %w", s.stream, err)
+		}
+		_, err = stream.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
+			Durable:       s.consumer,
+			AckPolicy:     jetstream.AckExplicitPolicy,
+			AckWait:       b.ackWait,
+			MaxDeliver:    -1,
+			MaxAckPending: maxAckPending,
+			MaxWaiting:    1 << 12,
+		})
+		if err != nil {
+			return fmt.Errorf("consumer %s of stream %s: %w", s.consumer, s.stream, err)
+		}
+	}
+	_, err := b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: wire.BucketJoin, TTL: joinTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.FileStorage,
+	})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
+	}
+	_, err = b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: wire.BucketInstances, TTL: b.instanceTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.MemoryStorage,
+	})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketInstances, err)
+	}
+	return nil
+}
+
+// reconnected makes again what a server with a lost store no longer has, and wakes whoever must ask again.
+func (b *Bus) reconnected(conn *nats.Conn) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed || !b.ready { // setup tries again by itself before Connect is done
+		return
+	}
+	b.log.Info("connected to NATS again", "url", conn.ConnectedUrl())
+	b.wg.Go(func() {
+		if err := b.setup(b.ctx); err != nil {
+			if b.ctx.Err() == nil {
+				b.log.Error("preparing JetStream after a reconnect failed", "error", err)
+			}
+			return
+		}
+		b.keeper.kick()
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.endEpoch()
+		b.epoch, b.endEpoch = context.WithCancel(b.ctx)
+	})
+}
+
+// connection returns a context that ends once the present connection has been replaced by a new one, or at Close.
+func (b *Bus) connection() context.Context {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.epoch
+}
+
+// within returns a context that ends with ctx, after d, when the connection has been replaced, and at Close. Stop frees
+// what it holds.
+func (b *Bus) within(ctx context.Context, d time.Duration) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	unhook := context.AfterFunc(b.connection(), cancel)
+	return ctx, func() { unhook(); cancel() }
+}
+
+// Conn is the NATS connection, for subjects outside the work queues. Its owner is the Bus.
+func (b *Bus) Conn() *nats.Conn { return b.conn }
+
+// JetStream is the JetStream context of the connection.
+func (b *Bus) JetStream() jetstream.JetStream { return b.js }
+
+// Close ends waiting calls, takes back the heartbeats that are announced, drains the connection (subscriptions end,
+// messages that Next has not handed out are naked, what is buffered is sent) and returns when it is closed. Deliveries
+// that were handed out are no longer kept in progress. Idempotent.
+func (b *Bus) Close() {
+	b.mu.Lock()
+	if b.closed {
+		b.mu.Unlock()
+		<-b.gone
+		return
+	}
+	b.closed = true
+	b.mu.Unlock()
+	b.cancel()
+	b.wg.Wait()
+	if err := b.conn.Drain(); err != nil {
+		b.conn.Close()
+	}
+	<-b.gone
+}

@@ -1,0 +1,252 @@
+package bus
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"trireme.dev/shared/wire"
+)
+
+// Announce keeps the heartbeat of an instance: it puts what f returns at once, every second, and within a tenth of a
+// second after Ready, NPUs or another field but Running has changed. It blocks until ctx ends or the Bus is closed,
+// then deletes the heartbeat (Close waits for that) and returns nil. A put that fails is logged and made up by the next
+// one. f is called about ten times a second, from one goroutine; its ID must not change. On a Bus that is closed
+// already Announce fails with ErrClosed.
+func (b *Bus) Announce(ctx context.Context, f func() wire.Instance) error {
+	b.mu.Lock()
+	if b.closed {
+		b.mu.Unlock()
+		return fmt.Errorf("announcing an instance: %w", ErrClosed)
+	}
+	b.wg.Add(1)
+	b.mu.Unlock()
+	defer b.wg.Done()
+	beat := b.instanceTTL / 5
+	tick := time.NewTicker(beat / 10)
+	defer tick.Stop()
+	var put wire.Instance
+	var at time.Time
+	failing := false
+	for {
+		now := f()
+		same := now
+		same.Running = put.Running
+		if time.Since(at) >= beat || !reflect.DeepEqual(same, put) {
+			err := b.putInstance(ctx, now)
+			if err != nil && !failing && ctx.Err() == nil && b.ctx.Err() == nil {
+				b.log.Warn("heartbeat failed; it is tried again", "error", err)
+			}
+			failing = err != nil
+			put, at = now, time.Now()
+		}
+		select {
+		case <-tick.C:
+			continue
+		case <-ctx.Done():
+		case <-b.ctx.Done():
+		}
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), tryTimeout)
+		defer cancel()
+		if err := b.instances.Purge(last, now.ID); err != nil {
+			b.log.Debug("heartbeat not deleted; it expires", "error", err)
+		}
+		return nil
+	}
+}
+
+func (b *Bus) putInstance(ctx context.Context, i wire.Instance) error {
+	data, err := json.Marshal(i)
+	if err != nil {
+		return fmt.Errorf("encoding heartbeat: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
+	defer cancel()
+	if _, err := b.instances.Put(ctx, i.ID, data); err != nil {
+		return fmt.Errorf("heartbeat of %s: %w", i.ID, err)
+	}
+	return nil
+}
+
+// Instances is a live view of all heartbeats. It is safe for concurrent use.
+type Instances struct {
+	ttl time.Duration
+
+	mu      sync.Mutex
+	seen    map[string]sighting
+	changed chan struct{}
+}
+
+type sighting struct {
+	instance wire.Instance
+	at       time.Time // of this process's monotonic clock
+}
+
+// Instances watches the heartbeats until ctx ends or the Bus is closed. It returns once all that are there have been
+// read; a server that cannot be reached makes it wait until ctx ends.
+func (b *Bus) Instances(ctx context.Context) (*Instances, error) {
+	v := &Instances{ttl: b.instanceTTL, seen: map[string]sighting{}, changed: make(chan struct{})}
+	epoch := b.connection()
+	w, err := b.watch(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("watching heartbeats: %w", err)
+	}
+	for {
+		select {
+		case e, ok := <-w.Updates():
+			if ok && e != nil {
+				v.take(e)
+				continue
+			}
+			if !ok {
+				return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
+			}
+		case <-ctx.Done():
+			w.Stop() //nolint:errcheck // it ends with ctx anyway
+			return nil, fmt.Errorf("watching heartbeats: %w", context.Cause(ctx))
+		case <-b.ctx.Done():
+			return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
+		}
+		break
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
+	}
+	b.wg.Go(func() { b.follow(ctx, v, w, epoch) })
+	return v, nil
+}
+
+func (b *Bus) watch(ctx context.Context) (w jetstream.KeyWatcher, err error) {
+	// The watcher lives as long as the context it is made with, so no try has a timeout of its own.
+	for wait := newPause(); ; {
+		if w, err = b.instances.WatchAll(ctx); err == nil || permanent(err) {
+			return w, err
+		}
+		if wait.sleep(ctx) != nil {
+			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// follow is the goroutine of a view. After a reconnect it watches anew: what the old watch missed is read again, and
+// what is no longer there expires.
+func (b *Bus) follow(ctx context.Context, v *Instances, w jetstream.KeyWatcher, epoch context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(b.ctx, cancel)
+	defer stop()
+	tick := time.NewTicker(v.ttl / 10)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			w.Stop() //nolint:errcheck // it ends with ctx anyway
+			return
+		case e, ok := <-w.Updates():
+			if !ok { // stopped by its own connection's end; a reconnect follows
+				w = idle{}
+			} else if e != nil {
+				v.take(e)
+			}
+		case now := <-tick.C:
+			v.expire(now)
+		case <-epoch.Done():
+			if ctx.Err() != nil {
+				continue
+			}
+			epoch = b.connection()
+			w.Stop() //nolint:errcheck // the server it watched is gone
+			next, err := b.watch(ctx)
+			if err != nil {
+				if ctx.Err() == nil {
+					b.log.Error("watching heartbeats after a reconnect failed", "error", err)
+				}
+				next = idle{}
+			}
+			w = next
+		}
+	}
+}
+
+// idle is a watcher that sees nothing.
+type idle struct{}
+
+func (idle) Updates() <-chan jetstream.KeyValueEntry { return nil }
+func (idle) Stop() error                             { return nil }
+func (idle) Error() <-chan error                     { return nil }
+
+func (v *Instances) take(e jetstream.KeyValueEntry) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	old, known := v.seen[e.Key()]
+	if e.Operation() != jetstream.KeyValuePut {
+		if known {
+			delete(v.seen, e.Key())
+			v.announce()
+		}
+		return
+	}
+	var i wire.Instance
+	if json.Unmarshal(e.Value(), &i) != nil || i.ID != e.Key() {
+		return // not a heartbeat of this program
+	}
+	v.seen[i.ID] = sighting{i, time.Now()}
+	if !known || !reflect.DeepEqual(old.instance, i) {
+		v.announce()
+	}
+}
+
+func (v *Instances) expire(now time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	n := len(v.seen)
+	for id, s := range v.seen {
+		if now.Sub(s.at) > v.ttl {
+			delete(v.seen, id)
+		}
+	}
+	if len(v.seen) != n {
+		v.announce()
+	}
+}
+
+// announce wakes those who wait for a change; v.mu is held.
+func (v *Instances) announce() {
+	close(v.changed)
+	v.changed = make(chan struct{})
+}
+
+// Changed returns a channel that is closed at the next change. Take it before reading the view, so that none is missed.
+func (v *Instances) Changed() <-chan struct{} {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.changed
+}
+
+// All returns the instances that are alive, sorted by role and id. The slice belongs to the caller.
+func (v *Instances) All() []wire.Instance {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	all := make([]wire.Instance, 0, len(v.seen))
+	for _, s := range v.seen {
+		all = append(all, s.instance)
+	}
+	slices.SortFunc(all, func(a, b wire.Instance) int {
+		return cmp.Or(cmp.Compare(a.Role, b.Role), cmp.Compare(a.ID, b.ID))
+	})
+	return all
+}
+
+// Role returns the instances of one role that are alive, sorted by id.
+func (v *Instances) Role(role string) []wire.Instance {
+	return slices.DeleteFunc(v.All(), func(i wire.Instance) bool { return i.Role != role })
+}

@@ -1,0 +1,114 @@
+package bus_test
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/wire"
+)
+
+// waitFor waits until the view satisfies ok.
+func waitFor(t *testing.T, v *bus.Instances, ok func([]wire.Instance) bool) {
+	t.Helper()
+	timeout := time.After(long)
+	for {
+		changed := v.Changed()
+		if ok(v.All()) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			t.Fatalf("the view stays at %+v", v.All())
+		}
+	}
+}
+
+func TestHeartbeats(t *testing.T) {
+	t.Parallel()
+	url := bustest.Run(t).URL()
+	ttl := bus.WithInstanceTTL(2 * time.Second)
+	watcher := connect(t, url, ttl)
+	view, err := watcher.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := view.All(); len(all) != 0 {
+		t.Fatalf("nobody announced, yet there is %+v", all)
+	}
+
+	var ready atomic.Bool
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	stopped := make(chan error, 1)
+	encoder := connect(t, url, ttl)
+	go func() {
+		stopped <- encoder.Announce(ctx, func() wire.Instance {
+			return wire.Instance{ID: "e0", Role: "encode", NPUs: []int{3}, Ready: ready.Load()}
+		})
+	}()
+	dying := connect(t, url, ttl)
+	died := make(chan error, 1)
+	go func() {
+		died <- dying.Announce(context.Background(), func() wire.Instance { return wire.Instance{ID: "d0", Role: "decode"} })
+	}()
+	waitFor(t, view, func(all []wire.Instance) bool {
+		return len(all) == 2 && all[0].ID == "d0" && all[1].ID == "e0" && all[1].NPUs[0] == 3
+	})
+	ready.Store(true)
+	waitFor(t, view, func([]wire.Instance) bool {
+		encoders := view.Role("encode")
+		return len(encoders) == 1 && encoders[0].Ready
+	})
+	late, err := watcher.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := late.All(); len(all) != 2 {
+		t.Errorf("a late view starts with %+v", all)
+	}
+
+	// A process that dies leaves its heartbeat to expire: no delete, as its connection is just cut.
+	dying.Conn().Close()
+	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 1 && all[0].ID == "e0" })
+	// One that stops takes its heartbeat with it.
+	cancel()
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 0 })
+	waitFor(t, late, func(all []wire.Instance) bool { return len(all) == 0 })
+	dying.Close()
+	if err := <-died; err != nil {
+		t.Error(err)
+	}
+}
+
+// Close takes the heartbeat back, and announces none after that.
+func TestCloseEndsHeartbeat(t *testing.T) {
+	t.Parallel()
+	url := bustest.Run(t).URL()
+	view, err := connect(t, url, bus.WithInstanceTTL(time.Hour)).Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := connect(t, url, bus.WithInstanceTTL(time.Hour))
+	stopped := make(chan error, 1)
+	go func() {
+		stopped <- b.Announce(context.Background(), func() wire.Instance { return wire.Instance{ID: "d0", Role: "decode"} })
+	}()
+	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 1 })
+	b.Close()
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 0 })
+	if err := b.Announce(t.Context(), func() wire.Instance { return wire.Instance{ID: "d0"} }); !errors.Is(err, bus.ErrClosed) {
+		t.Errorf("announcing on a closed Bus: %v", err)
+	}
+}

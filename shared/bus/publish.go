@@ -1,0 +1,93 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"trireme.dev/shared/wire"
+)
+
+// Publish puts message m about a request on a stage's work queue and returns once the server has stored it. A try takes
+// 500 ms at most and is repeated until ctx ends. Messages with the msgID of one published within the last two minutes
+// are stored once, so a caller may publish again after an error; an empty msgID switches that off. Errors at once:
+// ErrStage, wire.ErrTooLarge, and what the server refuses.
+func (b *Bus) Publish(ctx context.Context, stage, request, msgID string, m any) error {
+	if _, err := findStage(stage); err != nil {
+		return fmt.Errorf("publishing %T: %w", m, err)
+	}
+	data, err := wire.Marshal(m)
+	if err != nil {
+		return err
+	}
+	subject := wire.StageSubject(stage, request)
+	opts := []jetstream.PublishOpt{jetstream.WithRetryAttempts(0)}
+	if msgID != "" {
+		opts = append(opts, jetstream.WithMsgID(msgID))
+	}
+	err = retry(ctx, func(ctx context.Context) error {
+		_, err := b.js.Publish(ctx, subject, data, opts...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("publishing %T of request %s to %s: %w", m, request, subject, err)
+	}
+	return nil
+}
+
+// Send publishes m on a subject of core NATS: whoever listens gets it, at most once.
+func (b *Bus) Send(subject string, m any) error {
+	data, err := wire.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if err := b.conn.Publish(subject, data); err != nil {
+		return fmt.Errorf("sending %T to %s: %w", m, subject, err)
+	}
+	return nil
+}
+
+// Ask sends m on a subject and decodes the first answer into reply, a pointer. It waits until ctx ends; with nobody
+// listening it fails at once with nats.ErrNoResponders.
+func (b *Bus) Ask(ctx context.Context, subject string, m, reply any) error {
+	data, err := wire.Marshal(m)
+	if err != nil {
+		return err
+	}
+	msg, err := b.conn.RequestWithContext(ctx, subject, data)
+	if err != nil {
+		return fmt.Errorf("asking %s with %T: %w", subject, m, err)
+	}
+	return wire.Unmarshal(msg.Data, reply)
+}
+
+// errNoReply is returned by respond for a message that asks for no answer.
+var errNoReply = errors.New("message asks for no answer")
+
+// Handle calls f for each message on a subject, one at a time in order of arrival, until the subscription's
+// Unsubscribe or the Bus's Close. Data belongs to f. Respond answers an Ask and may be called later, from any
+// goroutine, once. The subscription is in force at the server when Handle returns, if the connection is up.
+func (b *Bus) Handle(subject string, f func(data []byte, respond func(m any) error)) (*nats.Subscription, error) {
+	sub, err := b.conn.Subscribe(subject, func(msg *nats.Msg) {
+		f(msg.Data, func(m any) error {
+			if msg.Reply == "" {
+				return fmt.Errorf("answering %s: %w", msg.Subject, errNoReply)
+			}
+			return b.Send(msg.Reply, m)
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("subscribing to %s: %w", subject, err)
+	}
+	if err := sub.SetPendingLimits(-1, -1); err != nil {
+		return nil, fmt.Errorf("subscribing to %s: %w", subject, err)
+	}
+	// A flush that fails leaves a subscription that is made when the connection is back.
+	if err := b.conn.FlushTimeout(tryTimeout); err != nil {
+		b.log.Debug("subscription is not confirmed yet", "subject", subject, "error", err)
+	}
+	return sub, nil
+}

@@ -1,0 +1,97 @@
+package bus
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// pullRequest is the body of a JetStream pull request. With NoWait and Expires the server waits for the first message
+// until Expires, sends all that are there and ends the request with a status message (nats-server 2.10 and later).
+type pullRequest struct {
+	Batch   int           `json:"batch"`
+	NoWait  bool          `json:"no_wait,omitempty"`
+	Expires time.Duration `json:"expires,omitempty"` // nanoseconds
+}
+
+// pull is one pull request at the server. It has a subscription of its own, as the server drops a request that nobody
+// listens to any more. No message waits for AckWait in a pull that was given up: what still arrives is naked at once,
+// so that another instance gets it.
+type pull struct {
+	bus *Bus
+	sub *nats.Subscription
+
+	mu      sync.Mutex
+	arrived chan *nats.Msg // has room for all messages and the status message that ends the pull
+	over    bool           // nobody reads arrived any more
+}
+
+// startPull asks the server for up to limit messages within wait.
+func (c *Consumer) startPull(limit int, wait time.Duration) (*pull, error) {
+	body, err := json.Marshal(pullRequest{Batch: limit, NoWait: true, Expires: wait})
+	if err != nil {
+		panic("BUG: a pull request cannot be encoded: " + err.Error())
+	}
+	p := &pull{bus: c.bus, arrived: make(chan *nats.Msg, limit+1)}
+	inbox := c.bus.conn.NewInbox()
+	if p.sub, err = c.bus.conn.Subscribe(inbox, p.arrive); err != nil {
+		return nil, fmt.Errorf("subscribing to messages of stage %s: %w", c.stage.name, err)
+	}
+	if err := p.sub.SetPendingLimits(-1, -1); err != nil {
+		p.finish(true)
+		return nil, fmt.Errorf("subscribing to messages of stage %s: %w", c.stage.name, err)
+	}
+	if err := c.bus.conn.PublishRequest(c.subject, inbox, body); err != nil {
+		p.finish(true)
+		return nil, fmt.Errorf("asking for messages of stage %s: %w", c.stage.name, err)
+	}
+	return p, nil
+}
+
+// arrive is called for each message, one at a time.
+func (p *pull) arrive(msg *nats.Msg) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !p.over && len(p.arrived) < cap(p.arrived):
+		p.arrived <- msg
+	case status(msg) == 0:
+		if err := p.bus.NakReply(msg.Reply, 0); err != nil {
+			p.bus.log.Debug("a late message is not given back; AckWait redelivers it", "subject", msg.Subject, "error", err)
+		}
+	}
+}
+
+// finish ends a pull and returns the messages that arrived and were not read. Ended says that the server has ended it
+// already; if not, it does as soon as it learns that the subscription is gone, and what it has sent by then is naked.
+func (p *pull) finish(ended bool) (rest []*nats.Msg) {
+	p.mu.Lock()
+	p.over = true
+	for len(p.arrived) > 0 {
+		if msg := <-p.arrived; status(msg) == 0 {
+			rest = append(rest, msg)
+		}
+	}
+	p.mu.Unlock()
+	end := p.sub.Drain
+	if ended {
+		end = p.sub.Unsubscribe
+	}
+	if err := end(); err != nil {
+		p.bus.log.Debug("subscription of a pull not ended; it goes with the connection", "error", err)
+	}
+	return rest
+}
+
+// status is the code of a status message of the server, 0 for a message of the stream.
+func status(msg *nats.Msg) int {
+	if len(msg.Data) > 0 {
+		return 0
+	}
+	code, _ := strconv.Atoi(msg.Header.Get("Status")) // a header without one is a message
+	return code
+}
