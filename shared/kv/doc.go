@@ -1,0 +1,19 @@
+// Package kv lays out a sequence's keys, values and token log in device memory: KV blocks over slabs, and the token
+// log from which a successor goes on. It places and checks bytes; it asks nobody for memory (shared/hbm does) and
+// computes nothing.
+//
+// # Token log, version 1
+//
+// Little-endian, in one object of kind log. It is the only state that a successor needs.
+//
+//	header   256 bytes   magic, version, sizes, request, choice, attempt, generation, committed; see the offsets below
+//	slabs    64 bytes each   the slabs that hold the sequence's KV, as handles
+//	blocks   16 bytes each   block i of the sequence: slab, block in the slab, flags, CRC-32C of a sealed block's content
+//	records  16+8*top bytes each   token i of the answer: index, token, log probability, alternatives, CRC-32C
+//
+// Order of writes in one step (DESIGN.md, step 4): KV of the last token, record, committed. A reader trusts records
+// below committed whose CRC is right and KV of positions below prompt+committed-1; the position after that is
+// computed again. The constant part of the header, each slab entry, block entry and record carry a CRC-32C of their own,
+// and every block that is full must be sealed, so a torn or foreign page is found before it is used. Counters in the
+// header move by compare-and-swap: a writer that lost its claim a moment ago cannot set them back.
+package kv
