@@ -1,0 +1,111 @@
+package ledger
+
+import (
+	"container/list"
+	"fmt"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+)
+
+// budget is the account of one NPU, or of host memory. Bytes count whole pages.
+type budget struct {
+	npu      int
+	space    int
+	capacity int64
+	owner    *conn // whom the NPU is granted to
+	total    protocol.Usage
+	kinds    map[mem.Kind]*protocol.Usage
+	resting  map[mem.Kind]*list.List // of *object: what only a cache keeps, the first is evicted first
+}
+
+func newBudget(npu, space int, capacity int64) *budget {
+	return &budget{npu: npu, space: space, capacity: capacity, kinds: map[mem.Kind]*protocol.Usage{},
+		resting: map[mem.Kind]*list.List{}}
+}
+
+func (l *Ledger) budget(npu int) (*budget, error) {
+	if npu < mem.HostNPU || npu >= len(l.cfg.NPUs) {
+		return nil, fmt.Errorf("NPU %d, the node has %d: %w", npu, len(l.cfg.NPUs), mem.ErrInvalid)
+	}
+	return l.budgets[npu+1], nil
+}
+
+func (b *budget) name() string {
+	if b.npu == mem.HostNPU {
+		return "host memory"
+	}
+	return fmt.Sprintf("NPU %d", b.npu)
+}
+
+func (b *budget) free() int64 { return b.capacity - b.total.Used - b.total.Padded }
+
+// fits reports with ErrExhausted that bytes more do not fit, even if everything that rests is evicted.
+func (b *budget) fits(bytes int64) error {
+	if room := b.free() + b.total.Cached; bytes > room {
+		return fmt.Errorf("%d bytes wanted, %s has %d free of %d: %w", bytes, b.name(), room, b.capacity, mem.ErrExhausted)
+	}
+	return nil
+}
+
+func (b *budget) add(o *object) {
+	k := b.kinds[o.handle.Kind]
+	if k == nil {
+		k = &protocol.Usage{}
+		b.kinds[o.handle.Kind] = k
+	}
+	for _, u := range []*protocol.Usage{&b.total, k} {
+		u.Used += o.handle.Bytes
+		u.Padded += o.extent.Bytes - o.handle.Bytes
+		u.Peak = max(u.Peak, u.Used+u.Padded)
+	}
+}
+
+func (b *budget) remove(o *object) {
+	for _, u := range []*protocol.Usage{&b.total, b.kinds[o.handle.Kind]} {
+		u.Used -= o.handle.Bytes
+		u.Padded -= o.extent.Bytes - o.handle.Bytes
+	}
+}
+
+// keep counts an object that goes to rest (by 1) or is held again (-1).
+func (b *budget) keep(o *object, by int64) {
+	for _, u := range []*protocol.Usage{&b.total, b.kinds[o.handle.Kind]} {
+		u.Cached += by * o.extent.Bytes
+	}
+}
+
+// Stats describes the state; the daemon adds what it alone knows (Cached).
+func (l *Ledger) Stats() protocol.Stats {
+	s := protocol.Stats{
+		Node: l.cfg.Node, Objects: len(l.objects), Requests: len(l.live), Ended: len(l.ended), Claims: len(l.claims),
+		CachedMM: len(l.mm), CachedBlocks: len(l.prefix),
+	}
+	for _, b := range l.budgets {
+		n := protocol.NPUStats{NPU: b.npu, Capacity: b.capacity, Free: b.free(), Usage: b.total, Kinds: map[string]protocol.Usage{}}
+		if b.owner != nil {
+			n.Instance = b.owner.instance
+		}
+		for k, u := range b.kinds {
+			n.Kinds[k.String()] = *u
+		}
+		s.Memory = append(s.Memory, n)
+	}
+	for _, o := range l.objects {
+		s.Holds += len(o.conns) + len(o.requests)
+		if o.resting != nil {
+			s.Resting++
+		}
+	}
+	for _, k := range l.claims {
+		if k.owner == nil {
+			s.Orphans++
+		}
+	}
+	for _, c := range l.conns {
+		if !c.gone {
+			s.Connections++
+		}
+	}
+	return s
+}

@@ -1,0 +1,106 @@
+package ledger
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+)
+
+// claim says who runs a part. Its generation stands in its slot of the claim table as long as it is held; generations are
+// never drawn twice, so a slot that serves another claim later fences the old one all the same.
+type claim struct {
+	part       protocol.Part
+	generation uint64
+	slot       int
+	reply      string
+	owner      *conn // nil: orphan
+	request    *request
+	encoding   *encoding // the MM object that its holder makes for the cache, or nil
+}
+
+type claimKey struct {
+	request, stage string
+	part           int
+}
+
+func keyOf(p protocol.Part) claimKey { return claimKey{p.Request, p.Stage, p.Part} }
+
+// Claim gives a part to the client, whoever had it before: ErrEnded when the request has ended or a newer attempt is
+// known.
+func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claimed, error) {
+	p := c.Part
+	if p.Stage == "" || len(p.Stage) > maxID || len(c.Reply) > 4*maxID || p.Part < 0 {
+		return protocol.Claimed{}, fmt.Errorf("claiming part %d of stage %.40q: %w", p.Part, p.Stage, mem.ErrInvalid)
+	}
+	r, err := l.raise(now, p.Request, p.Attempt, p.Left)
+	if err != nil {
+		return protocol.Claimed{}, fmt.Errorf("claiming part %d of %s: %w", p.Part, p.Stage, err)
+	}
+	k, ok := l.claims[keyOf(p)]
+	if !ok {
+		n := len(l.freeSlots)
+		if n == 0 {
+			return protocol.Claimed{}, fmt.Errorf("claiming: all %d claims are in use: %w", l.cfg.Slots, mem.ErrExhausted)
+		}
+		k = &claim{slot: l.freeSlots[n-1], request: r}
+		l.freeSlots = l.freeSlots[:n-1]
+		l.claims[keyOf(p)] = k
+		r.claims[k] = true
+	} else if k.owner != nil {
+		delete(k.owner.claims, k)
+	}
+	l.endEncoding(k.encoding)
+	k.part, k.reply, k.generation, k.owner = p, c.Reply, l.next(), l.conn(id)
+	k.owner.claims[k] = true
+	l.effects.Slots = append(l.effects.Slots, Slot{k.slot, k.generation})
+	return protocol.Claimed{Generation: k.generation, Slot: k.slot}, nil
+}
+
+// Unclaim gives a claim up, or says why it is held no more: ErrEnded when the request has ended or a newer attempt is
+// known, ErrFenced when somebody has claimed the part since, even if that one has given it up again.
+func (l *Ledger) Unclaim(id Conn, u protocol.Unclaim) error {
+	r, ok := l.requests[u.Part.Request]
+	if !ok || r.ended || r.newest > u.Part.Attempt {
+		return fmt.Errorf("giving up part %d of %s: request %.40s: %w", u.Part.Part, u.Part.Stage, u.Part.Request, mem.ErrEnded)
+	}
+	k, ok := l.claims[keyOf(u.Part)]
+	if !ok || k.generation != u.Generation || k.owner != l.conn(id) {
+		return fmt.Errorf("giving up part %d of %s: generation %d: %w", u.Part.Part, u.Part.Stage, u.Generation, mem.ErrFenced)
+	}
+	l.release(k)
+	return nil
+}
+
+// release ends a claim and frees its slot.
+func (l *Ledger) release(k *claim) {
+	delete(l.claims, keyOf(k.part))
+	delete(k.request.claims, k)
+	l.endEncoding(k.encoding)
+	if k.owner != nil {
+		delete(k.owner.claims, k)
+	}
+	l.freeSlots = append(l.freeSlots, k.slot)
+	l.effects.Slots = append(l.effects.Slots, Slot{k.slot, 0})
+}
+
+// Orphans hands out at most protocol.MaxBatch claims of a stage whose claimant's connection has ended, oldest first. They
+// end with that: each orphan goes to one caller, who gives its message back to the queue.
+func (l *Ledger) Orphans(stage string) []protocol.Orphan {
+	var found []*claim
+	for _, k := range l.claims {
+		if k.owner == nil && k.part.Stage == stage {
+			found = append(found, k)
+		}
+	}
+	slices.SortFunc(found, func(a, b *claim) int { return cmp.Compare(a.generation, b.generation) })
+	var out []protocol.Orphan
+	for _, k := range found[:min(len(found), protocol.MaxBatch)] {
+		out = append(out, protocol.Orphan{Part: k.part, Generation: k.generation, Reply: k.reply})
+		l.release(k)
+	}
+	return out
+}

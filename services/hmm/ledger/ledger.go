@@ -1,0 +1,194 @@
+// Package ledger is the HMM's book of who holds what: objects, holds, requests, claims, the budgets of the NPUs, and the
+// caches of MM objects and KV blocks. It is a pure state machine: no I/O, no clock, no goroutine; the time is an argument, which never goes back, and what has
+// to happen outside is read from Effects after every call. The daemon (services/hmm) drives it from one goroutine.
+package ledger
+
+import (
+	"fmt"
+	"time"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/page"
+)
+
+// Config is what a ledger is made from.
+type Config struct {
+	Node   string
+	Page   int64   // bytes, of every space
+	Spaces []int64 // address room of each space in bytes; 0 is host memory
+	Host   int64   // most bytes of host memory in use
+	NPUs   []NPU
+	Slots  int    // claims that can exist at once
+	Key    []byte // for capabilities: secret, new at each start of the daemon
+	First  uint64 // first generation; above all of earlier daemons on this node
+
+	MMCache int64 // most bytes of MM objects, on each NPU, that only the cache keeps; 0: no cache
+	KVCache int64 // the same of KV slabs
+
+	Margin        time.Duration // holds outlive the deadline of their request by this much
+	Tombstone     time.Duration // an ended request is remembered at least this long
+	MaxTombstones int           // most ended requests remembered, the longest-lived win
+	Unknown       time.Duration // time to the deadline of a request whose deadline nobody told
+}
+
+// NPU is the budget of one NPU.
+type NPU struct {
+	Bytes int64 // capacity
+	Space int   // of its memory domain
+}
+
+// Conn names a client's connection.
+type Conn uint64
+
+// Effects is what the daemon has to do after a call, before it answers.
+type Effects struct {
+	Freed []mem.Extent // nobody holds it: drop its memory
+	Slots []Slot       // claim table words to store, in order
+
+	Settled []protocol.Key // MM objects that somebody was making: published or given up
+}
+
+// Slot is a word of the claim table and its new value; 0 is no claim's generation.
+type Slot struct {
+	Index      int
+	Generation uint64
+}
+
+// Ledger is the state. Not safe for concurrent use.
+type Ledger struct {
+	cfg     Config
+	spaces  []*page.Allocator
+	budgets []*budget // host memory, then the NPUs: index NPU+1
+
+	objects map[uint64]*object
+	freeIDs []uint64 // object ids used before
+	gen     uint64   // last generation given
+
+	conns    map[Conn]*conn
+	lastConn Conn
+
+	requests map[string]*request
+	live     queue // requests not ended, by expiry
+	ended    queue // tombstones, by expiry
+
+	claims    map[claimKey]*claim
+	freeSlots []int
+
+	mm     map[protocol.Key]*object   // cached MM objects
+	making map[protocol.Key]*encoding // those on their way
+	prefix map[blockKey]blockAt       // cached KV blocks
+	rests  uint64                     // times that an object went to rest
+
+	effects Effects
+}
+
+type conn struct {
+	instance, role string
+	npus           []int
+	gone           bool // the connection has ended, but the process may still have maps: see Reap
+	objects        map[*object]bool
+	claims         map[*claim]bool
+}
+
+// New returns an empty ledger.
+func New(cfg Config) *Ledger {
+	l := &Ledger{
+		cfg: cfg, gen: cfg.First,
+		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{},
+		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
+	}
+	for _, b := range cfg.Spaces {
+		l.spaces = append(l.spaces, page.New(b/cfg.Page))
+	}
+	l.budgets = append(l.budgets, newBudget(mem.HostNPU, 0, cfg.Host))
+	for i, n := range cfg.NPUs {
+		l.budgets = append(l.budgets, newBudget(i, n.Space, n.Bytes))
+	}
+	for i := cfg.Slots - 1; i >= 0; i-- {
+		l.freeSlots = append(l.freeSlots, i)
+	}
+	return l
+}
+
+// Effects returns what is to be done since the last call of Effects.
+func (l *Ledger) Effects() Effects {
+	e := l.effects
+	l.effects = Effects{}
+	return e
+}
+
+// Connect adds a client and grants it the n lowest free NPUs: ErrExhausted when there are not as many.
+func (l *Ledger) Connect(instance, role string, n int) (Conn, []int, error) {
+	if n < 0 || instance == "" || role == "" || role == protocol.RoleGateway && n > 0 {
+		return 0, nil, fmt.Errorf("instance %q of role %q with %d NPUs: %w", instance, role, n, mem.ErrInvalid)
+	}
+	var free []int
+	for _, b := range l.budgets[1:] {
+		if b.owner == nil {
+			free = append(free, b.npu)
+		}
+	}
+	if n > len(free) {
+		return 0, nil, fmt.Errorf("%d NPUs wanted, %d of %d are free: %w", n, len(free), len(l.cfg.NPUs), mem.ErrExhausted)
+	}
+	c := &conn{instance: instance, role: role, npus: free[:n:n], objects: map[*object]bool{}, claims: map[*claim]bool{}}
+	for _, i := range c.npus {
+		l.budgets[i+1].owner = c
+	}
+	l.lastConn++
+	l.conns[l.lastConn] = c
+	return l.lastConn, c.npus, nil
+}
+
+// Disconnect notes that a client's connection has ended: its claims become orphans. What it holds stays until Reap,
+// because a mapping cannot be taken from a process that still runs.
+func (l *Ledger) Disconnect(id Conn) {
+	c := l.conn(id)
+	c.gone = true
+	for k := range c.claims {
+		k.owner = nil
+		l.endEncoding(k.encoding)
+	}
+	c.claims = nil
+}
+
+// Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited.
+func (l *Ledger) Reap(id Conn) {
+	c := l.conn(id)
+	if !c.gone {
+		panic("BUG: Reap of a connected client")
+	}
+	for _, o := range newestFirst(c.objects) {
+		delete(o.conns, c)
+		l.settle(o)
+	}
+	for _, i := range c.npus {
+		l.budgets[i+1].owner = nil
+	}
+	delete(l.conns, id)
+}
+
+// Leaving reports whether some client is between Disconnect and Reap: its NPUs and memory are about to become free.
+func (l *Ledger) Leaving() bool {
+	for _, c := range l.conns {
+		if c.gone {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *Ledger) conn(id Conn) *conn {
+	c, ok := l.conns[id]
+	if !ok {
+		panic(fmt.Sprintf("BUG: no connection %d", id))
+	}
+	return c
+}
+
+// next draws a generation: of objects and of claims, never the same twice, rising.
+func (l *Ledger) next() uint64 {
+	l.gen++
+	return l.gen
+}

@@ -1,0 +1,121 @@
+package ledger
+
+import (
+	"fmt"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+)
+
+// blockKey names the content of a KV block within a memory domain.
+type blockKey struct {
+	space int
+	hash  protocol.Key
+}
+
+// blockAt is where a cached KV block lies.
+type blockAt struct {
+	slab  *object
+	block int
+	crc   uint32
+}
+
+// maxSlabBlocks bounds the number of a block in its slab; shared/kv has 16 in one.
+const maxSlabBlocks = 256
+
+// CacheBlocks enters full KV blocks of slabs that the client holds into the prefix index of their domain, all or none.
+// Blocks whose hash is there already are passed over: the first copy stays.
+func (l *Ledger) CacheBlocks(id Conn, v protocol.CacheBlocks) error {
+	slabs := make([]*object, len(v.Slabs))
+	for i, name := range v.Slabs {
+		o, err := l.held(id, name)
+		if err == nil && o.handle.Kind != mem.KindKV {
+			err = fmt.Errorf("it is %v: %w", o.handle.Kind, mem.ErrInvalid)
+		}
+		if err != nil {
+			return fmt.Errorf("caching blocks of object %d: %w", name.ID, err)
+		}
+		slabs[i] = o
+	}
+	hashes, err := protocol.UnpackKeys(v.Hashes)
+	if err != nil {
+		return err
+	}
+	blocks, err := protocol.UnpackBlocks(v.Blocks)
+	if err != nil {
+		return err
+	}
+	if len(hashes) != len(blocks) {
+		return fmt.Errorf("%d hashes for %d blocks: %w", len(hashes), len(blocks), mem.ErrInvalid)
+	}
+	for i, b := range blocks {
+		if b.Slab < 0 || b.Slab >= len(slabs) || b.Block < 0 || b.Block >= maxSlabBlocks {
+			return fmt.Errorf("caching block %d of slab %d of %d: %w", b.Block, b.Slab, len(slabs), mem.ErrInvalid)
+		}
+		if old, ok := slabs[b.Slab].blocks[b.Block]; ok && old != hashes[i] {
+			return fmt.Errorf("block %d of object %d has another hash already: %w", b.Block, v.Slabs[b.Slab].ID, mem.ErrInvalid)
+		}
+	}
+	if l.cfg.KVCache == 0 {
+		return nil
+	}
+	for i, b := range blocks {
+		o := slabs[b.Slab]
+		key := blockKey{o.extent.Space, hashes[i]}
+		if _, ok := l.prefix[key]; ok {
+			continue
+		}
+		if _, ok := o.blocks[b.Block]; ok { // named twice in one call, with two hashes: the first counts
+			continue
+		}
+		if o.blocks == nil {
+			o.blocks = map[int]protocol.Key{}
+		}
+		o.blocks[b.Block] = hashes[i]
+		l.prefix[key] = blockAt{o, b.Block, b.CRC}
+	}
+	return nil
+}
+
+// FindPrefix returns the cached blocks of the first hashes, up to one that is not there, in the memory domain of an NPU.
+// Each slab that holds some of them, in order of their first, gets a connection hold and stays booked where it is.
+func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, error) {
+	c, err := l.stage(id)
+	if err != nil {
+		return protocol.Prefix{}, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	b, err := l.budget(f.NPU)
+	if err != nil {
+		return protocol.Prefix{}, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	hashes, err := protocol.UnpackKeys(f.Hashes)
+	if err != nil {
+		return protocol.Prefix{}, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	var p protocol.Prefix
+	var blocks []protocol.Block
+	number := map[*object]int{}
+	for _, hash := range hashes {
+		at, ok := l.prefix[blockKey{b.space, hash}]
+		if !ok {
+			break
+		}
+		n, ok := number[at.slab]
+		if !ok {
+			if len(p.Slabs) == protocol.MaxBatch {
+				break
+			}
+			n = len(p.Slabs)
+			number[at.slab] = n
+			p.Slabs = append(p.Slabs, protocol.Grant{Handle: at.slab.handle, Extent: at.slab.extent})
+		}
+		blocks = append(blocks, protocol.Block{Slab: n, Block: at.block, CRC: at.crc})
+	}
+	for o := range number {
+		l.wake(o)
+		o.conns[c]++
+		c.objects[o] = true
+	}
+	p.Blocks = protocol.PackBlocks(blocks)
+	return p, nil
+}

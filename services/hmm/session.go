@@ -1,0 +1,285 @@
+package hmm
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+
+	"trireme.dev/services/hmm/ledger"
+)
+
+// session is one client's connection.
+type session struct {
+	d    *Daemon
+	conn *net.UnixConn
+	peer *peer
+
+	id             ledger.Conn
+	instance, role string
+
+	writing sync.Mutex     // one frame at a time
+	working sync.WaitGroup // allocations, and questions that wait
+	allocs  chan struct{}
+	finds   chan struct{}
+
+	mu      sync.Mutex // guards aborted and, until serve has set it, peer
+	aborted bool
+}
+
+func errTooMany(n int) error {
+	return fmt.Errorf("the HMM has %d connections, as many as it takes: %w", n, mem.ErrExhausted)
+}
+
+// refuse says why and closes.
+func (s *session) refuse(why error) {
+	s.reply(0, why, nil)
+	_ = s.conn.Close()
+}
+
+// abort ends the session from outside.
+func (s *session) abort() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.aborted = true
+	_ = s.conn.Close()
+	if s.peer != nil {
+		s.peer.close()
+	}
+}
+
+// serve runs the session to its end, and on until the client's process has no maps any more.
+func (s *session) serve() {
+	p, err := peerOf(s.conn)
+	if err == nil {
+		defer p.close()
+		err = p.allowed()
+	}
+	if err != nil {
+		s.d.log.Warn("client refused", "error", err)
+		s.refuse(fmt.Errorf("%w: %w", mem.ErrDenied, err))
+		return
+	}
+	s.mu.Lock()
+	s.peer = p
+	aborted := s.aborted
+	s.mu.Unlock()
+	if aborted {
+		return
+	}
+	r := bufio.NewReaderSize(s.conn, 64<<10)
+	if err := s.hello(r); err != nil {
+		s.d.log.Info("client refused", "pid", p.pid, "error", err)
+		s.refuse(err)
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	bye, err := s.requests(ctx, r)
+	cancel() // nobody waits for what is being pulled
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
+		s.d.log.Warn("client dropped", "instance", s.instance, "pid", p.pid, "error", err)
+		s.reply(0, err, nil)
+	}
+	s.working.Wait()
+	s.d.books.do(func(l *ledger.Ledger, _ time.Time) { l.Disconnect(s.id) })
+	s.d.gone(s.instance, s.role)
+	if bye != 0 {
+		s.d.books.reap(s.id)
+		s.reply(bye, nil, nil)
+		_ = s.conn.Close()
+		return
+	}
+	_ = s.conn.Close()
+	s.free()
+	if p.wait() {
+		s.d.books.reap(s.id)
+	}
+}
+
+// free makes room for another connection, while this one waits for its process to exit.
+func (s *session) free() {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	if s.d.stopping {
+		return
+	}
+	delete(s.d.sessions, s)
+	s.d.watched[s] = true
+}
+
+// hello reads the first request and answers it.
+func (s *session) hello(r io.Reader) error {
+	if err := s.conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return fmt.Errorf("waiting for a hello: %w", err)
+	}
+	payload, err := protocol.ReadFrame(r)
+	if err != nil {
+		return fmt.Errorf("waiting for a hello: %w: %w", mem.ErrInvalid, err)
+	}
+	id, op, body, err := protocol.ParseRequest(payload)
+	if err != nil || op != protocol.OpHello {
+		return errors.Join(fmt.Errorf("the first request is no hello: %w", mem.ErrInvalid), err)
+	}
+	var h protocol.Hello
+	if err := protocol.Decode(body, &h); err != nil {
+		return err
+	}
+	if h.Version != protocol.Version {
+		return fmt.Errorf("the HMM speaks version %d, %q speaks %d: %w", protocol.Version, h.Instance, h.Version, protocol.ErrVersion)
+	}
+	if len(h.Instance) > 128 || len(h.Role) > 32 {
+		return fmt.Errorf("instance or role is too long: %w", mem.ErrInvalid)
+	}
+	npus, err := s.connect(h)
+	if err != nil {
+		return err
+	}
+	s.instance, s.role = h.Instance, h.Role
+	if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
+		return s.retire(fmt.Errorf("welcoming: %w", err))
+	}
+	if err := s.welcome(id, npus); err != nil {
+		return s.retire(err)
+	}
+	return nil
+}
+
+// retire takes back a connection of one who was never told of it.
+func (s *session) retire(err error) error {
+	s.d.books.do(func(l *ledger.Ledger, _ time.Time) { l.Disconnect(s.id) })
+	s.d.books.reap(s.id)
+	return err
+}
+
+// connect enters the client into the books. NPUs of an instance that has just died become free when its process is
+// found to have exited: its successor waits for that.
+func (s *session) connect(h protocol.Hello) ([]int, error) {
+	deadline := time.NewTimer(npuWait)
+	defer deadline.Stop()
+	for {
+		var npus []int
+		var err error
+		var reaped chan struct{}
+		leaving := false
+		s.d.books.do(func(l *ledger.Ledger, _ time.Time) {
+			s.id, npus, err = l.Connect(h.Instance, h.Role, h.NPUs)
+			reaped, leaving = s.d.books.reaped, l.Leaving()
+		})
+		if !errors.Is(err, mem.ErrExhausted) || !leaving {
+			return npus, err
+		}
+		select {
+		case <-reaped:
+		case <-deadline.C:
+			return nil, err
+		case <-s.d.quit:
+			return nil, err
+		}
+	}
+}
+
+// welcome sends the first answer with the descriptors.
+func (s *session) welcome(id uint64, npus []int) error {
+	w := protocol.Welcome{
+		Version: protocol.Version, Node: s.d.cfg.Node, NPUs: npus, Slots: s.d.table.Len(), Spaces: s.d.rooms,
+	}
+	if s.role == protocol.RoleGateway {
+		w.Spaces = w.Spaces[:1]
+	}
+	fds := []int{int(s.d.table.File().Fd())}
+	for i := range w.Spaces {
+		fds = append(fds, int(s.d.stores[i].File().Fd()))
+	}
+	frame, err := protocol.Reply(id, nil, w)
+	if err != nil {
+		return err
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if err := s.conn.SetWriteDeadline(time.Now().Add(s.d.cfg.WriteTimeout)); err != nil {
+		return fmt.Errorf("welcoming: %w", err)
+	}
+	if n, _, err := s.conn.WriteMsgUnix(frame, unix.UnixRights(fds...), nil); err != nil || n < len(frame) {
+		return fmt.Errorf("welcoming with %d of %d bytes: %w", n, len(frame), errors.Join(err, mem.ErrLost))
+	}
+	return nil
+}
+
+// requests answers one request after the other until the client leaves: bye is then the id of its last request, which
+// is still to be answered. It returns an error when the connection ends otherwise.
+func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err error) {
+	for {
+		payload, err := protocol.ReadFrame(r)
+		if err != nil {
+			return 0, err
+		}
+		id, op, body, err := protocol.ParseRequest(payload)
+		if err != nil {
+			return 0, err
+		}
+		switch op {
+		case protocol.OpBye:
+			return id, nil
+		case protocol.OpAlloc: // takes the time of touching memory, so others go on beside it
+			s.allocs <- struct{}{}
+			s.working.Go(func() {
+				out, err := s.alloc(body)
+				<-s.allocs
+				s.reply(id, err, out)
+			})
+		case protocol.OpFindMM: // waits for another client, so it must not keep this one's other requests waiting
+			select {
+			case s.finds <- struct{}{}:
+			default:
+				s.reply(id, fmt.Errorf("%d questions for MM objects wait already: %w", maxFinds, mem.ErrExhausted), nil)
+				continue
+			}
+			s.working.Go(func() {
+				out, err := s.findMM(ctx, body)
+				<-s.finds
+				s.reply(id, err, out)
+			})
+		default:
+			var a protocol.Attach
+			if op == protocol.OpAttach && protocol.Decode(body, &a) == nil && s.d.pulls(a) {
+				s.allocs <- struct{}{}
+				s.working.Go(func() {
+					out, err := s.attachCopies(ctx, a)
+					<-s.allocs
+					s.reply(id, err, out)
+				})
+				continue
+			}
+			out, err := s.answer(op, body)
+			s.reply(id, err, out)
+		}
+	}
+}
+
+// reply answers a request. A client that does not take it in time is dropped.
+func (s *session) reply(id uint64, failure error, body any) {
+	frame, err := protocol.Reply(id, failure, body)
+	if err != nil {
+		if frame, err = protocol.Reply(id, err, nil); err != nil {
+			panic(fmt.Sprintf("BUG: an error that cannot be encoded: %v", err))
+		}
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if err := s.conn.SetWriteDeadline(time.Now().Add(s.d.cfg.WriteTimeout)); err != nil {
+		return // closed
+	}
+	if _, err := s.conn.Write(frame); err != nil {
+		_ = s.conn.Close() // requests finds out
+	}
+}

@@ -1,0 +1,122 @@
+package hmm_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"testing"
+
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+
+	"trireme.dev/services/hmm"
+)
+
+// twoNodes runs the HMMs n1 and n2, which know each other, and returns a client of each with one NPU.
+func twoNodes(t *testing.T) (daemons map[string]*hmm.Daemon, one, two *hbm.Client) {
+	t.Helper()
+	daemons = map[string]*hmm.Daemon{}
+	book := func(_ context.Context, node string) (string, error) {
+		if d := daemons[node]; d != nil {
+			return d.PeerAddress().String(), nil
+		}
+		return "", errors.New("no such node")
+	}
+	sockets := map[string]string{}
+	for _, node := range []string{"n1", "n2"} {
+		daemons[node], sockets[node] = daemon(t, func(c *hmm.Config) {
+			c.Node, c.Peers = node, &hmm.Peers{Listen: "127.0.0.1:0", Address: book}
+		})
+	}
+	return daemons, dial(t, sockets["n1"], hbm.Hello{Instance: "one", Role: "decode", NPUs: 1}),
+		dial(t, sockets["n2"], hbm.Hello{Instance: "two", Role: "decode", NPUs: 1})
+}
+
+// written allocates KV of n bytes on NPU 0 and fills it.
+func written(t *testing.T, c *hbm.Client, n int64) *hbm.Object {
+	t.Helper()
+	o := alloc(t, c, kv(0, n))[0]
+	for i := range o.Bytes() {
+		o.Bytes()[i] = byte(i * 7 >> 3)
+	}
+	return o
+}
+
+func TestAttachPullsFromAnotherNode(t *testing.T) {
+	daemons, one, two := twoNodes(t)
+	ctx := t.Context()
+	sealed, open := written(t, one, 20*page+5), written(t, one, 3*page)
+	if _, err := one.Seal(ctx, ref("r", 1), sealed); err != nil {
+		t.Fatal(err)
+	}
+	local := written(t, two, page)
+	objects, err := two.Attach(ctx, mem.ReadOnly, 0, local.Handle(), sealed.Handle(), open.Handle())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []*hbm.Object{local, sealed, open} {
+		got := objects[i]
+		if !bytes.Equal(got.Bytes(), want.Bytes()) {
+			t.Errorf("object %d has other content", i)
+		}
+		h, from := got.Handle(), want.Handle()
+		if h.Node != "n2" || h.Sealed != from.Sealed || h.CRC != from.CRC || h.Bytes != from.Bytes || h.Kind != from.Kind {
+			t.Errorf("object %d is %+v, want a copy on n2 of %+v", i, h, from)
+		}
+	}
+	if err := objects[1].Verify(); err != nil {
+		t.Error(err)
+	}
+	again, err := two.Attach(ctx, mem.ReadOnly, 0, objects[1].Handle()) // the copy has a good name of its own
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := two.Free(ctx, append(objects, again...)...); err != nil {
+		t.Fatal(err)
+	}
+	if n := daemons["n2"].Stats().Objects; n != 1 {
+		t.Errorf("%d objects are left on n2, want 1", n)
+	}
+	if s := daemons["n1"].Stats(); s.Objects != 2 || s.Holds != 3 { // one's two, and the request's
+		t.Errorf("n1 has %d objects with %d holds, want 2 and 3", s.Objects, s.Holds)
+	}
+}
+
+func TestRefusedPullsLeaveNothing(t *testing.T) {
+	daemons, one, two := twoNodes(t)
+	ctx := t.Context()
+	good := written(t, one, 5*page)
+	if _, err := one.Seal(ctx, ref("r", 1), good); err != nil {
+		t.Fatal(err)
+	}
+	gone := written(t, one, page)
+	freed := gone.Handle()
+	free(t, one, gone)
+	with := func(change func(*mem.Handle)) mem.Handle {
+		h := good.Handle()
+		change(&h)
+		return h
+	}
+	for name, tc := range map[string]struct {
+		h      mem.Handle
+		access mem.Access
+		npu    int
+		want   error
+	}{
+		"freed":                 {freed, mem.ReadOnly, 0, mem.ErrGone},
+		"forged":                {with(func(h *mem.Handle) { h.Capability = make([]byte, 16) }), mem.ReadOnly, 0, mem.ErrDenied},
+		"sealed, for writing":   {good.Handle(), mem.ReadWrite, 0, mem.ErrSealed},
+		"no NPU":                {good.Handle(), mem.ReadOnly, -1, mem.ErrInvalid},
+		"no room":               {with(func(h *mem.Handle) { h.Bytes = 65 * page }), mem.ReadOnly, 0, mem.ErrExhausted},
+		"checksum of the other": {with(func(h *mem.Handle) { h.CRC ^= 1 }), mem.ReadOnly, 0, mem.ErrDenied},
+		"node that is not":      {with(func(h *mem.Handle) { h.Node = "n3" }), mem.ReadOnly, 0, nil},
+	} {
+		_, err := two.Attach(ctx, tc.access, tc.npu, good.Handle(), tc.h)
+		if err == nil || tc.want != nil && !errors.Is(err, tc.want) {
+			t.Errorf("%s: %v, want %v", name, err, tc.want)
+		}
+		if s := daemons["n2"].Stats(); s.Objects != 0 || s.Holds != 0 {
+			t.Errorf("%s: %d objects are left", name, s.Objects)
+		}
+	}
+}
