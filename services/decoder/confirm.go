@@ -1,0 +1,154 @@
+package decoder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
+)
+
+const (
+	// window is how many tokens a sequence may run ahead of what the gateway has confirmed; then it is parked
+	// (DESIGN.md, step 5). Half of it unconfirmed makes the decoder ask.
+	window = 256
+	// askTimeout is how long one question to a gateway waits for its answer.
+	askTimeout = time.Second
+	// askWait is the pause between two questions: tokens sent again need a moment to arrive.
+	askWait = 20 * time.Millisecond
+	// silentWait is the pause after a question that nobody answered.
+	silentWait = 100 * time.Millisecond
+)
+
+// resend publishes tokens again from the log of a live sequence. One whose answer is complete is not live any more:
+// confirmEnd sees to it.
+func (d *decoder) resend(data []byte, _ func(any) error) {
+	var m wire.Resend
+	if err := wire.Unmarshal(data, &m); err != nil {
+		d.Log.Warn("ignoring a resend request", "error", err)
+		return
+	}
+	d.do(func() {
+		if s := d.live[key{m.Request, m.Choice}]; s != nil {
+			d.replay(s, m.From)
+		}
+	})
+}
+
+// replay sends the tokens from index from on again.
+func (d *decoder) replay(s *sequence, from int) {
+	if from < 0 || from >= s.kv.Log.Committed() || !s.claim.Held() {
+		return
+	}
+	runs, err := stage.Replay(s.kv.Log, &s.spec.Sampling, s.claim.Generation(), from)
+	if err == nil {
+		err = stage.SendTokens(d.Bus, d.ID, s.request.Gateway, runs)
+	}
+	if err != nil {
+		d.Log.Warn("sending tokens again", "request", s.request.ID, "error", err)
+	}
+}
+
+// ask sends one Confirm for a sequence and returns the gateway's answer.
+func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Finish) (wire.Confirmed, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	var c wire.Confirmed
+	err := d.Bus.Ask(ctx, wire.SubjectConfirm(s.request.Gateway), &wire.Confirm{
+		Instance: d.ID, Request: s.request.ID, Attempt: s.request.Attempt, Choice: s.choice,
+		Generation: s.claim.Generation(), Next: next, Finish: finish,
+	}, &c)
+	if err != nil {
+		return c, err
+	}
+	s.silent = time.Time{}
+	if c.Next < 0 || c.Next > next {
+		c.Next = next
+	}
+	return c, nil
+}
+
+// confirm asks the gateway until it has answered how far it has come, so that s may go on. It is an errand.
+func (d *decoder) confirm(ctx context.Context, s *sequence, next int) {
+	for ctx.Err() == nil {
+		c, err := d.ask(ctx, s, next, wire.FinishNone)
+		switch {
+		case err == nil:
+			d.do(func() { d.confirmed(s, c) })
+			return
+		case d.abandoned(s, err):
+			err := d.abandon(ctx, s)
+			d.do(func() { d.drop(s, err) })
+			return
+		}
+		pause(ctx, silentWait)
+	}
+}
+
+// confirmed takes a gateway's answer. It runs on the loop.
+func (d *decoder) confirmed(s *sequence, c wire.Confirmed) {
+	s.asking = false
+	if c.Over {
+		d.drop(s, mem.ErrEnded)
+	}
+	if d.live[s.key()] != s {
+		return
+	}
+	s.confirmed = max(s.confirmed, c.Next)
+	if s.answer-c.Next >= window { // a parked sequence sends nothing that would show the gateway a gap
+		d.replay(s, c.Next)
+	}
+}
+
+// confirmEnd repeats until the gateway has the last token or needs nothing more. A gateway that is gone needs nothing:
+// its request ends.
+func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
+	for {
+		if !s.claim.Held() {
+			return mem.ErrFenced
+		}
+		if d.Ended(s.request.ID, s.choice) {
+			return mem.ErrEnded
+		}
+		c, err := d.ask(ctx, s, s.answer, s.finish())
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err == nil && (c.Over || c.Next == s.answer):
+			return nil
+		case err == nil:
+			d.replay(s, c.Next)
+			pause(ctx, askWait)
+		case d.abandoned(s, err):
+			return d.abandon(ctx, s)
+		default:
+			pause(ctx, silentWait)
+		}
+	}
+}
+
+// abandoned reports whether a gateway that did not answer, with err, is to be given up: nobody listens there, its
+// heartbeat is gone, and that for a while.
+func (d *decoder) abandoned(s *sequence, err error) bool {
+	if s.silent.IsZero() {
+		s.silent = time.Now()
+	}
+	return errors.Is(err, nats.ErrNoResponders) && time.Since(s.silent) > d.patience && !d.GatewayAlive(s.request.Gateway)
+}
+
+// abandon ends the request of a gateway that is gone, here and in the HMM. It returns mem.ErrEnded, or why that failed.
+func (d *decoder) abandon(ctx context.Context, s *sequence) error {
+	d.Log.Warn("its gateway is gone: ending the request", "request", s.request.ID, "gateway", s.request.Gateway)
+	if err := d.Bus.Send(wire.SubjectDone, &wire.Done{Request: s.request.ID, Choice: -1}); err != nil {
+		return fmt.Errorf("ending the request of a gone gateway: %w", err)
+	}
+	if err := d.HBM.End(context.WithoutCancel(ctx), s.request.ID); err != nil {
+		return fmt.Errorf("ending the request of a gone gateway: %w", err)
+	}
+	return mem.ErrEnded
+}

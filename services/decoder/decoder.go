@@ -1,0 +1,192 @@
+// Package decoder is the decode stage: KV to tokens. It attaches a sequence's KV and token log, batches sequences
+// continuously (they join and leave at any step), and in each step writes KV, appends the log record, commits it and
+// publishes the token. It acks a message only after the gateway has confirmed the last token.
+//
+// The step loop (step.go) is one goroutine, which owns all sequences in work and waits for nobody. Each message has a
+// handler, which opens its sequence, gives it to the loop and settles the message when the loop has let go of it. What
+// the loop needs of others, a slab or a confirmation, every hundred tokens or so, it has fetched by an errand, a
+// goroutine of the sequence's that ends before its handler does.
+package decoder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/engine/sample"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/kv"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
+)
+
+// Config is a decode instance's configuration.
+type Config struct {
+	Stage    stage.Config
+	Slots    int           // sequences in work at once; 0: 256
+	Patience time.Duration // a gateway without heartbeat and answer for longer has its requests ended; 0: 10 s
+}
+
+// Run serves the decode queue until ctx ends. It returns an error when it cannot start or loses the HMM.
+func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
+	s, err := stage.Open(ctx, stage.Decode, cfg.Stage, log)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return Serve(ctx, s, cfg)
+}
+
+// Serve runs the decode stage on an open stage process.
+func Serve(ctx context.Context, s *stage.Stage, cfg Config) error {
+	if cfg.Slots == 0 {
+		cfg.Slots = 256
+	}
+	if cfg.Patience == 0 {
+		cfg.Patience = 10 * time.Second
+	}
+	text, err := engine.NewText(s.Model, s.Weights, s.Compute, engine.Limits{Rows: cfg.Slots, Seqs: cfg.Slots})
+	if err != nil {
+		return err
+	}
+	d := &decoder{
+		Stage: s, text: text, space: sample.NewSpace(s.Model.Text.Vocab), patience: cfg.Patience,
+		inbox: make(chan func(), 64), stop: make(chan struct{}), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
+	}
+	s.OnEnd(func(m wire.Done) { d.do(func() { d.end(m.Request, m.Choice) }) })
+	resend, err := s.Bus.Handle(wire.SubjectResend(s.ID), d.resend)
+	if err != nil {
+		return fmt.Errorf("listening for resend requests: %w", err)
+	}
+	defer func() { _ = resend.Unsubscribe() }() // it ends with the connection at the latest
+	loop := make(chan struct{})
+	go func() { defer close(loop); d.run() }()
+	err = s.Serve(ctx, cfg.Slots, d.handle)
+	close(d.stop)
+	<-loop
+	return err
+}
+
+// decoder is the running stage. The step loop owns what stands below stop; others reach it through do.
+type decoder struct {
+	*stage.Stage
+	text     *engine.Text
+	space    *sample.Space
+	patience time.Duration
+	inbox    chan func()
+	stop     chan struct{} // closed when the loop shall end
+
+	live   map[key]*sequence
+	active []*sequence // in order of arrival
+	gave   time.Time   // when a sequence was last given up for want of room
+	outbox outbox
+}
+
+// do runs f on the loop's goroutine, now or later. It returns false, without running f, when the loop has ended.
+func (d *decoder) do(f func()) bool {
+	select {
+	case d.inbox <- f:
+		return true
+	case <-d.stop:
+		return false
+	}
+}
+
+func (d *decoder) handle(ctx context.Context, dl *bus.Delivery) {
+	var m wire.Decode
+	if err := wire.Unmarshal(dl.Data, &m); err != nil {
+		d.Log.Error("dropping a message that is no decode message", "error", err)
+		_ = dl.Ack(ctx)
+		return
+	}
+	claim, err := d.HBM.Claim(ctx, hbm.Part{
+		Request: m.Request.ID, Attempt: m.Request.Attempt, Left: m.Request.Left, Stage: stage.Decode, Part: m.Choice,
+	}, dl.Reply)
+	if err == nil {
+		err = d.work(ctx, &m, claim)
+	}
+	d.Settle(ctx, dl, m.Request, claim, err)
+}
+
+// work decodes one choice to its end and has that confirmed.
+func (d *decoder) work(ctx context.Context, m *wire.Decode, claim *hbm.Claim) error {
+	spec, err := d.Spec(ctx, m.Inline, m.Spec)
+	if err != nil {
+		return err
+	}
+	s := newSequence(m, spec, claim)
+	defer func() { d.Free(ctx, s.objects...) }()
+	if err := d.open(ctx, s, m.Log); err != nil {
+		if errors.Is(err, mem.ErrCorrupt) { // what of it is cached must not be given to the next attempt
+			err = errors.Join(err, d.HBM.Forget(ctx, s.objects...))
+		}
+		return fmt.Errorf("attaching the KV of choice %d: %w", m.Choice, err)
+	}
+	if s.finish() == wire.FinishNone {
+		err := d.attend(ctx, s)
+		if err == nil || errors.Is(err, mem.ErrEnded) {
+			d.cache(ctx, s)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return d.confirmEnd(ctx, s)
+}
+
+// attend gives s to the loop and waits until the loop lets go of it.
+func (d *decoder) attend(ctx context.Context, s *sequence) error {
+	s.life, s.release = context.WithCancel(ctx)
+	defer s.errands.Wait()
+	defer s.release()
+	d.do(func() { d.add(s) }) // the loop outlives all handlers
+	select {
+	case err := <-s.done:
+		return err
+	case <-ctx.Done():
+		d.do(func() { d.drop(s, context.Cause(ctx)) })
+		return <-s.done
+	}
+}
+
+// roomWait is the pause between two tries to get a slab: room comes when others end, or are given up (room.go).
+const roomWait = 100 * time.Millisecond
+
+// grow takes one more slab for s. It is an errand.
+func (d *decoder) grow(ctx context.Context, s *sequence) {
+	for short := false; ; short = true {
+		objs, err := d.HBM.Alloc(ctx, hbm.Spec{
+			Kind: mem.KindKV, NPU: d.NPU, Bytes: kv.SlabBytes(&d.Model.Text), Ref: stage.Ref(s.request),
+		})
+		switch {
+		case err == nil:
+			s.objects = append(s.objects, objs...)
+			d.do(func() { d.addSlab(s, objs[0]) })
+			return
+		case ctx.Err() != nil:
+			return
+		case !errors.Is(err, mem.ErrExhausted):
+			d.do(func() { d.drop(s, fmt.Errorf("taking a KV slab: %w", err)) })
+			return
+		case !short:
+			d.Log.Info("no room for a KV slab; waiting for it", "request", s.request.ID, "error", err)
+		}
+		d.do(func() { d.short(s) })
+		pause(ctx, roomWait)
+	}
+}
+
+// pause waits for d, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

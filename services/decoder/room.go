@@ -1,0 +1,41 @@
+package decoder
+
+import (
+	"fmt"
+	"time"
+
+	"trireme.dev/shared/stage"
+)
+
+// Sequences take slabs as they grow, and a gateway that does not know how long an answer gets lets in more of them than
+// fit to the end. When slabs run out, each would wait with all it holds for one more, for ever. So the decoder gives up
+// the youngest: its gateway lets go of its memory and starts it again where it stands when all of it fits. The oldest
+// is never given up, so somebody always ends.
+
+// roomGrace is the least time between two sequences given up: what the first held is free only when its gateway has
+// told the HMM.
+const roomGrace = 300 * time.Millisecond
+
+// short is told again and again while there is no slab for s. When s can take no step without one, room is made.
+func (d *decoder) short(s *sequence) {
+	if d.live[s.key()] != s || s.kv.Room() > s.position() || time.Since(d.gave) < roomGrace {
+		return
+	}
+	v := victim(d.active)
+	if v == nil {
+		return // s has the NPU to itself: what is still held is of requests that end or go elsewhere
+	}
+	d.gave = time.Now()
+	d.drop(v, fmt.Errorf("%d tokens in, giving its memory to older sequences: %w", v.answer, stage.ErrNoRoom))
+}
+
+// victim is the youngest sequence that may be given up, nil when there is none. The request of the oldest is spared:
+// it would end with any of its choices.
+func victim(active []*sequence) *sequence {
+	for i := len(active) - 1; i > 0; i-- {
+		if active[i].request.ID != active[0].request.ID {
+			return active[i]
+		}
+	}
+	return nil
+}

@@ -1,0 +1,35 @@
+package decoder
+
+import (
+	"testing"
+
+	"trireme.dev/shared/wire"
+)
+
+func TestVictim(t *testing.T) {
+	for name, x := range map[string]struct {
+		active string // a letter a request
+		want   int    // index, -1: nobody
+	}{
+		"nobody there":                  {"", -1},
+		"alone":                         {"a", -1},
+		"the youngest":                  {"abc", 2},
+		"not a choice of the oldest":    {"aba", 1},
+		"only choices of the oldest":    {"aaa", -1},
+		"the youngest choice of others": {"abbaa", 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var active []*sequence
+			for i := range x.active {
+				active = append(active, &sequence{request: wire.Request{ID: x.active[i : i+1]}, choice: i})
+			}
+			got := -1
+			if v := victim(active); v != nil {
+				got = v.choice
+			}
+			if got != x.want {
+				t.Errorf("victim %d, want %d", got, x.want)
+			}
+		})
+	}
+}

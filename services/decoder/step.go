@@ -1,0 +1,195 @@
+package decoder
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
+)
+
+// ahead is how many positions before its slabs are full a sequence asks for the next one.
+const ahead = 64
+
+// run is the step loop until stop is closed. Sequences are dropped, and their memory unmapped, only between steps.
+func (d *decoder) run() {
+	var (
+		batch           []engine.Seq
+		taken, finished []*sequence
+	)
+	for idle := false; d.listen(idle); {
+		batch, taken = d.form(batch[:0], taken[:0])
+		idle = len(batch) == 0
+		if idle {
+			continue
+		}
+		start := time.Now()
+		logits, err := d.text.Forward(batch)
+		d.Metrics.Step.Observe(time.Since(start).Seconds())
+		d.Metrics.Rows.Add(float64(len(batch)))
+		finished = finished[:0]
+		for i, s := range taken {
+			if err != nil {
+				d.drop(s, fmt.Errorf("computing a token: %w", err))
+				continue
+			}
+			if err := d.advance(s, logits[i]); err != nil {
+				d.drop(s, err)
+				continue
+			}
+			if s.finish() != wire.FinishNone {
+				finished = append(finished, s)
+			}
+		}
+		if err := d.outbox.flush(d.Bus); err != nil {
+			d.Log.Warn("sending tokens", "error", err)
+		}
+		for _, s := range finished {
+			d.drop(s, nil)
+		}
+	}
+}
+
+// listen runs what others have asked for; with wait it blocks until there is something. It returns false when the
+// loop shall end.
+func (d *decoder) listen(wait bool) bool {
+	if wait {
+		select {
+		case f := <-d.inbox:
+			f()
+		case <-d.stop:
+			return false
+		}
+	}
+	for {
+		select {
+		case f := <-d.inbox:
+			f()
+		case <-d.stop:
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+// add takes a sequence into the loop, unless its end has come first. A claim that this instance held on it before is
+// void: its sequence goes.
+func (d *decoder) add(s *sequence) {
+	if d.Ended(s.request.ID, s.choice) {
+		s.done <- mem.ErrEnded
+		return
+	}
+	if old := d.live[s.key()]; old != nil {
+		d.drop(old, mem.ErrFenced)
+	}
+	d.live[s.key()] = s
+	d.active = append(d.active, s)
+}
+
+// drop takes a sequence out of the loop and ends it with err, nil for a complete answer.
+func (d *decoder) drop(s *sequence, err error) {
+	if d.live[s.key()] != s {
+		return
+	}
+	delete(d.live, s.key())
+	for i, a := range d.active {
+		if a == s {
+			d.active = append(d.active[:i], d.active[i+1:]...)
+			break
+		}
+	}
+	s.release()
+	s.done <- err
+}
+
+// end drops what a done event names.
+func (d *decoder) end(request string, choice int) {
+	for k, s := range d.live {
+		if k.request == request && (choice < 0 || k.choice == choice) {
+			d.drop(s, mem.ErrEnded)
+		}
+	}
+}
+
+// form makes the next batch: one token of every sequence that is neither parked nor waiting for memory.
+func (d *decoder) form(batch []engine.Seq, taken []*sequence) ([]engine.Seq, []*sequence) {
+	limit := d.text.Limits().Seqs
+	for i := 0; i < len(d.active) && len(batch) < limit; {
+		s := d.active[i]
+		ready, err := d.prepare(s)
+		if err != nil {
+			d.drop(s, err) // the next one is at i now
+			continue
+		}
+		i++
+		if !ready {
+			continue
+		}
+		s.input[0] = s.last
+		batch = append(batch, engine.Seq{Tokens: s.input[:], Pos: s.position(), Delta: s.delta, Blocks: s.kv.Blocks, Want: true})
+		taken = append(taken, s)
+	}
+	return batch, taken
+}
+
+// position is where the newest token stands in the sequence, and its KV will.
+func (s *sequence) position() int { return len(s.spec.Prompt) + s.answer - 1 }
+
+// prepare makes room for the next step, and sends for what is needed soon: a slab before its own are full, a
+// confirmation before its window is. It reports whether the sequence can take the step.
+func (d *decoder) prepare(s *sequence) (bool, error) {
+	if !s.claim.Held() {
+		return false, mem.ErrFenced
+	}
+	pos := s.position()
+	if need := min(pos+1+ahead, len(s.spec.Prompt)+s.spec.Sampling.MaxTokens); s.kv.Room() < need && !s.growing {
+		s.growing = true
+		s.errand(func(ctx context.Context) { d.grow(ctx, s) })
+	}
+	if s.answer-s.confirmed >= window/2 && !s.asking {
+		s.asking = true
+		next := s.answer
+		s.errand(func(ctx context.Context) { d.confirm(ctx, s, next) })
+	}
+	if s.answer-s.confirmed >= window || s.kv.Room() <= pos {
+		return false, nil
+	}
+	return true, s.kv.Grow(pos + 1)
+}
+
+// addSlab gives s the slab that was fetched for it.
+func (d *decoder) addSlab(s *sequence, o *hbm.Object) {
+	s.growing = false
+	switch {
+	case d.live[s.key()] != s:
+	case !s.claim.Held():
+		d.drop(s, mem.ErrFenced)
+	default:
+		if err := s.kv.AddSlab(o); err != nil {
+			d.drop(s, err)
+		}
+	}
+}
+
+// advance books a computed step of s: KV was written by the forward pass; then come the record, the commit and the
+// message.
+func (d *decoder) advance(s *sequence, logits []float32) error {
+	if !s.claim.Held() {
+		return mem.ErrFenced
+	}
+	pos := s.position()
+	s.kv.Seal(pos, pos+1)
+	rec, lp := stage.Draw(s.sampler, &s.spec.Sampling, logits, s.answer)
+	if err := s.kv.Log.Append(rec); err != nil {
+		return err
+	}
+	s.last = rec.Token
+	s.answer++
+	d.outbox.add(s, lp)
+	return nil
+}

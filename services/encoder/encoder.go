@@ -1,0 +1,256 @@
+// Package encoder is the encode stage: pixels to multimodal tokens. One message is one picture; a request's pictures
+// are taken by whichever encoders are idle (intra-request parallelism, arXiv:2501.05460 section 3.2.2). It decodes and
+// resizes the picture, runs the vision encoder, seals the MM object, and marks the join record; whoever completes that
+// publishes the prefill message. A picture that is in the node's cache of MM objects is not encoded.
+package encoder
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/imageprep"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
+)
+
+// slots is how many pictures an encoder works on at once: while one is on the NPU, the next is fetched and decoded.
+const slots = 2
+
+// Encoder is the running stage.
+type Encoder struct {
+	*stage.Stage
+	prep    imageprep.Config
+	decoder *decoder
+
+	mu     sync.Mutex // guards engine: one picture at a time
+	engine *engine.Encoder
+}
+
+// Run opens a stage process and serves the encode queue until ctx ends: Serve for those who have no stage open, as tests
+// do; the command opens its own. It returns an error when it cannot start or loses the HMM.
+func Run(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
+	s, err := stage.Open(ctx, stage.Encode, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return Serve(ctx, s)
+}
+
+// Serve runs the encode stage on an open stage process.
+func Serve(ctx context.Context, s *stage.Stage) error {
+	if s.Model.Vision == nil {
+		return fmt.Errorf("model %s has no vision encoder: it needs no encode stage", s.Model.Name)
+	}
+	prep, err := imageprep.LoadConfig(s.Dir())
+	if err != nil {
+		return err
+	}
+	v := s.Model.Vision
+	if prep.PatchSize != v.Patch || prep.TemporalPatchSize != v.Temporal || prep.MergeSize != v.Merge {
+		return fmt.Errorf("preprocessor_config.json has patches of %d, %d frames, merge %d; config.json %d, %d, %d",
+			prep.PatchSize, prep.TemporalPatchSize, prep.MergeSize, v.Patch, v.Temporal, v.Merge)
+	}
+	e := &Encoder{Stage: s, prep: prep, decoder: newDecoder(prep)}
+	if e.engine, err = engine.NewEncoder(s.Model, s.Weights, s.Compute, prep.MaxPixels/(v.Patch*v.Patch)); err != nil {
+		return err
+	}
+	return s.Serve(ctx, slots, e.handle)
+}
+
+func (e *Encoder) handle(ctx context.Context, d *bus.Delivery) {
+	var m wire.Encode
+	if err := wire.Unmarshal(d.Data, &m); err != nil {
+		e.Log.Error("dropping a message that is no encode message", "error", err)
+		_ = d.Ack(ctx)
+		return
+	}
+	claim, err := e.HBM.Claim(ctx, hbm.Part{
+		Request: m.Request.ID, Attempt: m.Request.Attempt, Left: m.Request.Left, Stage: stage.Encode, Part: m.Part,
+	}, d.Reply)
+	if err == nil {
+		err = e.encode(ctx, &m, claim)
+	}
+	e.Settle(ctx, d, m.Request, claim, err)
+}
+
+// encode makes the MM object of one picture and marks it in the join record.
+func (e *Encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) error {
+	key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
+	join, err := e.Bus.Join(ctx, key)
+	if errors.Is(err, bus.ErrNoJoin) {
+		return fmt.Errorf("join record %s is gone: %w", key, mem.ErrEnded)
+	}
+	if err != nil {
+		return err
+	}
+	if m.Part < 0 || m.Part >= len(join.Have) {
+		return fmt.Errorf("picture %d of a request of %d", m.Part, len(join.Have))
+	}
+	if !join.Have[m.Part] { // else an earlier holder of the claim died between its mark and its ack
+		handle, hit, err := e.object(ctx, m, claim)
+		if err != nil {
+			return err
+		}
+		if !claim.Held() {
+			return mem.ErrFenced
+		}
+		join, err = e.Bus.MarkJoin(ctx, key, m.Part, handle, hit)
+		if errors.Is(err, bus.ErrNoJoin) {
+			return fmt.Errorf("join record %s is gone: %w", key, mem.ErrEnded)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if !join.Complete() {
+		return nil
+	}
+	if !claim.Held() {
+		return mem.ErrFenced
+	}
+	id := fmt.Sprintf("%s.%d.p", m.Request.ID, m.Request.Attempt)
+	if err := e.Bus.Publish(ctx, stage.Prefill, m.Request.ID, id, &join.Prefill); err != nil {
+		return fmt.Errorf("publishing the prefill message: %w", err)
+	}
+	return nil
+}
+
+// maxWait bounds the wait for another encoder that works on the same picture for another request.
+const maxWait = 20 * time.Second
+
+// object returns the picture's sealed MM object, held by the request: the cached one (hit), or a new one, which is then
+// cached. While another encoder makes it, it is waited for; if that one fails, one of those who wait makes it.
+func (e *Encoder) object(ctx context.Context, m *wire.Encode, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
+	grid, err := e.grid(m)
+	if err != nil {
+		return mem.Handle{}, false, err
+	}
+	found, ticket, err := e.HBM.FindMM(ctx, e.key(m), stage.Ref(m.Request), claim, min(maxWait, m.Request.Left))
+	if err != nil {
+		return mem.Handle{}, false, fmt.Errorf("looking for picture %d in the cache: %w", m.Part+1, err)
+	}
+	if found != nil {
+		return *found, true, nil
+	}
+	obj, handle, err := e.produce(ctx, m, grid, claim)
+	defer e.Free(ctx, obj)
+	if ticket != nil {
+		e.settleTicket(ctx, ticket, obj)
+	}
+	return handle, false, err
+}
+
+// settleTicket publishes obj under the ticket, or gives the ticket back when there is none. Failing to do so costs only
+// the cache.
+func (e *Encoder) settleTicket(ctx context.Context, ticket *hbm.Ticket, obj *hbm.Object) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	var err error
+	if obj != nil {
+		err = e.HBM.PublishMM(ctx, ticket, obj)
+	} else {
+		err = e.HBM.AbandonMM(ctx, ticket)
+	}
+	if err != nil && !errors.Is(err, mem.ErrFenced) && !errors.Is(err, mem.ErrLost) {
+		e.Log.Warn("caching a picture", "error", err)
+	}
+}
+
+// key names what the picture becomes: its bytes, all that turns them into an MM object, and who may share that.
+func (e *Encoder) key(m *wire.Encode) hbm.Key {
+	prep := e.prep.Digest()
+	h := sha256.New()
+	fmt.Fprintf(h, "trireme mm 1 %x %x %x %v %q %q", m.Content, prep, m.Model, m.Grid, e.Compute.Digest(), m.Salt)
+	return hbm.Key(h.Sum(nil))
+}
+
+// grid checks that the message is one for this encoder.
+func (e *Encoder) grid(m *wire.Encode) (engine.Grid, error) {
+	if m.Model != e.Model.Digest {
+		return engine.Grid{}, &stage.Fault{Status: 500, Err: fmt.Errorf("request is for model %x, this instance runs %x",
+			m.Model[:6], e.Model.Digest[:6])}
+	}
+	grid := engine.Grid{T: m.Grid[0], H: m.Grid[1], W: m.Grid[2]}
+	limit, merge := e.prep.MaxPixels/(e.prep.PatchSize*e.prep.PatchSize), e.Model.Vision.Merge
+	if grid.T != 1 || grid.H < 1 || grid.W < 1 || grid.H > limit || grid.W > limit || grid.Patches() > limit ||
+		grid.H%merge != 0 || grid.W%merge != 0 {
+		return engine.Grid{}, &stage.Fault{Status: 500, Err: fmt.Errorf("picture %d has a patch grid of %v", m.Part+1, m.Grid)}
+	}
+	return grid, nil
+}
+
+// produce encodes the picture into a sealed MM object: this process' own until it is sealed, then held by the request too.
+// The caller frees it; it is nil when there is an error.
+func (e *Encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) (*hbm.Object, mem.Handle, error) {
+	pixels, err := e.pixels(ctx, m, grid)
+	if err != nil {
+		return nil, mem.Handle{}, err
+	}
+	tokens, levels := e.engine.Tokens(grid), e.Model.Vision.Levels()
+	objs, err := e.HBM.Alloc(ctx, hbm.Spec{
+		Kind: mem.KindMM, NPU: e.NPU, Bytes: int64(e.engine.Floats(grid)) * 4,
+		Shape: []int{levels, tokens, e.Model.Text.Hidden},
+	})
+	if err != nil {
+		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
+	}
+	if err := e.compute(objs[0].Floats(), pixels, grid, claim); err != nil {
+		e.Free(ctx, objs...)
+		return nil, mem.Handle{}, fmt.Errorf("encoding picture %d: %w", m.Part, err)
+	}
+	handles, err := e.HBM.Seal(ctx, stage.Ref(m.Request), objs...)
+	if err != nil {
+		e.Free(ctx, objs...)
+		return nil, mem.Handle{}, fmt.Errorf("sealing the MM object: %w", err)
+	}
+	return objs[0], handles[0], nil
+}
+
+// pixels decodes the picture into patches [patches, PatchDim].
+func (e *Encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) ([]float32, error) {
+	src, err := e.HBM.Attach(ctx, mem.ReadOnly, -1, m.Pixels)
+	if err != nil {
+		return nil, fmt.Errorf("attaching picture %d: %w", m.Part, err)
+	}
+	defer e.Free(ctx, src...)
+	if err := src[0].Verify(); err != nil {
+		return nil, fmt.Errorf("reading picture %d: %w", m.Part, err)
+	}
+	pixels := make([]float32, grid.Patches()*e.prep.PatchDim())
+	got, err := e.decoder.decode(ctx, src[0].Bytes(), pixels)
+	if cause := ctx.Err(); err != nil && cause != nil {
+		return nil, cause
+	}
+	if err != nil {
+		return nil, &stage.Fault{Status: 400, Param: wire.PictureParam(m.Part), Err: err}
+	}
+	if (engine.Grid{T: got.T, H: got.H, W: got.W}) != grid {
+		return nil, &stage.Fault{Status: 400, Param: wire.PictureParam(m.Part), Err: fmt.Errorf(
+			"its header promised a patch grid of %v, its content has %v", m.Grid, got)}
+	}
+	return pixels, nil
+}
+
+// compute runs the vision encoder, unless the claim was lost while another picture was on the NPU.
+func (e *Encoder) compute(out, pixels []float32, grid engine.Grid, claim *hbm.Claim) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !claim.Held() {
+		return mem.ErrFenced
+	}
+	start := time.Now()
+	err := e.engine.Encode(out, pixels, grid)
+	e.Metrics.Step.Observe(time.Since(start).Seconds())
+	e.Metrics.Rows.Add(float64(grid.Patches()))
+	return err
+}

@@ -1,0 +1,216 @@
+package prefill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/engine/sample"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/kv"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
+)
+
+// job is one request in work. After it was added, the loop owns it until done is sent.
+type job struct {
+	request wire.Request
+	spec    *wire.Spec
+	claim   *hbm.Claim
+	rope    [][3]int32 // M-RoPE position of each prompt token
+	delta   int        // position of token i >= len(prompt) is i+delta
+	visual  []picture
+	choices []choice
+	mm      []*hbm.Object // mapped for reading
+	hits    int           // pictures that were in the MM cache
+	memory  []*hbm.Object // KV and logs
+	keys    []hbm.Key     // of the prompt's full KV blocks
+	prefix  stage.Prefix  // of the prompt, from the cache; its slabs are in memory, too
+	cached  int           // tokens of it
+	left    int           // choices whose first token is still to come
+	done    chan error    // one value
+}
+
+// picture is one picture's planes and place in the prompt.
+type picture struct {
+	first, tokens int
+	planes        [][]float32 // device, each [tokens, hidden]
+}
+
+// choice is one of the n answers.
+type choice struct {
+	object  *hbm.Object // of the log
+	log     *kv.Log
+	slabs   []*hbm.Object // its own
+	seq     *kv.Sequence
+	sampler *sample.Sampler
+}
+
+// lane is one run of rows to compute: the prompt (and choice 0's resumed tokens), or another choice's resumed tokens.
+type lane struct {
+	job    *job
+	choice int
+	pos    int // tokens computed
+	tokens []int32
+}
+
+// resume is the tokens that choice c already has.
+func (j *job) resume(c int) []int32 {
+	if j.spec.Resume == nil {
+		return nil
+	}
+	return j.spec.Resume[c]
+}
+
+// prepare maps what is cached of the prompt and the MM objects of the rest, and allocates KV slabs and token logs. They
+// are this process' own until publish: what an instance that dies before has computed is of no use to anybody.
+func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
+	prompt := j.spec.Prompt
+	var grids []engine.Grid
+	for _, pic := range j.spec.Pictures {
+		grids = append(grids, engine.Grid{T: pic.Grid[0], H: pic.Grid[1], W: pic.Grid[2]})
+	}
+	spans, err := engine.Spans(prompt, grids, p.Model.Vision)
+	if err != nil {
+		return &stage.Fault{Status: 500, Err: err}
+	}
+	j.rope, j.delta = engine.Positions(prompt, grids, p.Model.Vision)
+
+	if err := p.allocate(ctx, j); err != nil {
+		return err
+	}
+	var wanted []mem.Handle
+	var of []int // picture of each wanted object; those wholly in the cached prefix are not needed
+	for i, s := range spans {
+		if s.Start+s.Len > j.cached {
+			wanted, of = append(wanted, mm[i]), append(of, i)
+		}
+	}
+	objs, err := p.HBM.Attach(ctx, mem.ReadOnly, p.NPU, wanted...)
+	if err != nil {
+		return fmt.Errorf("attaching MM objects: %w", err)
+	}
+	j.mm = objs
+	for n, o := range objs {
+		i := of[n]
+		if err := o.Verify(); err != nil {
+			if ferr := p.HBM.Forget(ctx, o); ferr != nil { // or the next attempt would be given it again
+				err = errors.Join(err, ferr)
+			}
+			return fmt.Errorf("picture %d: %w", i+1, err)
+		}
+		all, tokens := o.Floats(), spans[i].Len
+		plane := tokens * p.Model.Text.Hidden
+		if len(all) != plane*p.Model.Vision.Levels() {
+			return fmt.Errorf("picture %d: MM object of %d floats for %d tokens: %w", i+1, len(all), tokens, mem.ErrCorrupt)
+		}
+		pic := picture{first: spans[i].Start, tokens: tokens}
+		for l := range p.Model.Vision.Levels() {
+			pic.planes = append(pic.planes, all[l*plane:(l+1)*plane])
+		}
+		j.visual = append(j.visual, pic)
+	}
+	return nil
+}
+
+// allocate takes, for each choice, a token log and the slabs for what will be computed here and a first piece of the
+// answer; the decoder adds more as the answer grows. What is cached of the prompt takes no room.
+func (p *prefill) allocate(ctx context.Context, j *job) error {
+	s := j.spec
+	j.keys = p.BlockKeys(s, s.Prompt)
+	var err error
+	if j.prefix, err = p.Prefix(ctx, s, j.keys); err != nil {
+		return fmt.Errorf("looking for the prompt in the cache: %w", err)
+	}
+	j.memory = append(j.memory, j.prefix.Slabs...)
+	shared := len(j.prefix.Blocks)
+	shape := kv.LogShape{
+		Request: j.request.ID, Attempt: j.request.Attempt, Prompt: len(s.Prompt), MaxTokens: s.Sampling.MaxTokens,
+		MaxSlabs: kv.Slabs(len(s.Prompt)+s.Sampling.MaxTokens) + 2 + len(j.prefix.Slabs),
+		Top:      max(s.Sampling.Logprobs, 0),
+	}
+	var specs []hbm.Spec
+	slabs := make([]int, s.Choices)
+	for c := range s.Choices {
+		specs = append(specs, hbm.Spec{Kind: mem.KindLog, NPU: p.NPU, Bytes: shape.Bytes()})
+		// A fork needs room for its open block and its resumed tokens only; its prompt blocks are choice 0's.
+		positions := len(s.Prompt)%model.BlockTokens + len(j.resume(c)) + 1
+		if c == 0 {
+			positions = len(s.Prompt) + len(j.resume(0)) + 1 - shared*model.BlockTokens
+		}
+		slabs[c] = kv.Slabs(positions)
+		for range slabs[c] {
+			specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: p.NPU, Bytes: kv.SlabBytes(&p.Model.Text)})
+		}
+	}
+	objs, err := p.HBM.Alloc(ctx, specs...)
+	if err != nil {
+		return fmt.Errorf("allocating KV of %d tokens and %d choices: %w", len(s.Prompt), s.Choices, err)
+	}
+	j.memory = append(j.memory, objs...)
+	j.choices = make([]choice, s.Choices)
+	for c := range j.choices {
+		shape.Choice = c
+		ch := &j.choices[c]
+		ch.object, ch.slabs, objs = objs[0], objs[1:1+slabs[c]], objs[1+slabs[c]:]
+		if ch.log, err = kv.CreateLog(ch.object.Bytes(), shape, j.claim.Generation()); err != nil {
+			return err
+		}
+		for i, id := range j.resume(c) {
+			if err := ch.log.Append(kv.Record{Index: i, Token: id, Logprob: float32(math.NaN())}); err != nil {
+				return err
+			}
+		}
+		ch.sampler = sample.New(stage.SampleParams(&s.Sampling, c), p.space, s.Prompt, j.resume(c))
+		if c > 0 {
+			continue // forked when the prompt is computed
+		}
+		ch.seq = kv.NewSequence(&p.Model.Text, ch.log)
+		if err := p.share(ctx, j, ch.seq); err != nil {
+			return err
+		}
+		for _, sl := range ch.slabs {
+			if err := ch.seq.AddSlab(sl); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// share begins choice 0 with what is cached of the prompt.
+func (p *prefill) share(ctx context.Context, j *job, seq *kv.Sequence) error {
+	slabs := make([]kv.Slab, len(j.prefix.Slabs))
+	for i, o := range j.prefix.Slabs {
+		slabs[i] = o
+	}
+	n, err := seq.Share(slabs, j.prefix.Blocks)
+	j.cached = n * model.BlockTokens
+	if !errors.Is(err, mem.ErrCorrupt) {
+		return err
+	}
+	// The slab is forgotten, lest the next attempt is given it again. This one ends: it has no room for the blocks that it
+	// has to compute now.
+	bad := j.prefix.Slabs[j.prefix.Blocks[n].Slab]
+	return errors.Join(err, p.HBM.Forget(ctx, bad))
+}
+
+// fork starts choice c behind the computed prompt of choice 0.
+func (p *prefill) fork(j *job, c int) error {
+	ch := &j.choices[c]
+	var err error
+	ch.seq, err = j.choices[0].seq.Fork(&p.Model.Text, ch.log, len(j.spec.Prompt), ch.slabs[0], p.Compute.Copy)
+	if err != nil {
+		return fmt.Errorf("forking choice %d: %w", c, err)
+	}
+	for _, sl := range ch.slabs[1:] {
+		if err := ch.seq.AddSlab(sl); err != nil {
+			return err
+		}
+	}
+	return nil
+}

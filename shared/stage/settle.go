@@ -1,0 +1,123 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/wire"
+)
+
+const (
+	// settleTimeout bounds the settling of one delivery; what it leaves undone is done by AckWait.
+	settleTimeout = 5 * time.Second
+	// roomWait is the pause before work that found no memory is tried again, for each delivery so far, up to
+	// maxRoomWait: room comes when others end, or give theirs up.
+	roomWait    = 100 * time.Millisecond
+	maxRoomWait = 2 * time.Second
+	// maxRoomTries is how often work that finds no memory is tried before it is taken back to the gateway, which lets go of
+	// what the request holds already and waits for room for all of it.
+	maxRoomTries = 30
+)
+
+// ErrNoRoom is what the work on a delivery ends with that gives up its memory for the sake of others. The gateway starts
+// the request again when there is room for all of it.
+var ErrNoRoom = errors.New("no room for all")
+
+// Fault is an error whose cause is the request itself: another attempt would end the same way.
+type Fault struct {
+	Status int    // HTTP status for the client
+	Param  string // request parameter at fault, if any
+	Err    error
+}
+
+// Error returns the cause's text.
+func (f *Fault) Error() string { return f.Err.Error() }
+
+// Unwrap returns the cause.
+func (f *Fault) Unwrap() error { return f.Err }
+
+// Settle gives up the claim of a delivery whose work ended with err, and ends the delivery. claim is nil when there was
+// none to have. In this order:
+//
+//	the part was claimed by another since   nothing: the message is the other's
+//	request or attempt ended, err is nil    acked
+//	ctx ended, or the HMM is lost           handed back, to come to somebody at once
+//	no memory                               handed back, to be tried again in a moment, perhaps elsewhere; after
+//	                                        maxRoomTries as the next
+//	gives up its room                       acked after the gateway was told that the attempt found no room
+//	any other error                         acked after the gateway was told that the attempt is lost
+func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, claim *hbm.Claim, err error) {
+	io, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	defer cancel()
+	if claim != nil {
+		switch why := s.HBM.Unclaim(io, claim); {
+		case why == nil:
+		case errors.Is(why, mem.ErrFenced):
+			s.count("taken over")
+			s.Log.Info("another claim has taken over", "request", req.ID)
+			d.Drop()
+			return
+		case errors.Is(why, mem.ErrEnded): // which explains err, if there is one
+			err = why
+		default:
+			err = fmt.Errorf("%w: %w", mem.ErrLost, why)
+		}
+	}
+	switch {
+	case err == nil:
+		s.ack(io, d, req, "done")
+	case errors.Is(err, mem.ErrEnded):
+		s.ack(io, d, req, "ended")
+	case ctx.Err() != nil, errors.Is(err, mem.ErrLost):
+		s.handBack(d, req, 0, "handed back")
+	case errors.Is(err, mem.ErrFenced): // the holder before had written once more: the log is to be read again
+		s.handBack(d, req, 0, "again")
+	case errors.Is(err, mem.ErrExhausted) && d.Count <= maxRoomTries:
+		s.Log.Info("no memory for now", "request", req.ID, "error", err)
+		s.handBack(d, req, min(time.Duration(d.Count)*roomWait, maxRoomWait), "no memory")
+	case errors.Is(err, ErrNoRoom), errors.Is(err, mem.ErrExhausted):
+		s.tellLost(req, err)
+		s.ack(io, d, req, "no room")
+	default:
+		s.tellLost(req, err)
+		s.ack(io, d, req, "lost")
+	}
+}
+
+func (s *Stage) ack(ctx context.Context, d *bus.Delivery, req wire.Request, outcome string) {
+	s.count(outcome)
+	if err := d.Ack(ctx); err != nil {
+		s.Log.Warn("acknowledging", "request", req.ID, "error", err)
+		d.Drop() // AckWait delivers it again
+	}
+}
+
+func (s *Stage) handBack(d *bus.Delivery, req wire.Request, delay time.Duration, outcome string) {
+	s.count(outcome)
+	if err := d.Nak(delay); err != nil {
+		s.Log.Warn("handing work back", "request", req.ID, "error", err)
+	}
+}
+
+func (s *Stage) count(outcome string) { s.Metrics.Work.WithLabelValues(outcome).Inc() }
+
+func (s *Stage) tellLost(req wire.Request, err error) {
+	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500}
+	if f := (*Fault)(nil); errors.As(err, &f) {
+		m.Final, m.Status, m.Param = true, f.Status, f.Param
+		s.Log.Info("request is at fault", "request", req.ID, "error", err)
+	} else if errors.Is(err, ErrNoRoom) || errors.Is(err, mem.ErrExhausted) {
+		m.NoRoom = true
+		s.Log.Info("no room for a request for now", "request", req.ID, "attempt", req.Attempt, "error", err)
+	} else {
+		s.Log.Warn("attempt is lost", "request", req.ID, "attempt", req.Attempt, "error", err)
+	}
+	if err := s.Bus.Send(wire.SubjectLost(req.Gateway), &m); err != nil {
+		s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "error", err)
+	}
+}

@@ -1,0 +1,384 @@
+package stage_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"go.uber.org/goleak"
+
+	"trireme.dev/services/hmm"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/stagetest"
+	"trireme.dev/shared/wire"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func serveHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {
+	return hmm.Run(ctx, hmm.Config{Socket: socket, Node: "n", NPUs: 4, NPUBytes: 1 << 20, HostBytes: 1 << 20, NATS: conn}, log)
+}
+
+type rig struct {
+	*stagetest.Rig
+	*testing.T
+	gateway *stagetest.Gateway
+}
+
+func newRig(t *testing.T, ackWait time.Duration) *rig {
+	t.Helper()
+	r := &rig{Rig: stagetest.New(t, serveHMM, ackWait), T: t}
+	r.gateway = r.Gateway()
+	return r
+}
+
+// stage starts a decode stage whose work on a message is do; it claims and settles.
+func (r *rig) stage(do func(ctx context.Context, s *stage.Stage, req wire.Request, claim *hbm.Claim) error) (*stage.Stage, func()) {
+	r.Helper()
+	return r.Open(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
+		return s.Serve(ctx, 2, func(ctx context.Context, d *bus.Delivery) {
+			var m wire.Decode
+			if err := wire.Unmarshal(d.Data, &m); err != nil {
+				r.Error(err)
+			}
+			claim, err := s.HBM.Claim(ctx, part(m.Request), d.Reply)
+			if err == nil {
+				err = do(ctx, s, m.Request, claim)
+			}
+			s.Settle(ctx, d, m.Request, claim, err)
+		})
+	})
+}
+
+func part(req wire.Request) hbm.Part {
+	return hbm.Part{Request: req.ID, Attempt: req.Attempt, Stage: stage.Decode, Left: req.Left}
+}
+
+// publish puts a message of a new request on the queue.
+func (r *rig) publish() wire.Request {
+	r.Helper()
+	req := r.Request(r.gateway.ID)
+	r.Publish(stage.Decode, req.ID, &wire.Decode{Request: req})
+	return req
+}
+
+// Every way in which work can end, with the claim still held, and what becomes of the message.
+func TestSettle(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	fault := &stage.Fault{Status: 400, Param: "messages", Err: errors.New("bad picture")}
+	for name, x := range map[string]struct {
+		err     error // of the first try; later ones succeed
+		outcome string
+		tries   int32
+		lost    *wire.Lost
+	}{
+		"done":         {nil, "done", 1, nil},
+		"ended":        {fmt.Errorf("attaching: %w", mem.ErrEnded), "ended", 1, nil},
+		"no memory":    {fmt.Errorf("allocating: %w", mem.ErrExhausted), "no memory", 2, nil},
+		"old writer":   {fmt.Errorf("appending: %w", mem.ErrFenced), "again", 2, nil},
+		"HMM is lost":  {fmt.Errorf("attaching: %w", mem.ErrLost), "handed back", 2, nil},
+		"wrong bytes":  {fmt.Errorf("reading: %w", mem.ErrCorrupt), "lost", 1, &wire.Lost{Attempt: 1, Status: 500}},
+		"gives up":     {fmt.Errorf("growing: %w", stage.ErrNoRoom), "no room", 1, &wire.Lost{Attempt: 1, Status: 500, NoRoom: true}},
+		"client fault": {fmt.Errorf("reading: %w", fault), "lost", 1, &wire.Lost{Attempt: 1, Final: true, Status: 400, Param: "messages"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var tries atomic.Int32
+			s, stop := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error {
+				if tries.Add(1) == 1 {
+					return x.err
+				}
+				return nil
+			})
+			defer stop()
+			r.gateway = r.Gateway()
+			req := r.publish()
+			r.Until("it is settled", func() bool { return tries.Load() == x.tries })
+			r.Empty(stage.Decode)
+			if r.Outcomes(s, x.outcome) != 1 {
+				t.Errorf("not settled as %q", x.outcome)
+			}
+			if x.lost == nil {
+				r.gateway.NothingLost()
+			} else {
+				want := *x.lost
+				want.Request, want.Why = req.ID, x.err.Error()
+				if got := r.gateway.Lost(1)[0]; got != want {
+					t.Errorf("gateway was told %+v, want %+v", got, want)
+				}
+			}
+			r.Done(req.ID, -1)
+			r.NoMemory()
+		})
+	}
+}
+
+// When the claim is not held any more, what took it away counts, and not how the work ended: a later claim keeps the
+// message; an end of the request or of the attempt makes it go.
+func TestSettleWithoutTheClaim(t *testing.T) {
+	r := newRig(t, stagetest.Short)
+	later := func(s *stage.Stage, req wire.Request) error {
+		_, err := r.HBM.Claim(context.Background(), part(req), "nowhere")
+		return err
+	}
+	laterAndGone := func(s *stage.Stage, req wire.Request) error {
+		claim, err := r.HBM.Claim(context.Background(), part(req), "nowhere")
+		return errors.Join(err, r.HBM.Unclaim(context.Background(), claim))
+	}
+	attempt := func(s *stage.Stage, req wire.Request) error {
+		p := part(req)
+		p.Attempt++
+		_, err := r.HBM.Claim(context.Background(), p, "nowhere")
+		return err
+	}
+	end := func(s *stage.Stage, req wire.Request) error { return s.HBM.End(context.Background(), req.ID) }
+	for name, x := range map[string]struct {
+		lose    func(*stage.Stage, wire.Request) error
+		err     error
+		outcome string
+		tries   int32
+	}{
+		"later claim":                 {later, nil, "taken over", 2},
+		"later claim, after an error": {later, mem.ErrCorrupt, "taken over", 2},
+		"later claim, given up":       {laterAndGone, nil, "taken over", 2},
+		"request ended":               {end, mem.ErrFenced, "ended", 1},
+		"request ended, with error":   {end, mem.ErrGone, "ended", 1},
+		"newer attempt":               {attempt, mem.ErrFenced, "ended", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var tries atomic.Int32
+			s, stop := r.stage(func(_ context.Context, s *stage.Stage, req wire.Request, _ *hbm.Claim) error {
+				if tries.Add(1) > 1 {
+					return nil // after AckWait
+				}
+				if err := x.lose(s, req); err != nil {
+					t.Error(err)
+				}
+				return x.err
+			})
+			defer stop()
+			req := r.publish()
+			r.Until("it is settled", func() bool { return r.Outcomes(s, x.outcome) == 1 })
+			if _, taken := r.Queue(stage.Decode); x.tries == 2 && taken != 1 && tries.Load() == 1 {
+				t.Errorf("%d messages in work after a takeover", taken)
+			}
+			r.Empty(stage.Decode)
+			if tries.Load() != x.tries {
+				t.Errorf("%d tries, want %d", tries.Load(), x.tries)
+			}
+			r.gateway.NothingLost()
+			r.Done(req.ID, -1)
+			r.NoMemory()
+		})
+	}
+}
+
+// A stage that is told to stop waits for its handlers and hands back what they have not finished.
+func TestServeStopsInOrder(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	entered := make(chan struct{}, 8)
+	var returned atomic.Int32
+	s, stop := r.stage(func(ctx context.Context, _ *stage.Stage, _ wire.Request, _ *hbm.Claim) error {
+		entered <- struct{}{}
+		<-ctx.Done()
+		returned.Add(1)
+		return ctx.Err()
+	})
+	for range 3 {
+		r.publish()
+	}
+	<-entered
+	<-entered
+	instances, err := r.Bus.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Until("its heartbeat says what it does", func() bool {
+		all := instances.Role(stage.Decode)
+		return len(all) == 1 && all[0].ID == s.ID && all[0].Ready && all[0].Running == 2 && all[0].Node == "n" &&
+			slices.Equal(all[0].NPUs, []int{s.NPU})
+	})
+	if waiting, taken := r.Queue(stage.Decode); waiting != 1 || taken != 2 {
+		t.Errorf("with 2 slots %d messages are in work and %d wait", taken, waiting)
+	}
+	stop()
+	r.Until("its heartbeat is gone", func() bool { return len(instances.Role(stage.Decode)) == 0 })
+	if returned.Load() != 2 || r.Outcomes(s, "handed back") != 2 || s.Ready() {
+		t.Errorf("%d handlers returned, %d messages handed back", returned.Load(), r.Outcomes(s, "handed back"))
+	}
+	var tries atomic.Int32
+	r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { tries.Add(1); return nil })
+	r.Empty(stage.Decode)
+	if tries.Load() != 3 {
+		t.Errorf("%d messages came to the next stage", tries.Load())
+	}
+}
+
+// A stage that loses the HMM ends with an error, and its handlers' contexts end.
+func TestServeEndsWithoutTheHMM(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s, err := stage.Open(t.Context(), stage.Decode, r.Stage, r.Rig.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	entered := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.Serve(t.Context(), 2, func(ctx context.Context, d *bus.Delivery) {
+			close(entered)
+			<-ctx.Done()
+			s.Settle(ctx, d, wire.Request{}, nil, ctx.Err())
+		})
+	}()
+	r.publish()
+	<-entered
+	r.StopHMM()
+	if err := <-ended; !errors.Is(err, mem.ErrLost) {
+		t.Errorf("Serve returned %v", err)
+	}
+	r.Until("the message is handed back", func() bool {
+		waiting, taken := r.Queue(stage.Decode)
+		return waiting == 0 && taken == 1 && r.Outcomes(s, "handed back") == 1
+	})
+}
+
+// take takes n messages as an instance that dies when its client is closed.
+func (r *rig) take(n int) *hbm.Client {
+	r.Helper()
+	client, err := hbm.Dial(r.Context(), r.Stage.HMM, hbm.Hello{Instance: "dying", Role: stage.Decode})
+	if err != nil {
+		r.Fatal(err)
+	}
+	consumer, err := r.Bus.Consumer(r.Context(), stage.Decode)
+	if err != nil {
+		r.Fatal(err)
+	}
+	for taken := 0; taken < n; {
+		got, err := consumer.Next(r.Context(), n-taken, time.Second)
+		if err != nil {
+			r.Fatal(err)
+		}
+		for _, d := range got {
+			var m wire.Decode
+			if err := wire.Unmarshal(d.Data, &m); err != nil {
+				r.Fatal(err)
+			}
+			if _, err := client.Claim(r.Context(), part(m.Request), d.Reply); err != nil {
+				r.Fatal(err)
+			}
+			d.Drop()
+		}
+		taken += len(got)
+	}
+	return client
+}
+
+// What a gone instance had claimed comes to a sibling at once, and once, although all siblings are told; so does what
+// was left before a stage starts.
+func TestTakeOver(t *testing.T) {
+	const messages = 4
+	for name, siblings := range map[string]bool{"siblings": true, "next to start": false} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, stagetest.Long)
+			for range messages {
+				r.publish()
+			}
+			dying := r.take(messages)
+			var tries atomic.Int32
+			gate := make(chan struct{}) // so that a message that came twice would meet itself
+			work := func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { tries.Add(1); <-gate; return nil }
+			start := func() {
+				r.stage(work)
+				r.stage(work)
+			}
+			if siblings {
+				start()
+			}
+			if err := dying.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if !siblings {
+				start()
+			}
+			r.Until("all are in work", func() bool { return tries.Load() == messages })
+			if o, err := r.HBM.Orphans(t.Context(), stage.Decode); err != nil || len(o) > 0 {
+				t.Errorf("orphans that nobody took: %v, %v", o, err)
+			}
+			close(gate)
+			r.Empty(stage.Decode)
+			if n := tries.Load(); n != messages {
+				t.Errorf("%d messages were worked on %d times", messages, n)
+			}
+		})
+	}
+}
+
+// Done events are remembered for a request and for a choice of it.
+func TestEnded(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	var told atomic.Int32
+	s, err := stage.Open(t.Context(), stage.Decode, r.Stage, r.Rig.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.OnEnd(func(wire.Done) { told.Add(1) })
+	r.Go("stage", func(ctx context.Context) error {
+		defer s.Close()
+		return s.Serve(ctx, 1, func(context.Context, *bus.Delivery) {})
+	})
+	r.Until("it is ready", s.Ready)
+	r.Done("a", -1)
+	r.Done("b", 2)
+	if err := r.Bus.Conn().Publish(wire.SubjectDone, []byte("no event")); err != nil {
+		t.Fatal(err)
+	}
+	r.Until("both are known", func() bool { return told.Load() == 2 })
+	for _, x := range []struct {
+		request string
+		choice  int
+		want    bool
+	}{{"a", -1, true}, {"a", 0, true}, {"a", 5, true}, {"b", 2, true}, {"b", 1, false}, {"b", -1, false}, {"c", -1, false}} {
+		if got := s.Ended(x.request, x.choice); got != x.want {
+			t.Errorf("%s/%d ended: %v", x.request, x.choice, got)
+		}
+	}
+}
+
+// A stage process has the model, an NPU of its own, and a heartbeat that says so; without NPUs it does not start.
+func TestOpen(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	cfg := r.Stage
+	cfg.Cache = t.TempDir()
+	var npus []int
+	for range 3 {
+		s, err := stage.Open(t.Context(), stage.Prefill, cfg, r.Rig.Log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		npus = append(npus, s.NPU)
+		if s.Model.Digest != r.Model.Config.Digest || s.ID == "" || s.Ready() {
+			t.Errorf("stage %q of model %s, ready %v", s.ID, s.Model.Name, s.Ready())
+		}
+	}
+	slices.Sort(npus)
+	if !slices.Equal(npus, []int{1, 2, 3}) { // the test has 0
+		t.Errorf("NPUs %v", npus)
+	}
+	if _, err := stage.Open(t.Context(), stage.Prefill, cfg, r.Rig.Log); !errors.Is(err, mem.ErrExhausted) {
+		t.Errorf("a fifth stage on four NPUs: %v", err)
+	}
+	cfg.Model = t.TempDir()
+	if _, err := stage.Open(t.Context(), stage.Prefill, cfg, r.Rig.Log); err == nil {
+		t.Error("a stage starts without a model")
+	}
+}
