@@ -1,0 +1,249 @@
+package admission
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+func TestCreditsAndOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
+		g.SetCapacity(100)
+		first, err := g.Acquire(t.Context(), 1, 80)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var mu sync.Mutex
+		var order []int
+		releases := make(chan *Credit, 3)
+		for i, bytes := range []int64{50, 10, 500} { // the small one must not overtake, the huge one runs alone
+			go func() {
+				credit, err := g.Acquire(t.Context(), 1, bytes)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				order = append(order, i)
+				mu.Unlock()
+				releases <- credit
+			}()
+			synctest.Wait()
+		}
+		if open, waiting := g.Load(); open != 1 || waiting != 3 {
+			t.Fatalf("open %d, waiting %d", open, waiting)
+		}
+		first.Release()
+		first.Release() // twice is once
+		synctest.Wait()
+		if open, waiting := g.Load(); open != 2 || waiting != 1 {
+			t.Fatalf("open %d, waiting %d", open, waiting)
+		}
+		(<-releases).Release()
+		(<-releases).Release()
+		synctest.Wait()
+		(<-releases).Release()
+		if open, _ := g.Load(); open != 0 || order[2] != 2 {
+			t.Fatalf("open %d, order %v", open, order)
+		}
+	})
+}
+
+func TestCreditsGrow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
+		g.SetCapacity(100)
+		first, err := g.Acquire(t.Context(), 1, 50)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first.Grow(60)
+		let := make(chan *Credit)
+		go func() {
+			credit, err := g.Acquire(t.Context(), 1, 50)
+			if err != nil {
+				t.Error(err)
+			}
+			let <- credit
+		}()
+		synctest.Wait()
+		if _, waiting := g.Load(); waiting != 1 {
+			t.Fatal("let in although the first has grown over all there is")
+		}
+		first.Release()
+		first.Grow(1000) // too late to count
+		second := <-let
+		second.Release()
+		if g.used != 0 {
+			t.Errorf("%d bytes left behind", g.used)
+		}
+	})
+}
+
+// One that exchanges its credit holds nothing while it waits, stands in line with everyone, is never refused, and is
+// let in with all that it asked for.
+func TestExchange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
+		g.SetCapacity(100)
+		acquire := func(bytes int64) *Credit {
+			c, err := g.Acquire(t.Context(), 1, bytes)
+			if err != nil {
+				t.Error(err)
+			}
+			return c
+		}
+		a, b := acquire(40), acquire(40)
+		a.Grow(20)
+		early := make(chan *Credit, 1)
+		go func() { early <- acquire(30) }() // was there first
+		synctest.Wait()
+		exchanged := make(chan error, 1)
+		go func() { exchanged <- b.Exchange(t.Context(), 90) }()
+		synctest.Wait()
+		if open, waiting := g.Load(); open != 2 || waiting != 1 || g.used != 90 {
+			t.Fatalf("open %d, waiting %d, %d bytes; want the early one let in, the other waiting", open, waiting, g.used)
+		}
+		time.Sleep(10 * time.Minute) // longer than any new request waits
+		late := make(chan *Credit, 1)
+		go func() { late <- acquire(5) }() // fits, but must not overtake
+		synctest.Wait()
+		(<-early).Release()
+		synctest.Wait()
+		if _, waiting := g.Load(); waiting != 2 {
+			t.Fatalf("%d waiting", waiting)
+		}
+		a.Release()
+		if err := <-exchanged; err != nil {
+			t.Fatal(err)
+		}
+		l := <-late
+		if g.used != 95 {
+			t.Errorf("%d bytes in use", g.used)
+		}
+		b.Release()
+		l.Release()
+		if open, _ := g.Load(); open != 0 || g.used != 0 {
+			t.Errorf("%d open, %d bytes at the end", open, g.used)
+		}
+	})
+}
+
+func TestExchangeGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
+		g.SetCapacity(100)
+		both, err := g.Acquire(t.Context(), 2, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		half := both.Split(1, 30)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if err := half.Exchange(ctx, 60); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		half.Release() // holds nothing any more
+		if open, waiting := g.Load(); open != 1 || waiting != 0 || g.used != 70 {
+			t.Errorf("open %d, waiting %d, %d bytes", open, waiting, g.used)
+		}
+		both.Release()
+		if open, _ := g.Load(); open != 0 || g.used != 0 {
+			t.Errorf("%d open, %d bytes at the end", open, g.used)
+		}
+	})
+}
+
+func TestRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := New(Limits{Requests: 1, Queue: 1, Wait: 30 * time.Second}, time.Now)
+		for range 20 { // credits come back every four seconds
+			credit, err := g.Acquire(t.Context(), 1, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(4 * time.Second)
+			credit.Release()
+		}
+		credit, err := g.Acquire(t.Context(), 1, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		waited := make(chan error)
+		go func() {
+			_, err := g.Acquire(t.Context(), 1, 0)
+			waited <- err
+		}()
+		synctest.Wait()
+		var refusal *Refusal
+		if _, err := g.Acquire(t.Context(), 1, 0); !errors.As(err, &refusal) || refusal.RetryAfter != 8*time.Second {
+			t.Errorf("queue is full: %v", err)
+		}
+		if err := <-waited; !errors.Is(err, ErrFull) || time.Since(began) != 30*time.Second {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			_, err := g.Acquire(ctx, 1, 0)
+			waited <- err
+		}()
+		synctest.Wait()
+		cancel()
+		if err := <-waited; !errors.Is(err, context.Canceled) {
+			t.Errorf("client gone: %v", err)
+		}
+		credit.Release()
+		if open, waiting := g.Load(); open != 0 || waiting != 0 {
+			t.Errorf("open %d, waiting %d", open, waiting)
+		}
+	})
+}
+
+// TestNeverOverCommits lets requests of any size come, go and give up, and checks what is let in at each moment.
+func TestNeverOverCommits(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		const capacity, requests = 100, 4
+		sizes := rapid.SliceOfN(rapid.Int64Range(0, 150), 1, 12).Draw(rt, "sizes")
+		patience := rapid.SliceOfN(rapid.IntRange(1, 50), len(sizes), len(sizes)).Draw(rt, "patience")
+		synctest.Test(t, func(t *testing.T) {
+			g := New(Limits{Requests: requests, Queue: len(sizes), Wait: time.Hour}, time.Now)
+			g.SetCapacity(capacity)
+			var mu sync.Mutex
+			var used int64
+			open := 0
+			var wg sync.WaitGroup
+			for i, bytes := range sizes {
+				wg.Go(func() {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(patience[i])*time.Second)
+					defer cancel()
+					credit, err := g.Acquire(ctx, 1, bytes)
+					if err != nil {
+						return
+					}
+					mu.Lock()
+					used, open = used+bytes, open+1
+					if open > requests || (used > capacity && open > 1) {
+						t.Errorf("%d open with %d bytes", open, used)
+					}
+					mu.Unlock()
+					time.Sleep(time.Duration(bytes%7+1) * time.Second)
+					mu.Lock()
+					used, open = used-bytes, open-1
+					mu.Unlock()
+					credit.Release()
+				})
+			}
+			wg.Wait()
+			if open, waiting := g.Load(); open != 0 || waiting != 0 {
+				t.Errorf("at the end %d open, %d waiting", open, waiting)
+			}
+		})
+	})
+}

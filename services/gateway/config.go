@@ -1,0 +1,92 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"time"
+
+	"trireme.dev/services/gateway/media"
+	"trireme.dev/shared/imageprep"
+)
+
+// Config is what a gateway is started with. Zero values mean the defaults, which Run fills in.
+type Config struct {
+	HTTP      string // address to listen on, e.g. 127.0.0.1:8080; port 0: a free one
+	NATSURL   string // nats://host:port
+	HMMSocket string // path of the HMM's Unix socket
+	ModelDir  string // Hugging Face folder of the model; its weights are not loaded
+	ModelName string // name that clients use; "": the folder's
+	Instance  string // instance id; "": gateway and a random suffix
+
+	MaxBody   int64        // bytes of a request body; 0 means 64 MiB
+	MaxPixels int          // width times height of a picture; 0 means imageprep.DecodeLimit, which is also the most
+	Media     media.Config // what is fetched for picture URLs
+
+	MaxOpen    int           // requests in work at most; 0 means 1024
+	MaxQueue   int           // requests waiting for capacity at most; 0 means 1024
+	QueueWait  time.Duration // longest wait for capacity; 0 means 30 s
+	Deadline   time.Duration // longest life of a request; 0 means 10 min
+	WriteWait  time.Duration // longest time for which a client may read nothing; 0 means 10 s
+	BodyWait   time.Duration // longest time for a request's body to arrive; 0 means 2 min
+	Grace      time.Duration // after Run's ctx has ended, open requests may go on for so long; 0 means not at all
+	Attempts   int           // tries of a request; 0 means 3
+	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
+
+	// ConfirmWait is the longest time between the end of an answer and the end of the request, for decoders to have the
+	// end confirmed; 0 means 2 s.
+	ConfirmWait time.Duration
+}
+
+// withDefaults fills in what is zero.
+func (c Config) withDefaults() Config {
+	def(&c.MaxBody, 64<<20)
+	def(&c.MaxPixels, imageprep.DecodeLimit)
+	def(&c.MaxOpen, 1024)
+	def(&c.MaxQueue, 1024)
+	def(&c.QueueWait, 30*time.Second)
+	def(&c.Deadline, 10*time.Minute)
+	def(&c.WriteWait, 10*time.Second)
+	def(&c.BodyWait, 2*time.Minute)
+	def(&c.Attempts, 3)
+	def(&c.ResendWait, 50*time.Millisecond)
+	def(&c.ConfirmWait, 2*time.Second)
+	if c.Instance == "" {
+		c.Instance = "gateway-" + newID()[:8]
+	}
+	return c
+}
+
+func def[T comparable](v *T, value T) {
+	var zero T
+	if *v == zero {
+		*v = value
+	}
+}
+
+// Validate reports every fault of the configuration.
+func (c Config) Validate() error {
+	var errs []error
+	fault := func(bad bool, format string, args ...any) {
+		if bad {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
+	if u, err := url.Parse(c.NATSURL); err != nil || u.Host == "" {
+		fault(true, "NATS URL %q is not like nats://host:port", c.NATSURL)
+	}
+	for _, h := range c.Media.AllowHosts {
+		if err := media.CheckHost(h); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	fault(c.HTTP == "", "no address to listen on")
+	fault(c.HMMSocket == "", "no HMM socket")
+	fault(c.ModelDir == "", "no model folder")
+	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0, "a limit is negative")
+	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
+	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
+		c.ConfirmWait < 0,
+		"a time is negative")
+	return errors.Join(errs...)
+}

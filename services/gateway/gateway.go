@@ -1,0 +1,189 @@
+// Package gateway is Trireme's front door: the OpenAI-compatible HTTP API. It owns each request's life: it checks and
+// renders the request, gets its pictures, cuts the prompt into tokens, puts what is large into host memory, publishes
+// the first messages, takes numbered tokens, and gives the client text in order, once, whatever fails on the way.
+//
+// It runs no model and maps no device memory but the objects that it makes itself. Its parts: gateway/openai is the API's
+// wire, gateway/media gets pictures, gateway/admission gives credits, gateway/request is the answer as a pure state
+// machine. This package ties them to NATS, the HMM and the model folder.
+//
+// Goroutines: one for each request (net/http's own), which alone touches the request's state; one that brings messages
+// from NATS to the requests' mailboxes; one that keeps the connection to the HMM; one for the heartbeat; and short ones
+// that tell the HMM of ended requests.
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/labstack/echo/v4"
+
+	"trireme.dev/services/gateway/admission"
+	"trireme.dev/services/gateway/media"
+	"trireme.dev/shared/bus"
+)
+
+// Parts are what a Gateway is put together from. The Gateway owns none of them but the connections that Dial makes.
+type Parts struct {
+	Bus   *bus.Bus
+	Dial  Dialer
+	Model *Model
+	Log   *slog.Logger
+}
+
+// Gateway serves the API. Make it with New.
+type Gateway struct {
+	cfg       Config
+	name      string // of the model, for clients
+	model     *Model
+	bus       *bus.Bus
+	log       *slog.Logger
+	memory    *memoryLink
+	media     *media.Fetcher
+	gate      *admission.Gate
+	metrics   *metrics
+	instances *bus.Instances
+	dispatch  *dispatcher
+	echo      *echo.Echo
+	created   int64 // Unix time, for /v1/models
+	node      string
+	pid       int
+	address   string // that it listens on
+
+	base        context.Context // ends when the gateway stops; its cause is errStopping
+	stop        context.CancelCauseFunc
+	unsubscribe func()
+	background  sync.WaitGroup // of ends of requests
+	announced   atomic.Bool    // the heartbeat was seen
+	rooms       atomic.Pointer[rooms]
+}
+
+// New makes a gateway that listens for tokens but serves nothing yet. Its owner calls Serve, once.
+func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
+	cfg = cfg.withDefaults()
+	g := &Gateway{
+		cfg: cfg, name: cfg.ModelName, model: parts.Model, bus: parts.Bus, log: parts.Log.With("instance", cfg.Instance),
+		media: media.New(cfg.Media), created: time.Now().Unix(), pid: os.Getpid(),
+	}
+	if g.name == "" {
+		g.name = parts.Model.Config.Name
+	}
+	g.gate = admission.New(admission.Limits{Requests: cfg.MaxOpen, Queue: cfg.MaxQueue, Wait: cfg.QueueWait}, time.Now)
+	g.metrics = newMetrics(g.name, g.gate)
+	g.metrics.registry.MustRegister(queueMetrics{g.bus.Queues, g.log})
+	g.memory = newMemoryLink(parts.Dial, g.log)
+	g.base, g.stop = context.WithCancelCause(context.Background())
+	var err error
+	if g.instances, err = g.bus.Instances(ctx); err != nil {
+		return nil, err
+	}
+	if g.dispatch, g.unsubscribe, err = subscribe(g.bus.Conn(), cfg.Instance, g.log); err != nil {
+		return nil, err
+	}
+	g.node, _ = os.Hostname() // only shown
+	g.routes()
+	return g, nil
+}
+
+// capacityInterval is how often the HMM is asked how much memory there is.
+const capacityInterval = 2 * time.Second
+
+// Serve serves the API on l until ctx ends, then lets open requests go on for Config.Grace, ends the rest, tells the
+// stages, and returns nil. It closes l.
+func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
+	g.address = l.Addr().String()
+	server := &http.Server{
+		Handler:           g.echo,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return g.base },
+	}
+	links, unlink := context.WithCancel(context.Background()) // end after the last request
+	defer unlink()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer unlink()
+	defer g.unsubscribe()
+	wg.Go(func() { g.dispatch.run(links) })
+	wg.Go(func() { g.memory.run(links, capacityInterval, g.refresh) })
+	wg.Go(func() {
+		if err := g.bus.Announce(links, g.heartbeat); err != nil {
+			g.log.Error("the heartbeat has ended", "error", err)
+		}
+	})
+	failed := make(chan error, 1)
+	wg.Go(func() { failed <- server.Serve(l) })
+	g.log.Info("serving", "address", g.address, "model", g.name)
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+		err = fmt.Errorf("serving HTTP on %s: %w", g.address, err)
+	}
+	grace, cancel := context.WithTimeout(context.Background(), g.cfg.Grace)
+	if errors.Is(server.Shutdown(grace), context.DeadlineExceeded) {
+		g.stop(errStopping)
+		last, cancel := context.WithTimeout(context.Background(), stopWait)
+		_ = server.Shutdown(last) // what is left is closed
+		cancel()
+	}
+	cancel()
+	g.stop(errStopping)
+	_ = server.Close()
+	g.background.Wait()
+	return err
+}
+
+// stopWait is how long requests may take to end once they were told to.
+const stopWait = 2 * time.Second
+
+// refresh asks the HMM how much memory there is for KV: that of the decoders' NPUs, where KV lies for most of its life,
+// or of all NPUs while no decoder is known.
+func (g *Gateway) refresh(ctx context.Context, m Memory) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	npus, err := m.Capacity(ctx)
+	if err != nil {
+		g.log.Warn("asking the HMM for its capacity", "error", err)
+		return
+	}
+	decoder := make(map[string]bool)
+	for _, i := range g.instances.Role("decode") {
+		decoder[i.ID] = true
+	}
+	prefill := make(map[string]bool)
+	for _, i := range g.instances.Role("prefill") {
+		prefill[i.ID] = true
+	}
+	var all, decoders, smallest int64
+	var r rooms
+	for _, n := range npus {
+		all += n.Bytes
+		smallest = smaller(smallest, n.Bytes)
+		switch {
+		case decoder[n.Instance]:
+			decoders += n.Bytes
+			r.decode = smaller(r.decode, n.Bytes)
+		case prefill[n.Instance]:
+			r.prefill = smaller(r.prefill, n.Bytes)
+		}
+	}
+	if decoders == 0 {
+		decoders, r.decode = all, smallest
+	}
+	if r.prefill == 0 {
+		r.prefill = smallest
+	}
+	g.rooms.Store(&r)
+	g.gate.SetCapacity(decoders)
+}

@@ -1,0 +1,77 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"time"
+
+	"trireme.dev/services/gateway/openai"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/mem"
+)
+
+// rooms is how much one request can have at most, in bytes: what the smallest NPU of a role has beside weights, as any
+// of them may get the request. 0: not known.
+type rooms struct {
+	decode, prefill int64
+}
+
+// smaller is the smaller of two sizes; a is 0 before the first.
+func smaller(a, b int64) int64 {
+	if a == 0 {
+		return b
+	}
+	return min(a, b)
+}
+
+// bound sees to it that the job fits one NPU of each stage, whatever else there is: an answer whose length the client
+// leaves open is bounded by what fits, and any other request that cannot fit is refused with an *openai.Error.
+func (g *Gateway) bound(j *job, p *openai.Params) error {
+	r := g.rooms.Load()
+	if r == nil { // the HMM could not be asked; its memory is not counted either
+		return nil
+	}
+	most := &j.spec.Sampling.MaxTokens
+	fits := func(tokens int) bool {
+		asked := *most
+		defer func() { *most = asked }()
+		*most = tokens // it sizes the logs
+		return g.kv(j, tokens) <= r.decode && g.kv(j, tokens)+g.mm(j) <= r.prefill
+	}
+	if fits(*most) {
+		return nil
+	}
+	if p.MaxTokens == nil {
+		least := max(1, p.MinTokens)
+		if n := sort.Search(*most, func(n int) bool { return !fits(n + 1) }); n >= least {
+			*most = n
+			j.expected = min(j.expected, n)
+			return nil
+		}
+	}
+	return openai.TooLong("max_tokens", "A prompt of %d tokens with %d choices of up to %d tokens needs %v of NPU memory, and each "+
+		"NPU of this server has %v for it: ask for fewer tokens, or start the server with a larger --npu-memory.",
+		len(j.spec.Prompt), j.spec.Choices, *most, conf.Bytes(g.kv(j, *most)+g.mm(j)), conf.Bytes(min(r.decode, r.prefill)))
+}
+
+// yield ends an attempt that found no room for its KV and begins the next when there is room for all of it. The answer
+// stands still meanwhile. It is no failure: only the deadline bounds how often it happens, and each time an older
+// request gets on.
+func (l *life) yield(ctx context.Context, why string) error {
+	l.g.log.Info("a request waits for room", "request", l.id, "attempt", l.answer.Attempt(), "why", why)
+	l.g.metrics.yields.Inc()
+	l.yielded++
+	l.next()
+	// The memory first: those who have the room may need it before they end.
+	hold := Hold{Request: l.id, Attempt: l.answer.Attempt(), Left: time.Until(l.deadline)}
+	if err := l.memory.Supersede(ctx, hold); err != nil && !errors.Is(err, mem.ErrLost) { // a lost HMM holds nothing
+		return fmt.Errorf("letting go of an attempt's memory: %w", err)
+	}
+	l.job.expected = l.job.spec.Sampling.MaxTokens
+	if err := l.credit.Exchange(ctx, l.g.need(l.job)); err != nil {
+		return err
+	}
+	return l.start(ctx)
+}
