@@ -1,0 +1,169 @@
+// Command trireme is the one binary of Trireme: `trireme up` runs everything on this machine, a subcommand runs each
+// service alone, and others are for operators.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"trireme.dev/services/trireme/modelcmd"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hf"
+	"trireme.dev/shared/obs"
+)
+
+func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+
+// Exit statuses.
+const (
+	exitFailed = 1 // something went wrong while running
+	exitUsage  = 2 // the command line, configuration or model folder cannot be used: trying again will not help
+)
+
+// cli is the whole command line.
+type cli struct {
+	Config    kong.ConfigFlag `help:"YAML file of settings; flags and environment stand above it." placeholder:"FILE"`
+	LogFormat string          `help:"text or json." default:"text" enum:"text,json"`
+	LogLevel  string          `help:"debug, info, warn or error; by default info, of up and its children warn."`
+
+	Up     upCmd     `cmd:"" help:"Run everything on this machine: NATS, HMM, stages and gateway." group:"Run"`
+	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
+	Status statusCmd `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
+	Model  modelCmd  `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
+
+	Gateway gatewayCmd `cmd:"" help:"Run the gateway: OpenAI-compatible HTTP." group:"Services"`
+	Encoder encoderCmd `cmd:"" help:"Run an encoder: pixels to multimodal tokens." group:"Services"`
+	Prefill prefillCmd `cmd:"" help:"Run a prefill instance: prompt to KV and the first token." group:"Services"`
+	Decoder decoderCmd `cmd:"" help:"Run a decoder: KV to tokens." group:"Services"`
+	Hmm     hmmCmd     `cmd:"" help:"Run the HBM daemon of a node, which owns its device memory." group:"Services"`
+
+	Healthcheck healthcheckCmd `cmd:"" help:"Exit with 0 if a URL answers 200: for containers, which have no curl." group:"Use"`
+	Version     versionCmd     `cmd:"" help:"Print the version." group:"Use"`
+}
+
+type modelCmd struct {
+	Verify   modelcmd.Verify   `cmd:"" help:"Run reference cases through the engine and compare."`
+	Tokenize modelcmd.Tokenize `cmd:"" help:"Token ids of JSON strings, one a line."`
+}
+
+type versionCmd struct{}
+
+// Run prints the version.
+func (versionCmd) Run(e *env) error {
+	_, err := fmt.Fprintln(e.out, "trireme", obs.Version())
+	return err
+}
+
+// env is what commands run in.
+type env struct {
+	ctx      context.Context
+	in       io.Reader
+	out, err io.Writer
+	log      *slog.Logger
+	logFlags []string // that make a child log alike
+}
+
+const description = `Trireme serves vision-language mixture-of-experts models with encode, prefill and decode as separate
+services.
+
+Examples:
+  trireme up                                        everything, with the bundled model
+  trireme up --topology 2E1P2D --model ./my-model   more instances, another model
+  trireme chat --image photo.png "What is this?"    ask it
+  trireme status                                    look inside
+
+Every flag can also be set in the environment (TRIREME_HTTP for --http) or in a file given with --config.`
+
+// run is main without the process: it returns the exit status.
+func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
+	var c cli
+	exited := -1
+	parser, err := kong.New(&c,
+		kong.Name("trireme"),
+		kong.Description(description),
+		kong.Writers(out, errOut),
+		kong.Exit(func(code int) { exited = code; panic(exitNow{}) }),
+		kong.Configuration(conf.YAML),
+		kong.DefaultEnvars("TRIREME"),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
+		kong.Vars{"data": defaultData()},
+	)
+	if err != nil {
+		panic("BUG: command line: " + err.Error())
+	}
+	defer func() { // --help and --version leave the parser this way
+		if p := recover(); p != nil {
+			if _, ok := p.(exitNow); !ok {
+				panic(p)
+			}
+			status = exited
+		}
+	}()
+	k, err := parser.Parse(args)
+	if err != nil {
+		fmt.Fprintf(errOut, "trireme: %v\n", err)
+		return exitUsage
+	}
+	if c.LogLevel == "" {
+		c.LogLevel = "info"
+		if k.Command() == "up" {
+			c.LogLevel = "warn"
+		}
+	}
+	log, err := obs.Logger(errOut, c.LogFormat, c.LogLevel)
+	if err != nil {
+		fmt.Fprintf(errOut, "trireme: %v\n", err)
+		return exitUsage
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err = k.Run(&env{
+		ctx: ctx, in: in, out: out, err: errOut, log: log,
+		logFlags: []string{"--log-level", c.LogLevel, "--log-format", c.LogFormat},
+	}, modelcmd.Streams{In: in, Out: out, Err: errOut})
+	return report(errOut, k.Command(), err)
+}
+
+type exitNow struct{}
+
+// report prints an error as one line and says which exit status it is.
+func report(w io.Writer, command string, err error) int {
+	if err == nil || errors.Is(err, context.Canceled) {
+		return 0
+	}
+	command, _, _ = strings.Cut(command, " <")
+	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
+	for _, e := range []error{
+		errUsage, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
+	} {
+		if errors.Is(err, e) {
+			return exitUsage
+		}
+	}
+	return exitFailed
+}
+
+// errUsage marks errors that trying again will not mend.
+var errUsage = errors.New("")
+
+// defaultData is where state is kept: XDG_DATA_HOME/trireme, by default ~/.local/share/trireme.
+func defaultData() string {
+	if dir := os.Getenv("XDG_DATA_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "trireme")
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return filepath.Join(os.TempDir(), "trireme")
+	}
+	return filepath.Join(home, ".local", "share", "trireme")
+}

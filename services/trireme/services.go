@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"trireme.dev/models"
+	"trireme.dev/services/decoder"
+	"trireme.dev/services/encoder"
+	"trireme.dev/services/gateway"
+	"trireme.dev/services/gateway/media"
+	"trireme.dev/services/hmm"
+	"trireme.dev/services/prefill"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/npu"
+	"trireme.dev/shared/obs"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/transfer"
+)
+
+// connectFlags are what every service needs.
+type connectFlags struct {
+	NATSURL string `name:"nats-url" help:"NATS server." default:"nats://127.0.0.1:4222"`
+	HMM     string `name:"hmm" help:"Socket of the node's HMM." default:"${data}/hmm.sock" type:"path"`
+	Model   string `help:"Hugging Face folder of the model; by default the bundled one." type:"path"`
+	Data    string `help:"Folder for state and the unpacked model." default:"${data}" type:"path"`
+	Name    string `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
+}
+
+// stageFlags are what every stage needs.
+type stageFlags struct {
+	connectFlags
+	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
+	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
+	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
+}
+
+// run opens a stage and serves it; serve gets the open stage.
+func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage.Stage) error) error {
+	model, err := modelDir(f.Model, f.Data)
+	if err != nil {
+		return err
+	}
+	s, err := stage.Open(e.ctx, role, stage.Config{
+		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
+		Cache: filepath.Join(f.Data, "cache"),
+		NPU:   npu.Options{Backend: f.Backend, Threads: f.Threads},
+	}, e.log)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if f.Metrics != "" {
+		obs.AddProcess(s.Metrics.Registry)
+		if _, err := obs.Serve(e.ctx, f.Metrics, s.Metrics.Registry, s.Ready, e.log); err != nil {
+			return err
+		}
+	}
+	return serve(e.ctx, s)
+}
+
+type encoderCmd struct{ stageFlags }
+
+// Run runs an encoder.
+func (c *encoderCmd) Run(e *env) error { return c.run(e, stage.Encode, encoder.Serve) }
+
+type prefillCmd struct {
+	stageFlags
+	Rows  int `help:"Most prompt tokens of one batch." default:"512"`
+	Slots int `help:"Requests in work at once." default:"32"`
+}
+
+// Run runs a prefill instance.
+func (c *prefillCmd) Run(e *env) error {
+	return c.run(e, stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
+		return prefill.Serve(ctx, s, prefill.Config{Rows: c.Rows, Slots: c.Slots})
+	})
+}
+
+type decoderCmd struct {
+	stageFlags
+	Slots int `help:"Sequences in work at once." default:"256"`
+}
+
+// Run runs a decoder.
+func (c *decoderCmd) Run(e *env) error {
+	return c.run(e, stage.Decode, func(ctx context.Context, s *stage.Stage) error {
+		return decoder.Serve(ctx, s, decoder.Config{Slots: c.Slots})
+	})
+}
+
+type gatewayCmd struct {
+	connectFlags
+	HTTP           string        `name:"http" help:"Address of the OpenAI-compatible API." default:"127.0.0.1:8080"`
+	ServedName     string        `help:"Model name that clients use; by default the folder's." placeholder:"NAME"`
+	MaxBody        conf.Bytes    `help:"Largest request body." default:"64MiB"`
+	MaxOpen        int           `help:"Requests in work at most." default:"1024"`
+	QueueWait      time.Duration `help:"Longest wait for capacity before a request is refused with 429." default:"30s"`
+	Deadline       time.Duration `help:"Longest life of a request." default:"10m"`
+	Grace          time.Duration `help:"Time for open requests to end after SIGTERM." default:"5s"`
+	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
+}
+
+// Run runs the gateway.
+func (c *gatewayCmd) Run(e *env) error {
+	model, err := modelDir(c.Model, c.Data)
+	if err != nil {
+		return err
+	}
+	if c.Model == "" && c.ServedName == "" {
+		c.ServedName = models.Default
+	}
+	return gateway.Run(e.ctx, gateway.Config{
+		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace,
+		Media: media.Config{AllowHosts: c.AllowMediaHost},
+	}, e.log)
+}
+
+type hmmCmd struct {
+	NATSURL    string     `name:"nats-url" help:"NATS server." default:"nats://127.0.0.1:4222"`
+	Socket     string     `help:"Unix socket to listen on." default:"${data}/hmm.sock" type:"path"`
+	Node       string     `help:"Name of the node; by default the host's."`
+	NPUs       int        `name:"npus" help:"Host NPUs of the node." default:"8"`
+	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU." default:"4GiB"`
+	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
+	Metrics    string     `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
+
+	PeerListen string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
+	Peer       map[string]string `help:"Where another node's HMM serves objects; may be repeated." placeholder:"NODE=ADDR"`
+	PeerCert   string            `help:"This node's certificate for TLS between nodes; it must name the node." type:"existingfile"`
+	PeerKey    string            `help:"Key of --peer-cert." type:"existingfile"`
+	PeerCA     string            `name:"peer-ca" help:"Certificate of the authority that all nodes' certificates come from." type:"existingfile"`
+
+	cacheFlags
+}
+
+// peers is how the HMM exchanges objects with other nodes; nil when it does not.
+func (c *hmmCmd) peers() (*hmm.Peers, error) {
+	if c.PeerListen == "" && len(c.Peer) == 0 {
+		return nil, nil
+	}
+	p := &hmm.Peers{Listen: c.PeerListen, Address: func(_ context.Context, node string) (string, error) {
+		if addr, ok := c.Peer[node]; ok {
+			return addr, nil
+		}
+		return "", fmt.Errorf("no --peer %s=ADDR was given: %w", node, mem.ErrLost)
+	}}
+	if c.PeerCert != "" || c.PeerKey != "" || c.PeerCA != "" {
+		var err error
+		if p.TLS, err = transfer.MutualTLS(c.PeerCert, c.PeerKey, c.PeerCA); err != nil {
+			return nil, fmt.Errorf("TLS between nodes: %w", err)
+		}
+	}
+	return p, nil
+}
+
+// cacheFlags say how much memory the caches may keep.
+type cacheFlags struct {
+	MMCache *conf.Bytes `name:"mm-cache" help:"Memory on each NPU for encoded pictures that nobody uses now; 0: none. By default a quarter." placeholder:"SIZE"`
+	KVCache *conf.Bytes `name:"kv-cache" help:"Memory on each NPU for keys and values that nobody uses now, for prompts that begin alike; none by default." placeholder:"SIZE"`
+}
+
+// cacheBytes is the hmm.Config's form of a flag.
+func cacheBytes(flag *conf.Bytes) int64 {
+	switch {
+	case flag == nil:
+		return 0 // the default
+	case *flag == 0:
+		return -1 // none
+	}
+	return int64(*flag)
+}
+
+// Run runs the HMM.
+func (c *hmmCmd) Run(e *env) error {
+	if c.Node == "" {
+		c.Node = nodeName()
+	}
+	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
+		return fmt.Errorf("making the socket's folder: %w", err)
+	}
+	peers, err := c.peers()
+	if err != nil {
+		return err
+	}
+	conn, err := nats.Connect(c.NATSURL, nats.Name("hmm-"+c.Node), nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true),
+		nats.ReconnectWait(250*time.Millisecond))
+	if err != nil {
+		return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
+	}
+	defer conn.Close()
+	d, err := hmm.New(hmm.Config{
+		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
+		Peers:   peers,
+		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
+	}, e.log)
+	if err != nil {
+		return err
+	}
+	if c.Metrics != "" {
+		r := prometheus.NewRegistry()
+		obs.AddProcess(r)
+		r.MustRegister(memoryMetrics{d.Stats})
+		if _, err := obs.Serve(e.ctx, c.Metrics, r, func() bool { return true }, e.log); err != nil {
+			return err
+		}
+	}
+	return d.Serve(e.ctx)
+}
+
+// memoryMetrics exposes the HMM's accounting.
+type memoryMetrics struct{ stats func() hbm.Stats }
+
+var (
+	memUsed = prometheus.NewDesc("trireme_hmm_memory_bytes", "Device memory by NPU, kind and state.", []string{"npu", "kind", "state"}, nil)
+	memSize = prometheus.NewDesc("trireme_hmm_capacity_bytes", "Device memory of an NPU.", []string{"npu"}, nil)
+	hmmNum  = prometheus.NewDesc("trireme_hmm_entries", "Entries in the HMM's books.", []string{"what"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (memoryMetrics) Describe(c chan<- *prometheus.Desc) { c <- memUsed; c <- memSize; c <- hmmNum }
+
+// Collect implements prometheus.Collector.
+func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	s := m.stats()
+	for _, n := range s.Memory {
+		name := npuName(s.Node, n.NPU)
+		gauge(memSize, float64(n.Capacity), name)
+		for kind, u := range n.Kinds {
+			gauge(memUsed, float64(u.Used), name, kind, "used")
+			gauge(memUsed, float64(u.Padded), name, kind, "padded")
+			gauge(memUsed, float64(u.Peak), name, kind, "peak")
+			gauge(memUsed, float64(u.Cached), name, kind, "cached")
+		}
+	}
+	for what, n := range map[string]int{
+		"objects": s.Objects, "holds": s.Holds, "requests": s.Requests, "claims": s.Claims, "orphans": s.Orphans, "connections": s.Connections,
+		"resting_objects": s.Resting, "cached_mm": s.CachedMM, "cached_blocks": s.CachedBlocks,
+	} {
+		gauge(hmmNum, float64(n), what)
+	}
+}
+
+// npuName is how operators see an NPU: node/index, or node/host.
+func npuName(node string, npu int) string {
+	if npu < 0 {
+		return node + "/host"
+	}
+	return fmt.Sprintf("%s/%d", node, npu)
+}
+
+// nodeName is the host's name, with what a node id may not have replaced.
+func nodeName() string {
+	name, err := os.Hostname()
+	if err != nil || name == "" {
+		return "node"
+	}
+	return strings.Map(func(r rune) rune {
+		if r == '-' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' {
+			return r
+		}
+		return '-'
+	}, name)
+}

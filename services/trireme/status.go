@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/wire"
+)
+
+// statusCmd shows what runs.
+type statusCmd struct {
+	NATSURL string `name:"nats-url" help:"NATS server of the system." default:"nats://127.0.0.1:4222"`
+	JSON    bool   `name:"json" help:"Write one JSON object."`
+}
+
+// Help is shown by `trireme status --help`.
+func (statusCmd) Help() string {
+	return `Examples:
+  trireme status
+  trireme status --json | jq '.queues[] | {stage, pending, in_work}'
+  trireme status --nats-url nats://127.0.0.1:14222`
+}
+
+// status is what `status --json` writes.
+type status struct {
+	Instances []wire.Instance `json:"instances"`
+	Queues    []bus.Queue     `json:"queues"`
+	Nodes     []hbm.Stats     `json:"nodes"`
+}
+
+// Run reads and prints the status.
+func (c *statusCmd) Run(e *env) error {
+	s, err := readStatus(e.ctx, c.NATSURL)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		enc := json.NewEncoder(e.out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(s)
+	}
+	return s.print(e.out)
+}
+
+func readStatus(ctx context.Context, url string) (*status, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	// A look only: unlike the services, it does not wait for a NATS that is not there.
+	probe, err := nats.Connect(url, nats.Timeout(2*time.Second))
+	if err != nil {
+		return nil, fmt.Errorf("no NATS at %s (%w): start everything with `trireme up`, or say where with --nats-url", url, err)
+	}
+	probe.Close()
+	b, err := bus.Connect(ctx, url, "status", slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	defer b.Close()
+	var s status
+	view, err := b.Instances(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("reading heartbeats: %w", err)
+	}
+	s.Instances = view.All()
+	order := []string{"gateway", "encode", "prefill", "decode"}
+	slices.SortFunc(s.Instances, func(a, b wire.Instance) int {
+		if d := slices.Index(order, a.Role) - slices.Index(order, b.Role); d != 0 {
+			return d
+		}
+		return strings.Compare(a.ID, b.ID)
+	})
+	if s.Queues, err = b.Queues(ctx); err != nil {
+		return nil, err
+	}
+	s.Nodes, err = nodes(ctx, b.Conn())
+	return &s, err
+}
+
+// nodes asks every HMM; those that answer within a short while of the first count.
+func nodes(ctx context.Context, nc *nats.Conn) ([]hbm.Stats, error) {
+	found := []hbm.Stats{}
+	inbox := nc.NewRespInbox()
+	sub, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		return nil, fmt.Errorf("asking the HMMs: %w", err)
+	}
+	defer sub.Unsubscribe()
+	if err := nc.PublishRequest(wire.SubjectHMM, inbox, nil); err != nil {
+		return nil, fmt.Errorf("asking the HMMs: %w", err)
+	}
+	for wait := time.Second; ; wait = 100 * time.Millisecond {
+		ctx, cancel := context.WithTimeout(ctx, wait)
+		msg, err := sub.NextMsgWithContext(ctx)
+		cancel()
+		if err != nil || len(msg.Data) == 0 { // no more, or no responders at all
+			break
+		}
+		var s hbm.Stats
+		if err := json.Unmarshal(msg.Data, &s); err != nil {
+			return nil, fmt.Errorf("reading an HMM's answer: %w", err)
+		}
+		found = append(found, s)
+	}
+	slices.SortFunc(found, func(a, b hbm.Stats) int { return strings.Compare(a.Node, b.Node) })
+	return found, nil
+}
+
+// print writes the status as tables.
+func (s *status) print(w io.Writer) error {
+	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "ROLE\tINSTANCE\tNPUS\tSTATE\tRUNNING\tPID\tKERNELS")
+	for _, i := range s.Instances {
+		var npus []string
+		for _, n := range i.NPUs {
+			npus = append(npus, npuName(i.Node, n))
+		}
+		state := "starting"
+		if i.Ready {
+			state = "ready"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", i.Role, i.ID, dash(strings.Join(npus, " ")), state, i.Running, i.PID, dash(i.Kernels))
+	}
+	fmt.Fprintln(t, "\nQUEUE\tSTREAM\tPENDING\tIN WORK\tREDELIVERED\tOLDEST")
+	for _, q := range s.Queues {
+		oldest := "-"
+		if q.Oldest > 0 {
+			oldest = q.Oldest.Round(time.Millisecond).String()
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%s\n", q.Stage, q.Stream, q.Pending, q.InWork, q.Redelivered, oldest)
+	}
+	fmt.Fprintln(t, "\nMEMORY\tINSTANCE\tUSED\tCACHED\tPEAK\tCAPACITY\tKINDS")
+	for _, n := range s.Nodes {
+		for _, m := range n.Memory {
+			var kinds []string
+			for k, u := range m.Kinds {
+				if u.Used > 0 {
+					kinds = append(kinds, fmt.Sprintf("%s %v", k, conf.Bytes(u.Used)))
+				}
+			}
+			slices.Sort(kinds)
+			fmt.Fprintf(t, "%s\t%s\t%v\t%v\t%v\t%v\t%s\n", npuName(n.Node, m.NPU), dash(m.Instance), conf.Bytes(m.Used+m.Padded),
+				conf.Bytes(m.Cached), conf.Bytes(m.Peak), conf.Bytes(m.Capacity), dash(strings.Join(kinds, ", ")))
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if len(s.Nodes) == 0 {
+		return errors.New("no HMM answers")
+	}
+	return nil
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,25 @@
+// Package supervise runs child processes and restarts those that die. It knows nothing of what they do.
+package supervise
+
+import "time"
+
+const (
+	firstDelay = 50 * time.Millisecond
+	maxDelay   = 10 * time.Second
+	// stable is how long a child has to live for its earlier deaths to be forgotten.
+	stable = 10 * time.Second
+)
+
+// Backoff says how long to wait before a child is started again: at once after a long life, then twice as long after
+// each short one. Pure; the zero value is ready.
+type Backoff struct{ delay time.Duration }
+
+// Next takes the length of the life that just ended.
+func (b *Backoff) Next(life time.Duration) time.Duration {
+	if life >= stable || b.delay == 0 {
+		b.delay = firstDelay
+	} else {
+		b.delay = min(2*b.delay, maxDelay)
+	}
+	return b.delay
+}

@@ -1,0 +1,419 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sys/unix"
+
+	"trireme.dev/models"
+	"trireme.dev/services/gateway/media"
+	"trireme.dev/services/trireme/supervise"
+	"trireme.dev/shared/bus/embedded"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hf"
+	"trireme.dev/shared/imageprep"
+	"trireme.dev/shared/kv"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/token"
+)
+
+// upCmd runs everything on this machine. Each service is a child process of the same binary; NATS is embedded.
+type upCmd struct {
+	HTTP       string     `name:"http" help:"Address of the gateway; port 0: a free one." default:"127.0.0.1:8080"`
+	NATS       string     `name:"nats" help:"Address of the embedded NATS; port 0: a free one." default:"127.0.0.1:4222"`
+	Monitor    string     `help:"Address of NATS' monitoring pages; port 0: a free one." default:"127.0.0.1:8222"`
+	NATSURL    string     `name:"nats-url" help:"An existing NATS server with JetStream, instead of the embedded one." placeholder:"URL"`
+	Model      string     `help:"Hugging Face folder of the model; by default the bundled one." type:"path" placeholder:"DIR"`
+	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; +2 two spare NPUs." default:"1E1P1D"`
+	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
+	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
+	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
+	Threads    int        `help:"Worker threads of each host NPU; 0: one for each core."`
+	cacheFlags
+
+	AllowMediaHost []string `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
+}
+
+// Help is shown by `trireme up --help`.
+func (upCmd) Help() string {
+	return `Examples:
+  trireme up                                          the bundled model at http://127.0.0.1:8080
+  trireme up --model ~/models/Qwen3-VL-30B-A3B-Instruct --topology 1E1P2D
+  trireme up --http 127.0.0.1:0 --nats 127.0.0.1:0 --monitor 127.0.0.1:0
+                                                      beside another one, on free ports (give it its own --data)
+  trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
+
+When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order.`
+}
+
+// stopGrace is how long the processes of one layer get to stop before they are killed.
+const stopGrace = 10 * time.Second
+
+// Run starts everything, prints where it is ready, and stops it when the context ends.
+func (c *upCmd) Run(e *env) error {
+	p, err := c.plan()
+	if err != nil {
+		return err
+	}
+	unlock, err := lockData(c.Data)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if p.model, err = modelDir(c.Model, c.Data); err != nil {
+		return err
+	}
+	if err := checkModel(p.model, p.topology); err != nil {
+		return err
+	}
+	if err := checkMemory(p.model, p.memory); err != nil {
+		return err
+	}
+	if c.NATSURL != "" {
+		if err := checkNATS(e.ctx, c.NATSURL); err != nil {
+			return err
+		}
+	}
+	if p.http, err = free(c.HTTP, "--http"); err != nil {
+		return err
+	}
+	if c.NATSURL == "" {
+		server, err := c.startNATS(e)
+		if err != nil {
+			return err
+		}
+		defer server.Shutdown()
+		p.natsURL = server.URL()
+		fmt.Fprintf(e.err, "nats      %s  monitoring %s\n", server.URL(), server.MonitorURL())
+	}
+	return c.serve(e, p)
+}
+
+// plan is what up has found out before anything is started.
+type plan struct {
+	topology conf.Topology
+	natsURL  string
+	model    string
+	http     string
+	socket   string
+	memory   conf.Bytes // of each NPU
+}
+
+func (c *upCmd) plan() (*plan, error) {
+	t, err := conf.ParseTopology(c.Topology)
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range t.Groups {
+		if len(g.Roles) > 1 || g.NPUs > 1 {
+			return nil, fmt.Errorf("%wtopology %s: instances with several roles or several NPUs cannot be run yet; write 1E1P1D", errUsage, t)
+		}
+	}
+	for _, role := range []byte("PD") {
+		if t.Instances(role) == 0 {
+			return nil, fmt.Errorf("%wtopology %s has no instance with role %c", errUsage, t, role)
+		}
+	}
+	for _, h := range c.AllowMediaHost {
+		if err := media.CheckHost(h); err != nil {
+			return nil, fmt.Errorf("%w--allow-media-host: %w", errUsage, err)
+		}
+	}
+	p := &plan{topology: t, natsURL: c.NATSURL, memory: c.NPUMemory, socket: filepath.Join(c.Data, "hmm.sock")}
+	if len(p.socket) > 107 { // sizeof(sockaddr_un.sun_path)-1, unix(7)
+		return nil, fmt.Errorf("%w--data %s is too long a path for a Unix socket in it: give a shorter one", errUsage, c.Data)
+	}
+	if p.memory == 0 {
+		p.memory = defaultMemory(t.NPUs())
+	}
+	return p, nil
+}
+
+// defaultMemory is an NPU's memory: 4 GiB, but all NPUs together at most half of the machine's. It is an upper bound:
+// pages are taken from the system as they are used.
+func defaultMemory(npus int) conf.Bytes {
+	most := conf.Bytes(4 << 30)
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return most
+	}
+	return min(most, conf.Bytes(uint64(info.Totalram)*uint64(info.Unit)/2/uint64(npus)))
+}
+
+// modelDir is the given folder, or the bundled model unpacked.
+func modelDir(given, data string) (string, error) {
+	if given != "" {
+		return given, nil
+	}
+	return models.Unpack(data)
+}
+
+// checkModel reads everything of a model folder but the weights' content, so that what is missing is said at once and
+// not by a service that is started again and again.
+func checkModel(dir string, t conf.Topology) error {
+	cfg, _, err := hf.ReadConfig(dir)
+	if err != nil {
+		return err
+	}
+	if _, err := token.Load(dir); err != nil {
+		return fmt.Errorf("%w%w", errUsage, err)
+	}
+	if cfg.Vision == nil {
+		return nil
+	}
+	if _, err := imageprep.LoadConfig(dir); err != nil {
+		return fmt.Errorf("%w%w", errUsage, err)
+	}
+	if t.Instances('E') == 0 {
+		return fmt.Errorf("%wtopology %s has no instance with role E, and %s takes pictures: write 1E%s", errUsage, t, dir, t)
+	}
+	return nil
+}
+
+// checkMemory refuses NPUs that cannot hold the KV of the shortest request: one slab, and a token log.
+func checkMemory(dir string, memory conf.Bytes) error {
+	cfg, _, err := hf.ReadConfig(dir)
+	if err != nil {
+		return err
+	}
+	slab := kv.SlabBytes(&cfg.Text)
+	tokens := kv.SlabBlocks * model.BlockTokens
+	log := kv.LogShape{Prompt: 1, MaxTokens: tokens - 1, MaxSlabs: 3}.Bytes()
+	if least := conf.Bytes(mem.Padded(slab, mem.HostPage) + mem.Padded(log, mem.HostPage)); memory < least {
+		return fmt.Errorf("%w--npu-memory %v is too small: a request of %d tokens with this model takes %v, and the whole "+
+			"context of %d tokens about %v", errUsage, memory, tokens, least, cfg.Text.Context,
+			conf.Bytes(slab)*conf.Bytes(kv.Slabs(cfg.Text.Context)))
+	}
+	return nil
+}
+
+// checkNATS asks an existing server once whether it can be used.
+func checkNATS(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	nc, err := nats.Connect(url, nats.Timeout(5*time.Second))
+	if err != nil {
+		return fmt.Errorf("%w--nats-url %s: %w", errUsage, url, err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err == nil {
+		_, err = js.AccountInfo(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("%w--nats-url %s: no JetStream there (start nats-server with -js): %w", errUsage, url, err)
+	}
+	return nil
+}
+
+// lockData keeps two ups from sharing a data folder.
+func lockData(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("%wmaking the data folder: %w", errUsage, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "up.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("%wlocking the data folder: %w", errUsage, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%wanother `trireme up` uses the data folder %s: stop it, or give this one its own --data", errUsage, dir)
+	}
+	return func() { f.Close() }, nil
+}
+
+// free checks that an address can be listened on and returns it with a port.
+func free(addr, flag string) (string, error) {
+	l, err := net.Listen("tcp", addr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return "", fmt.Errorf("%wport of %s %s is in use: stop what listens there, or give another", errUsage, flag, addr)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%w%s %s: %w", errUsage, flag, addr, err)
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+func (c *upCmd) startNATS(e *env) (*embedded.Server, error) {
+	o := embedded.Options{StoreDir: filepath.Join(c.Data, "jetstream"), Log: e.log}
+	for _, x := range []struct {
+		flag, addr string
+		host       *string
+		port       *int
+	}{{"--nats", c.NATS, &o.Host, &o.Port}, {"--monitor", c.Monitor, &o.MonitorHost, &o.MonitorPort}} {
+		host, port, err := net.SplitHostPort(x.addr)
+		if err == nil {
+			*x.port, err = strconv.Atoi(port)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%w%s %s is no address like 127.0.0.1:4222", errUsage, x.flag, x.addr)
+		}
+		*x.host = host
+		if _, err := free(x.addr, x.flag); err != nil {
+			return nil, err
+		}
+	}
+	return embedded.Start(o)
+}
+
+// children are the processes of a plan by layer, in the order in which they are stopped.
+func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
+	// What must differ from child to child cannot come from the environment that they share.
+	environ := slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=")
+	})
+	child := func(name, service string, args ...string) supervise.Child {
+		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.logFlags), Env: environ}
+	}
+	common := []string{"--nats-url", p.natsURL, "--hmm", p.socket, "--model", p.model, "--data", c.Data}
+	gateway := append([]string{"--http", p.http}, common...)
+	for _, h := range c.AllowMediaHost {
+		gateway = append(gateway, "--allow-media-host", h)
+	}
+	if c.Model == "" {
+		gateway = append(gateway, "--served-name", models.Default)
+	}
+	var stages []supervise.Child
+	for _, g := range p.topology.Groups {
+		service := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[g.Roles]
+		for range g.Count {
+			args := append([]string{}, common...)
+			if c.Threads > 0 {
+				args = append(args, "--threads", strconv.Itoa(c.Threads))
+			}
+			stages = append(stages, child(fmt.Sprintf("%s-%d", service, len(stages)), service, args...))
+		}
+	}
+	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--npus", strconv.Itoa(p.topology.NPUs()),
+		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10)}
+	for flag, size := range map[string]*conf.Bytes{"--mm-cache": c.MMCache, "--kv-cache": c.KVCache} {
+		if size != nil {
+			hmm = append(hmm, flag, strconv.FormatInt(int64(*size), 10))
+		}
+	}
+	return [][]supervise.Child{
+		{child("gateway", "gateway", gateway...)},
+		stages,
+		{child("hmm", "hmm", hmm...)},
+	}
+}
+
+// serve runs the children until the context ends.
+func (c *upCmd) serve(e *env, p *plan) error {
+	binary, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("finding the binary: %w", err)
+	}
+	ctx, cancel := context.WithCancelCause(e.ctx)
+	defer cancel(nil)
+	var ready atomic.Bool
+	s := supervise.New(e.err, func(x supervise.Exit) {
+		if x.Code == exitUsage && !ready.Load() { // it has said why; trying again will not help
+			cancel(fmt.Errorf("%w%s cannot start", errUsage, x.Child.Name))
+			return
+		}
+		fmt.Fprintf(e.err, "%s (pid %d) ended: %s; starting it again in %v\n", x.Child.Name, x.PID, x.How, x.Again)
+	})
+	layers := c.children(e, p, binary)
+	for i := len(layers) - 1; i >= 0; i-- {
+		for _, ch := range layers[i] {
+			s.Start(ch)
+		}
+	}
+	fmt.Fprintf(e.err, "model     %s\ntopology  %s, %v for each NPU\n", p.model, p.topology, p.memory)
+
+	address := "http://" + p.http
+	if err := waitHealthy(ctx, address, e.err); err == nil {
+		ready.Store(true)
+		fmt.Fprintln(e.out, "ready", address)
+		<-ctx.Done()
+	}
+	return errors.Join(c.stop(e.err, s, layers), failure(ctx, e.ctx))
+}
+
+// failure is why ctx ended, nil when the user ended it.
+func failure(ctx, user context.Context) error {
+	if user.Err() != nil {
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
+// stop ends the layers one after the other, gateway first.
+func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, layers [][]supervise.Child) error {
+	var errs []error
+	for _, layer := range layers {
+		var names []string
+		for _, ch := range layer {
+			names = append(names, ch.Name)
+		}
+		fmt.Fprintf(w, "stopping  %s\n", strings.Join(names, ", "))
+		errs = append(errs, s.Stop(stopGrace, names...))
+	}
+	return errors.Join(errs...)
+}
+
+// patience is how long up waits for health before it says what is missing, each time again.
+const patience = 10 * time.Second
+
+// waitHealthy polls /health until it is 200. What it names as missing is told from time to time.
+func waitHealthy(ctx context.Context, address string, w io.Writer) error {
+	if u, err := url.Parse(address); err == nil { // a wildcard address is asked through loopback
+		if ip := net.ParseIP(u.Hostname()); ip != nil && ip.IsUnspecified() {
+			address = "http://" + net.JoinHostPort("127.0.0.1", u.Port())
+		}
+	}
+	client := http.Client{Timeout: 2 * time.Second}
+	for told := time.Now(); ; {
+		status, said, err := health(ctx, &client, address)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err == nil && status == http.StatusOK:
+			return nil
+		case time.Since(told) >= patience:
+			told = time.Now()
+			if err != nil {
+				said = err.Error()
+			}
+			fmt.Fprintf(w, "waiting   %s\n", said)
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func health(ctx context.Context, client *http.Client, address string) (status int, said string, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address+"/health", nil)
+	if err != nil {
+		return 0, "", err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+	return resp.StatusCode, strings.TrimSpace(string(body)), err
+}
