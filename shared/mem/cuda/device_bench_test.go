@@ -164,6 +164,83 @@ func BenchmarkAttach(b *testing.B) {
 	}
 }
 
+// BenchmarkHandOver gives an extent from its owner to a taker: by mapping it, by copying it into memory that the taker has,
+// and by copying it into new memory. Compare within a size.
+func BenchmarkHandOver(b *testing.B) {
+	for _, bytes := range []int64{2 << 20, 16 << 20, 256 << 20, 1 << 30} {
+		b.Run(fmt.Sprintf("MiB=%d", bytes>>20), func(b *testing.B) {
+			d := benchDevice(b)
+			s, err := NewStore(d, 3*bytes)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer s.Close()
+			taker, err := OpenSpace(d, 3*bytes)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer taker.Close()
+			extent := func(i int64) mem.Extent { return mem.Extent{Offset: i * bytes, Bytes: bytes} }
+			take := func(e mem.Extent) (uintptr, error) {
+				f, err := s.Export(e)
+				if err != nil {
+					return 0, err
+				}
+				if err := taker.Import(e, f); err != nil {
+					return 0, err
+				}
+				return taker.Map(e, mem.ReadWrite)
+			}
+			leave := func(e mem.Extent) error { return errors.Join(taker.Unmap(e), taker.Forget(e)) }
+			given, own, fresh := extent(0), extent(1), extent(2)
+			var from, to uintptr
+			for _, x := range []struct {
+				e  mem.Extent
+				at *uintptr
+			}{{given, &from}, {own, &to}} {
+				if err := s.Back(x.e); err != nil {
+					b.Fatal(err)
+				}
+				if *x.at, err = take(x.e); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for _, way := range []struct {
+				name string
+				do   func() error
+			}{
+				{"copy", func() error { return d.Copy(to, from, bytes) }},
+				{"copy-to-new", func() error {
+					if err := s.Back(fresh); err != nil {
+						return err
+					}
+					at, err := take(fresh)
+					if err != nil {
+						return err
+					}
+					return errors.Join(d.Copy(at, from, bytes), leave(fresh), s.Drop(fresh))
+				}},
+				{"map", func() error { // given is mapped already: leaving it first is part of the price
+					if err := leave(given); err != nil {
+						return err
+					}
+					from, err = take(given)
+					return err
+				}},
+			} {
+				b.Run(way.name, func(b *testing.B) {
+					b.SetBytes(bytes)
+					for b.Loop() {
+						if err := way.do(); err != nil {
+							b.Fatal(err)
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
 // BenchmarkBack is an extent of the store, zeroed, and given back.
 func BenchmarkBack(b *testing.B) {
 	for _, bytes := range []int64{2 << 20, 1 << 30} {

@@ -111,6 +111,28 @@ func noAccessUnmapped(t *testing.T, f *fixture) {
 	}
 }
 
+// noAccessBeforeMap: an extent that others have mapped is out of reach until this process maps it too.
+func noAccessBeforeMap(t *testing.T, f *fixture) {
+	owner, p := f.start(t), f.start(t)
+	e, next := f.extent(1, 2), f.extent(3, 1)
+	f.back(t, e)
+	f.back(t, next)
+	owner.mapped(t, e, mem.ReadWrite)
+	owner.fill(t, e, 1)
+	at := p.mapped(t, next, mem.ReadWrite) // tells where e will be
+	p.fill(t, next, 2)
+	if a := p.do(t, command{Op: "sum", Extent: e, At: at - uint64(e.Bytes)}, nil); a.Err == "" {
+		t.Error("an extent that was never mapped can be read")
+	}
+	p = f.start(t) // see readOnly
+	if at := p.mapped(t, next, mem.ReadWrite); p.mapped(t, e, mem.ReadOnly) != at-uint64(e.Bytes) {
+		t.Error("the extent lies elsewhere: the test looked in the wrong place")
+	}
+	p.sees(t, e, 1)
+	p.exit(t)
+	owner.exit(t)
+}
+
 // staleMap: on a backend with an allocation an extent, one who failed to unmap does not see the next generation.
 func staleMap(t *testing.T, f *fixture) {
 	stale, next := f.start(t), f.start(t)

@@ -44,6 +44,7 @@ type command struct {
 	Access mem.Access
 	Bytes  int64  // of the space: open
 	Seed   uint64 // of the noise: fill
+	At     uint64 // where to read what is not mapped: sum
 }
 
 // answer is the child's answer to a command.
@@ -111,8 +112,11 @@ func (c *child) do(cmd command, f *os.File, a *answer) (err error) {
 	case "fill":
 		err = c.Poke(c.at[e], noise(cmd.Seed, e.Bytes))
 	case "sum":
-		p := make([]byte, e.Bytes)
-		err = c.Peek(p, c.at[e])
+		p, at := make([]byte, e.Bytes), c.at[e]
+		if cmd.At != 0 {
+			at = uintptr(cmd.At)
+		}
+		err = c.Peek(p, at)
 		a.CRC, a.Zero = mem.Checksum(p), allZero(p)
 	case "close":
 		if err = c.space.Close(); err != nil {

@@ -12,18 +12,27 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // NoLeaks fails t when at its end the process has memory files mapped or descriptors open that it did not have at the
-// call. Call it before anything that registers clean-ups which close things. Tests that use it must not run in parallel.
+// call, or a memory file that it had open then holds more memory: an extent that nobody dropped. Call it before anything
+// that registers clean-ups which close things. Tests that use it must not run in parallel, and a store that keeps freed
+// memory is to be made after the call.
 func NoLeaks(t testing.TB) {
+	t.Helper()
+	noLeaks(t, 5*time.Second)
+}
+
+// noLeaks gives what was closed in another process or goroutine, and views that the collector unmaps, so much time.
+func noLeaks(t testing.TB, patience time.Duration) {
 	t.Helper()
 	startPoller(t)
 	before := mustHeld(t)
 	t.Cleanup(func() {
 		var left []string
-		// What was closed in another process or goroutine may need a moment, and views are unmapped by the collector.
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
 			runtime.GC()
 			if left = added(before, mustHeld(t)); len(left) == 0 {
 				return
@@ -54,9 +63,10 @@ func mustHeld(t testing.TB) map[string]int {
 	return found
 }
 
-// held lists the process's descriptors and its maps of memfds, with how often each is there.
+// held lists the process's descriptors and its maps of memfds, with how often each is there, and the bytes in memfds.
 func held() (map[string]int, error) {
 	found := map[string]int{}
+	counted := map[uint64]bool{} // memfds, by inode: several descriptors share their memory
 	dir, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return nil, fmt.Errorf("listing descriptors: %w", err)
@@ -68,6 +78,17 @@ func held() (map[string]int, error) {
 		}
 		kind, _, _ := strings.Cut(to, ":[") // sockets and pipes by kind: their numbers say nothing
 		found["fd of "+kind]++
+		if !strings.HasPrefix(to, "/memfd:") {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join("/proc/self/fd", e.Name()), &st); err != nil {
+			continue // closed meanwhile
+		}
+		if !counted[st.Ino] {
+			counted[st.Ino] = true
+			found["byte of memory in "+to] += int(st.Blocks) * 512 // stat(2)'s unit
+		}
 	}
 	maps, err := mapsOfMemfds()
 	if err != nil {

@@ -3,10 +3,12 @@ package memtest
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"os"
 	"runtime/debug"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -45,11 +47,13 @@ func Run(t *testing.T, b Backend) {
 		"DropWhileMapped":    dropKeepsOthers,
 		"Closed":             closed,
 		"StoreClosed":        storeClosed,
+		"Concurrent":         concurrent,
 		"Between/Bytes":      otherProcessSees,
 		"Between/Killed":     killedWriter,
 		"Between/Generation": generations,
 		"Between/ReadOnly":   readOnly,
 		"Between/Unmapped":   noAccessUnmapped,
+		"Between/NotMapped":  noAccessBeforeMap,
 	}
 	store, _ := b.New(t)
 	if _, ok := store.(mem.Exporter); ok {
@@ -288,6 +292,18 @@ func wholeExtents(t *testing.T, f *fixture) {
 	if err := f.store.Drop(f.extent(20, 2)); err != nil {
 		t.Errorf("Drop of what has no memory: %v", err)
 	}
+	f.unmapped(t, s, e)
+	if err := s.Unmap(e); !errors.Is(err, mem.ErrInvalid) {
+		t.Errorf("Unmap of an unmapped extent: %v, want ErrInvalid", err)
+	}
+	if err := s.Protect(e, mem.ReadWrite); !errors.Is(err, mem.ErrInvalid) {
+		t.Errorf("Protect of an unmapped extent: %v, want ErrInvalid", err)
+	}
+	for range 2 {
+		if err := f.store.Drop(e); err != nil {
+			t.Errorf("Drop: %v", err)
+		}
+	}
 }
 
 func badExtents(t *testing.T, f *fixture) {
@@ -364,6 +380,62 @@ func storeClosed(t *testing.T, f *fixture) {
 	if !bytes.Equal(f.read(t, at, e.Bytes), want) {
 		t.Error("closing the store took the bytes from under a mapping")
 	}
+}
+
+// concurrent takes disjoint extents through their lives at once, on one store and one space.
+func concurrent(t *testing.T, f *fixture) {
+	const workers, rounds = 8, 4
+	s := f.open()
+	life := func(e mem.Extent, seed uint64) error {
+		if err := f.store.Back(e); err != nil {
+			return err
+		}
+		if x, ok := f.store.(mem.Exporter); ok {
+			file, err := x.Export(e)
+			if err != nil {
+				return err
+			}
+			if err := s.(mem.Importer).Import(e, file); err != nil {
+				return err
+			}
+		}
+		at, err := s.Map(e, mem.ReadWrite)
+		if err != nil {
+			return err
+		}
+		got, want := make([]byte, e.Bytes), noise(seed, e.Bytes)
+		err = f.Peek(got, at)
+		if err == nil && !allZero(got) {
+			err = fmt.Errorf("%v is not zero when fresh", e)
+		}
+		if err = errors.Join(err, f.Poke(at, want), s.Protect(e, mem.ReadOnly), f.Peek(got, at)); err != nil {
+			return err
+		}
+		if !bytes.Equal(got, want) {
+			return fmt.Errorf("%v holds other bytes than were written", e)
+		}
+		if err := s.Unmap(e); err != nil {
+			return err
+		}
+		if i, ok := s.(mem.Importer); ok {
+			if err := i.Forget(e); err != nil {
+				return err
+			}
+		}
+		return f.store.Drop(e)
+	}
+	var all sync.WaitGroup
+	for w := range int64(workers) {
+		all.Go(func() {
+			for round := range int64(rounds) {
+				if err := life(f.extent(w*Pages/workers, 1+(w+round)%4), uint64(w*rounds+round)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 func imports(t *testing.T, f *fixture) {

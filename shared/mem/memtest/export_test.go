@@ -1,0 +1,4 @@
+package memtest
+
+// NoLeaksWithin is NoLeaks with another patience.
+var NoLeaksWithin = noLeaks
