@@ -47,6 +47,7 @@ func TestBadInput(t *testing.T) {
 		param            string
 	}{
 		{"malformed", chat, `{"model":"shapes",`, 400, ""},
+		{"not UTF-8", chat, `{"model":"shapes","messages":[{"role":"user","content":"` + "\xff\xfe" + `"}]}`, 400, ""},
 		{"not an object", chat, `"hi"`, 400, ""},
 		{"unknown model", chat, `{"model":"gpt-7",` + hello + `}`, 404, "model"},
 		{"unknown model of completions", text, `{"model":"gpt-7","prompt":"x"}`, 404, "model"},

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"syscall"
@@ -23,7 +24,7 @@ type chatCmd struct {
 	Question  string   `arg:"" optional:"" help:"What to ask. Without it, on a terminal: a conversation; else it is read from stdin."`
 	Image     []string `help:"Picture: a file or a URL. May be repeated." placeholder:"FILE|URL"`
 	URL       string   `name:"url" help:"Gateway." default:"http://127.0.0.1:8080"`
-	Model     string   `name:"model" help:"Model name; by default the gateway's first." placeholder:"NAME"`
+	Model     string   `name:"model" help:"Model name; by default the gateway's first." placeholder:"NAME" env:"-"` // TRIREME_MODEL is a folder
 	MaxTokens int64    `help:"Tokens of an answer at most; 0: the rest of the context."`
 	Seed      *int64   `help:"Seed of the random draws." placeholder:"N"`
 	Temp      *float64 `name:"temperature" help:"0 is greedy; by default the model's own." placeholder:"T"`
@@ -52,6 +53,9 @@ type reply struct {
 
 // Run asks one question, or holds a conversation.
 func (c *chatCmd) Run(e *env) error {
+	if u, err := url.Parse(c.URL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return fmt.Errorf("%w--url %s is no URL like http://127.0.0.1:8080", errUsage, c.URL)
+	}
 	client := openai.NewClient(option.WithBaseURL(strings.TrimSuffix(c.URL, "/")+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
 	p := openai.ChatCompletionNewParams{Model: c.Model, StreamOptions: openai.ChatCompletionStreamOptionsParam{IncludeUsage: openai.Bool(true)}}
 	if c.MaxTokens > 0 {

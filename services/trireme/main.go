@@ -70,7 +70,7 @@ type env struct {
 	in       io.Reader
 	out, err io.Writer
 	log      *slog.Logger
-	logFlags []string // that make a child log alike
+	inherit  []string // flags for children: they log alike and read the same file of settings
 }
 
 const description = `Trireme serves vision-language mixture-of-experts models with encode, prefill and decode as separate
@@ -82,7 +82,12 @@ Examples:
   trireme chat --image photo.png "What is this?"    ask it
   trireme status                                    look inside
 
-Every flag can also be set in the environment (TRIREME_HTTP for --http) or in a file given with --config.`
+Every flag can also be set in the environment (TRIREME_HTTP for --http) or in a file given with --config, where a
+command's flags stand under its name:
+  log-level: info
+  up:
+    topology: 2E1P2D
+    npu-memory: 8GiB`
 
 // run is main without the process: it returns the exit status.
 func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
@@ -127,10 +132,12 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err = k.Run(&env{
-		ctx: ctx, in: in, out: out, err: errOut, log: log,
-		logFlags: []string{"--log-level", c.LogLevel, "--log-format", c.LogFormat},
-	}, modelcmd.Streams{In: in, Out: out, Err: errOut})
+	inherit := []string{"--log-level", c.LogLevel, "--log-format", c.LogFormat}
+	if c.Config != "" {
+		inherit = append(inherit, "--config", string(c.Config))
+	}
+	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
+		modelcmd.Streams{In: in, Out: out, Err: errOut})
 	return report(errOut, k.Command(), err)
 }
 

@@ -22,16 +22,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"trireme.dev/models"
+	"trireme.dev/services/gateway"
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/services/trireme/supervise"
 	"trireme.dev/shared/bus/embedded"
 	"trireme.dev/shared/conf"
-	"trireme.dev/shared/hf"
 	"trireme.dev/shared/imageprep"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
-	"trireme.dev/shared/token"
 )
 
 // upCmd runs everything on this machine. Each service is a child process of the same binary; NATS is embedded.
@@ -80,10 +79,11 @@ func (c *upCmd) Run(e *env) error {
 	if p.model, err = modelDir(c.Model, c.Data); err != nil {
 		return err
 	}
-	if err := checkModel(p.model, p.topology); err != nil {
+	cfg, err := checkModel(p.model, p.topology)
+	if err != nil {
 		return err
 	}
-	if err := checkMemory(p.model, p.memory); err != nil {
+	if err := checkMemory(&cfg.Text, p.memory); err != nil {
 		return err
 	}
 	if c.NATSURL != "" {
@@ -165,41 +165,34 @@ func modelDir(given, data string) (string, error) {
 	return models.Unpack(data)
 }
 
-// checkModel reads everything of a model folder but the weights' content, so that what is missing is said at once and
-// not by a service that is started again and again.
-func checkModel(dir string, t conf.Topology) error {
-	cfg, _, err := hf.ReadConfig(dir)
+// checkModel reads everything of a model folder but the weights' content, so that what is missing or cannot be used is
+// said at once and not by a service that is started again and again.
+func checkModel(dir string, t conf.Topology) (*model.Config, error) {
+	m, err := gateway.NewModel(dir, nil)
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("%w%w", errUsage, err)
 	}
-	if _, err := token.Load(dir); err != nil {
-		return fmt.Errorf("%w%w", errUsage, err)
-	}
-	if cfg.Vision == nil {
-		return nil
+	if m.Config.Vision == nil {
+		return &m.Config, nil
 	}
 	if _, err := imageprep.LoadConfig(dir); err != nil {
-		return fmt.Errorf("%w%w", errUsage, err)
+		return nil, fmt.Errorf("%w%w", errUsage, err)
 	}
 	if t.Instances('E') == 0 {
-		return fmt.Errorf("%wtopology %s has no instance with role E, and %s takes pictures: write 1E%s", errUsage, t, dir, t)
+		return nil, fmt.Errorf("%wtopology %s has no instance with role E, and %s takes pictures: write 1E%s", errUsage, t, dir, t)
 	}
-	return nil
+	return &m.Config, nil
 }
 
 // checkMemory refuses NPUs that cannot hold the KV of the shortest request: one slab, and a token log.
-func checkMemory(dir string, memory conf.Bytes) error {
-	cfg, _, err := hf.ReadConfig(dir)
-	if err != nil {
-		return err
-	}
-	slab := kv.SlabBytes(&cfg.Text)
+func checkMemory(cfg *model.Text, memory conf.Bytes) error {
+	slab := kv.SlabBytes(cfg)
 	tokens := kv.SlabBlocks * model.BlockTokens
 	log := kv.LogShape{Prompt: 1, MaxTokens: tokens - 1, MaxSlabs: 3}.Bytes()
 	if least := conf.Bytes(mem.Padded(slab, mem.HostPage) + mem.Padded(log, mem.HostPage)); memory < least {
 		return fmt.Errorf("%w--npu-memory %v is too small: a request of %d tokens with this model takes %v, and the whole "+
-			"context of %d tokens about %v", errUsage, memory, tokens, least, cfg.Text.Context,
-			conf.Bytes(slab)*conf.Bytes(kv.Slabs(cfg.Text.Context)))
+			"context of %d tokens about %v", errUsage, memory, tokens, least, cfg.Context,
+			conf.Bytes(slab)*conf.Bytes(kv.Slabs(cfg.Context)))
 	}
 	return nil
 }
@@ -281,7 +274,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=")
 	})
 	child := func(name, service string, args ...string) supervise.Child {
-		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.logFlags), Env: environ}
+		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.inherit), Env: environ}
 	}
 	common := []string{"--nats-url", p.natsURL, "--hmm", p.socket, "--model", p.model, "--data", c.Data}
 	gateway := append([]string{"--http", p.http}, common...)

@@ -120,6 +120,7 @@ func TestFileFaultsNameTheKey(t *testing.T) {
 	for file, say := range map[string]string{
 		"up:\n  htttp: x\n": "c.yaml: there is no setting up.htttp",
 		"topology: 1E\n":    "c.yaml: there is no setting topology",
+		"http: x\n":         "c.yaml: there is no setting http here: it belongs under the name of its command, up",
 		"up: 3\n":           "c.yaml: up is a command",
 		"up: [\n":           "c.yaml: yaml",
 		"up:\n  n: many\n":  "--n",

@@ -67,6 +67,9 @@ func check(n *kong.Node, path string, values map[string]any) error {
 			continue
 		}
 		if !hasFlag(n, key) {
+			if owners := commandsWith(n, key); len(owners) > 0 {
+				return fmt.Errorf("there is no setting %s here: it belongs under the name of its command, %s", at, strings.Join(owners, " or "))
+			}
 			return fmt.Errorf("there is no setting %s", at)
 		}
 	}
@@ -80,6 +83,17 @@ func childOf(n *kong.Node, name string) *kong.Node {
 		}
 	}
 	return nil
+}
+
+// commandsWith returns the commands right under n that have a flag.
+func commandsWith(n *kong.Node, flag string) []string {
+	var names []string
+	for _, c := range n.Children {
+		if hasFlag(c, flag) {
+			names = append(names, c.Name)
+		}
+	}
+	return names
 }
 
 func hasFlag(n *kong.Node, name string) bool {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"math"
 	"strconv"
+	"unicode/utf8"
 )
 
 // object reads the members of one JSON object and remembers the first fault. null counts as absent.
@@ -15,6 +16,11 @@ type object struct {
 
 // parse checks body and takes its outermost object.
 func parse(body []byte) (*object, *Error) {
+	if !utf8.Valid(body) { // RFC 8259, section 8.1; encoding/json lets it pass
+		e := Invalid("", "The body is not valid JSON: it is not UTF-8.")
+		e.Code = "invalid_json"
+		return nil, e
+	}
 	if !json.Valid(body) {
 		var v any
 		e := Invalid("", "The body is not valid JSON.")

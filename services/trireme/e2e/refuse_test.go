@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,14 +69,17 @@ func TestUpRefuses(t *testing.T) {
 	if err := os.Truncate(filepath.Join(cut, "model-00003-of-00003.safetensors"), 5_000_000); err != nil {
 		t.Fatal(err)
 	}
-	other := copyModel(t)
-	config, err := os.ReadFile(filepath.Join(other, "config.json"))
+	config, err := os.ReadFile(filepath.Join(cut, "config.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	spoilt := strings.Replace(string(config), "Qwen3VLMoeForConditionalGeneration", "LlamaForCausalLM", 1)
-	if err := os.WriteFile(filepath.Join(other, "config.json"), []byte(spoilt), 0o600); err != nil {
-		t.Fatal(err)
+	write := func(file, content string) string {
+		dir := copyModel(t)
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return dir
 	}
 	without := func(file string) string {
 		dir := copyModel(t)
@@ -97,7 +101,9 @@ func TestUpRefuses(t *testing.T) {
 		"monitor port in use":  {with(freePorts[:4], "--monitor", port), port},
 		"missing shard":        {with(freePorts, "--model", missing), "model-00002-of-00003.safetensors"},
 		"cut file":             {with(freePorts, "--model", cut), "model-00003-of-00003.safetensors"},
-		"unknown architecture": {with(freePorts, "--model", other), "LlamaForCausalLM"},
+		"unknown architecture": {with(freePorts, "--model", write("config.json", spoilt)), "LlamaForCausalLM"},
+		"broken template":      {with(freePorts, "--model", write("chat_template.jinja", "{% for x in %}")), "chat_template.jinja"},
+		"broken settings":      {with(freePorts, "--model", write("tokenizer_config.json", "{")), "tokenizer_config.json"},
 		"no tokenizer":         {with(freePorts, "--model", without("tokenizer.json")), "tokenizer.json"},
 		"no preprocessor":      {with(freePorts, "--model", without("preprocessor_config.json")), "preprocessor_config.json"},
 		"no NATS there":        {with(freePorts[:2], "--nats-url", "nats://127.0.0.1:1"), "nats://127.0.0.1:1"},
@@ -110,8 +116,8 @@ func TestUpRefuses(t *testing.T) {
 		"flag":                 {with(freePorts, "--htttp", "x"), "--htttp"},
 	} {
 		status, said := up(t, x.args...)
-		if status == 0 || !strings.Contains(said, x.say) {
-			t.Errorf("%s: status %d, said %q, want %q in it", name, status, said, x.say)
+		if status != 2 || !strings.Contains(said, x.say) { // 2: trying again will not help
+			t.Errorf("%s: status %d, said %q, want 2 and %q in it", name, status, said, x.say)
 		}
 		if n := strings.Count(strings.TrimSpace(said), "\n"); n > 0 {
 			t.Errorf("%s: %d lines instead of one sentence:\n%s", name, n+1, said)
@@ -128,11 +134,11 @@ func TestOneUpForEachDataFolder(t *testing.T) {
 	}
 }
 
-// An existing NATS server instead of the embedded one, and settings from a file.
+// An existing NATS server instead of the embedded one, and settings from a file, which the children read as well.
 func TestUpOnExistingNATS(t *testing.T) {
 	server := bustest.Run(t)
 	settings := filepath.Join(t.TempDir(), "c.yaml")
-	if err := os.WriteFile(settings, []byte(fmt.Sprintf("up:\n  nats-url: %s\n  topology: 1E1P1D\n", server.URL())), 0o600); err != nil {
+	if err := os.WriteFile(settings, []byte(fmt.Sprintf("up:\n  nats-url: %s\n  topology: 1E1P1D\ngateway:\n  max-body: 1KiB\n", server.URL())), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c := start(t, "--config", settings)
@@ -142,6 +148,12 @@ func TestUpOnExistingNATS(t *testing.T) {
 	})
 	if err != nil || !strings.HasPrefix(resp.Choices[0].Message.Content, "Hello!") {
 		t.Errorf("%v, %v", resp, err)
+	}
+	_, err = client.Chat.Completions.New(t.Context(), openai.ChatCompletionNewParams{
+		Model: "shapes-vl-moe", Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage(strings.Repeat("Hello! ", 200))},
+	})
+	if api := (*openai.Error)(nil); !errors.As(err, &api) || api.StatusCode != http.StatusRequestEntityTooLarge {
+		t.Errorf("a body over the file's limit: %v", err)
 	}
 }
 
@@ -156,7 +168,9 @@ func TestChatAndStatus(t *testing.T) {
 	if want := "A small purple circle in the top left, a large green star on the left and a small blue cross at the bottom.\n"; err != nil || string(out) != want {
 		t.Errorf("chat: %q, %v", out, err)
 	}
-	out, err = exec.Command(path, "chat", "--url", c.url, "--json", "Count from 3 to 9.").Output()
+	chat := exec.Command(path, "chat", "--url", c.url, "--json", "Count from 3 to 9.")
+	chat.Env = append(os.Environ(), "TRIREME_MODEL=/a/folder") // set for up; it is no model's name
+	out, err = chat.Output()
 	if err != nil || !strings.Contains(string(out), `"answer":"3 4 5 6 7 8 9`) || !strings.Contains(string(out), `"ttft_seconds"`) {
 		t.Errorf("chat --json: %s, %v", out, err)
 	}
