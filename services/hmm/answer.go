@@ -68,6 +68,10 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, objects []protocol.Object) (any, error) {
 			return nil, l.Forget(s.id, objects)
 		})
+	case protocol.OpCopied:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, copies []protocol.Copy) (any, error) {
+			return l.Copied(s.id, copies)
+		})
 	case protocol.OpStats:
 		return s.d.Stats(), nil
 	}

@@ -23,6 +23,7 @@ type Config struct {
 	NPUs      int    // host NPUs of the node; 0 for a node with host memory only
 	NPUBytes  int64  // device memory of each NPU, at least a page of 64 KiB
 	HostBytes int64  // memory for pictures and long prompts, at least a page
+	PerNPU    bool   // each NPU is a memory domain of its own, with its own memfd; else all NPUs are one domain
 
 	// NATS, if not nil, brings the ends of requests, takes gone instances and asks for stats. Owned by the caller.
 	NATS *nats.Conn
@@ -37,7 +38,7 @@ type Config struct {
 	MMCache int64 // bytes of MM objects; 0: a quarter of NPUBytes, negative: no cache
 	KVCache int64 // bytes of KV slabs; 0 and less: no cache, see RATIONALE.md
 
-	CacheBytes   int64         // freed memory kept for reuse, of the NPUs and of the host each; 0: 256 MiB, negative: none
+	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain; 0: 256 MiB, negative: none
 	Connections  int           // most clients at a time; 0: 256
 	Claims       int           // most claims at a time; 0: 65536
 	Margin       time.Duration // that holds outlive their request's deadline; 0: 10 s
@@ -61,6 +62,7 @@ const (
 	maxFinds        = 64               // questions for MM objects of one client that wait at a time
 	maxFindWait     = time.Minute      // for somebody else to make an MM object
 	addressRoom     = 2                // bytes of addresses a byte of memory: room against fragmentation
+	maxDomains      = 128              // a welcome carries a descriptor for each, and at most 253 (SCM_MAX_FD)
 )
 
 var validNode = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
@@ -107,6 +109,9 @@ func (c Config) Validate() error {
 	}
 	if c.NPUs < 0 || c.NPUs > 1024 {
 		wrong("%d NPUs, must be 0 to 1024", c.NPUs)
+	}
+	if c.PerNPU && c.NPUs > maxDomains {
+		wrong("%d NPUs that are a memory domain each, must be at most %d", c.NPUs, maxDomains)
 	}
 	if c.NPUs > 0 && (c.NPUBytes < mem.HostPage || c.NPUBytes > 1<<44) {
 		wrong("%d bytes of each NPU, must be %d to %d", c.NPUBytes, mem.HostPage, int64(1)<<44)

@@ -20,13 +20,14 @@ import (
 
 // Daemon is the HMM of one node.
 type Daemon struct {
-	cfg    Config
-	log    *slog.Logger
-	books  *books
-	stores []*host.Store // by space
-	rooms  []protocol.Space
-	table  *host.Table
-	others *peers // nil: the node is alone
+	cfg     Config
+	log     *slog.Logger
+	books   *books
+	stores  []*host.Store // by space
+	rooms   []protocol.Space
+	domains []int // by NPU: its space
+	table   *host.Table
+	others  *peers // nil: the node is alone
 
 	listener *net.UnixListener
 	peers    sync.WaitGroup // sessions, and watchers of processes whose connection has ended
@@ -69,9 +70,16 @@ func (d *Daemon) open() error {
 	}
 	capacities := []int64{d.cfg.HostBytes}
 	names := []string{"trireme-host"}
-	if d.cfg.NPUs > 0 {
-		capacities = append(capacities, int64(d.cfg.NPUs)*d.cfg.NPUBytes) // one domain
-		names = append(names, "trireme-hbm")
+	npus := make([]ledger.NPU, d.cfg.NPUs)
+	for i := range npus {
+		if i == 0 || d.cfg.PerNPU { // a domain begins
+			capacities = append(capacities, 0)
+			names = append(names, fmt.Sprintf("trireme-hbm-%d", i))
+		}
+		space := len(capacities) - 1
+		capacities[space] += d.cfg.NPUBytes
+		npus[i] = ledger.NPU{Bytes: d.cfg.NPUBytes, Space: space}
+		d.domains = append(d.domains, space)
 	}
 	var spaces []int64
 	for i, capacity := range capacities {
@@ -94,10 +102,6 @@ func (d *Daemon) open() error {
 	key := make([]byte, 32)
 	if _, err := rand.Read(key); err != nil {
 		return fmt.Errorf("drawing the capability key: %w", err)
-	}
-	npus := make([]ledger.NPU, d.cfg.NPUs)
-	for i := range npus {
-		npus[i] = ledger.NPU{Bytes: d.cfg.NPUBytes, Space: 1}
 	}
 	d.books = newBooks(d, ledger.New(ledger.Config{
 		Node: d.cfg.Node, Page: d.stores[0].Page(), Spaces: spaces, Host: d.cfg.HostBytes, NPUs: npus, Slots: d.cfg.Claims, Key: key,
@@ -137,7 +141,7 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	go d.books.run()
 	bus, err := d.join()
 	if err == nil {
-		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs,
+		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs, "domains", len(d.stores)-1,
 			"npu_bytes", d.cfg.NPUBytes, "host_bytes", d.cfg.HostBytes)
 		d.peers.Go(func() { d.accept(ctx) })
 		d.peers.Go(func() { d.others.serve(ctx) })

@@ -191,10 +191,10 @@ func (s *session) connect(h protocol.Hello) ([]int, error) {
 // welcome sends the first answer with the descriptors.
 func (s *session) welcome(id uint64, npus []int) error {
 	w := protocol.Welcome{
-		Version: protocol.Version, Node: s.d.cfg.Node, NPUs: npus, Slots: s.d.table.Len(), Spaces: s.d.rooms,
+		Version: protocol.Version, Node: s.d.cfg.Node, NPUs: npus, Slots: s.d.table.Len(), Spaces: s.d.rooms, Domains: s.d.domains,
 	}
 	if s.role == protocol.RoleGateway {
-		w.Spaces = w.Spaces[:1]
+		w.Spaces, w.Domains = w.Spaces[:1], nil
 	}
 	fds := []int{int(s.d.table.File().Fd())}
 	for i := range w.Spaces {

@@ -236,6 +236,7 @@ func (s *session) attachCopies(ctx context.Context, a protocol.Attach) (grants [
 			continue
 		}
 		g := copies[0]
+		g.Pulled = true
 		copies = copies[1:]
 		if g.Handle, err = s.fill(ctx, g, h); err != nil {
 			return nil, err

@@ -61,8 +61,8 @@ func (c *Client) AbandonMM(ctx context.Context, t *Ticket) error {
 }
 
 // FindPrefix maps, read-only, the slabs that hold the cached KV blocks of the first of these keys, up to one that is
-// not there, in the memory domain of an NPU. The slabs are in order of their first block; the caller frees them. The
-// blocks' content is not checked. At most the first protocol.MaxBlocks keys are looked at.
+// not there, in the memory domain of an NPU and, where that has no more of them, in other domains of the node: slabs of
+// these (Far) are mapped where they are. The slabs are in order of their first block; the caller frees them. The blocks' content is not checked. At most the first protocol.MaxBlocks keys are looked at.
 func (c *Client) FindPrefix(ctx context.Context, npu int, keys []Key) ([]*Object, []Block, error) {
 	var p protocol.Prefix
 	keys = keys[:min(len(keys), protocol.MaxBlocks)]

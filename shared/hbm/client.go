@@ -50,6 +50,7 @@ type Client struct {
 	conn  *net.UnixConn
 	node  string
 	npus  []int
+	homes []int                     // of each NPU of the node: its space; none for the gateway
 	table atomic.Pointer[host.View] // of claims; nil once the connection has ended
 	maps  maps
 
@@ -131,8 +132,8 @@ func handshake(ctx context.Context, conn *net.UnixConn, h Hello) (*Client, error
 	return c, nil
 }
 
-// maxFiles is the most descriptors that come with a welcome.
-const maxFiles = 64
+// maxFiles is the most descriptors that come with a welcome: as many as a message can carry (SCM_MAX_FD).
+const maxFiles = 253
 
 // receive reads the first frame and the descriptors that come with its first bytes.
 func receive(conn *net.UnixConn) (payload []byte, files []*os.File, err error) {
@@ -197,7 +198,7 @@ func welcome(conn *net.UnixConn, payload []byte, files []*os.File) (*Client, err
 	if len(files) != 1+len(w.Spaces) {
 		return nil, fmt.Errorf("%d descriptors came for %d spaces and the claim table: %w", len(files), len(w.Spaces), mem.ErrInvalid)
 	}
-	c := &Client{conn: conn, node: w.Node, npus: w.NPUs, pending: map[uint64]chan reply{}, lost: make(chan struct{}), lastID: 1}
+	c := &Client{conn: conn, node: w.Node, npus: w.NPUs, homes: w.Domains, pending: map[uint64]chan reply{}, lost: make(chan struct{}), lastID: 1}
 	c.maps.live = map[place]*mapping{}
 	table, err := host.OpenView(files[0], w.Slots)
 	if err != nil {

@@ -19,6 +19,7 @@ type Spec = protocol.Spec
 type Object struct {
 	client *Client
 	handle atomic.Pointer[mem.Handle]
+	source *mem.Handle // what it was copied from, or nil
 	extent mem.Extent
 	access mem.Access
 	bytes  []byte
@@ -71,16 +72,37 @@ func (c *Client) Alloc(ctx context.Context, specs ...Spec) ([]*Object, error) {
 // Attach maps objects by their handles, all or none, and holds them. With npu >= 0, NPU memory is booked to that NPU
 // from now on: the hand-over; host memory stays what it is. mem.ErrGone when an object was freed, mem.ErrDenied when a
 // capability is wrong, mem.ErrSealed when a sealed one is attached for writing, mem.ErrExhausted when npu has no room.
-// The content is not checked: see Verify.
+// The content of what is mapped is not checked: see Verify.
 //
-// An object of another node is pulled into a new one here, if the HMM knows that node: the Object's handle then names the
-// copy, which only this connection holds until Keep, and whose content was checked on the way. It must not change
-// meanwhile. NPU memory needs npu >= 0. mem.ErrLost when the node cannot be reached, mem.ErrCorrupt when what comes is not
-// what was sealed.
+// An object of another memory domain than npu's is copied into a new one on npu, by the calling goroutine; with npu < 0 it
+// is mapped where it is. An object of another node is pulled into a new one here, if the HMM knows that node; NPU memory
+// needs npu >= 0. In both cases the Object's handle names the copy, and Source the other one; only this connection holds
+// the copy until Keep; the content was compared with the checksum of what was sealed, and must not change meanwhile; the
+// other one is as it was. mem.ErrLost when a node cannot be reached, mem.ErrCorrupt when what comes is not what was sealed.
 func (c *Client) Attach(ctx context.Context, access mem.Access, npu int, handles ...mem.Handle) ([]*Object, error) {
 	return gather(c, handles, func(part []mem.Handle) ([]*Object, error) {
-		return c.grant(ctx, protocol.OpAttach, protocol.Attach{Access: access, NPU: npu, Handles: part}, access)
+		var grants []protocol.Grant
+		a := protocol.Attach{Access: access, NPU: npu, Handles: part}
+		if err := c.acquire(ctx, protocol.OpAttach, a, &grants, func() { _ = c.giveUp(grants) }); err != nil {
+			return nil, err
+		}
+		objects, err := c.take(ctx, grants, access, npu)
+		for i, o := range objects {
+			if grants[i].Pulled {
+				o.source = &part[i]
+			}
+		}
+		return objects, err
 	})
+}
+
+// Source is the handle of the object in another memory domain or on another node that this one was copied from; ok is
+// false when it was not.
+func (o *Object) Source() (h mem.Handle, ok bool) {
+	if o.source == nil {
+		return h, false
+	}
+	return *o.source, true
 }
 
 // gather calls get for batches of at most protocol.MaxBatch; when one fails, what the others got is freed.

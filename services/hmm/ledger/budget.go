@@ -79,7 +79,7 @@ func (b *budget) keep(o *object, by int64) {
 func (l *Ledger) Stats() protocol.Stats {
 	s := protocol.Stats{
 		Node: l.cfg.Node, Objects: len(l.objects), Requests: len(l.live), Ended: len(l.ended), Claims: len(l.claims),
-		CachedMM: len(l.mm), CachedBlocks: len(l.prefix),
+		CachedMM: len(l.mm), CachedBlocks: len(l.prefix), Copied: l.copied,
 	}
 	for _, b := range l.budgets {
 		n := protocol.NPUStats{NPU: b.npu, Capacity: b.capacity, Free: b.free(), Usage: b.total, Kinds: map[string]protocol.Usage{}}

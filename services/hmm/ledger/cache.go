@@ -130,6 +130,7 @@ func (l *Ledger) Forget(id Conn, objects []protocol.Object) error {
 			return fmt.Errorf("forgetting object %d: %w", name.ID, err)
 		}
 		l.unindex(o)
+		l.forgetCopy(o)
 	}
 	return nil
 }

@@ -80,6 +80,9 @@ type Ledger struct {
 	prefix map[blockKey]blockAt       // cached KV blocks
 	rests  uint64                     // times that an object went to rest
 
+	copies map[copyKey]*object // sealed objects' copies in other memory domains
+	copied int64               // bytes, ever
+
 	effects Effects
 }
 
@@ -97,6 +100,7 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, gen: cfg.First,
 		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{},
 		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
+		copies: map[copyKey]*object{},
 	}
 	for _, b := range cfg.Spaces {
 		l.spaces = append(l.spaces, page.New(b/cfg.Page))

@@ -25,6 +25,8 @@ type object struct {
 	blocks  map[int]protocol.Key // in the prefix index, by number in the slab
 	resting *list.Element        // of the budget's list, while only a cache keeps it
 	since   uint64               // order in which objects went to rest
+
+	origin uint64 // generation of the object that this is a copy of; 0: of none
 }
 
 // Limits of an object's description.
@@ -156,7 +158,9 @@ func (l *Ledger) Undo(grants []protocol.Grant) {
 	}
 }
 
-// Attach checks handles and adds connection holds, all or none. With npu >= 0, NPU memory is booked to that NPU.
+// Attach checks handles and adds connection holds, all or none. With npu >= 0, NPU memory of its domain is booked to
+// that NPU. Memory of another domain stays where it is: the client, which sees that by the extent's space, copies it, or
+// gets the copy that somebody has made in the NPU's domain already.
 func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 	c := l.conn(id)
 	to := (*budget)(nil)
@@ -174,14 +178,14 @@ func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 		if err == nil {
 			err = o.admits(c, a.Access)
 		}
-		if err == nil && to != nil && o.handle.NPU != mem.HostNPU && to.space != o.extent.Space {
-			err = fmt.Errorf("memory of NPU %d cannot be mapped by NPU %d, it has to be copied: %w", o.handle.NPU, a.NPU, mem.ErrInvalid)
-		}
 		if err != nil {
 			return nil, fmt.Errorf("attaching %v %d: %w", h.Kind, h.Object, err)
 		}
+		if to != nil {
+			o = l.nearest(o, to.space)
+		}
 		objects[i] = o
-		if to != nil && o.handle.NPU != mem.HostNPU && int(o.handle.NPU) != to.npu && !moves[o] {
+		if to != nil && o.extent.Space == to.space && int(o.handle.NPU) != to.npu && !moves[o] {
 			moves[o] = true
 			moved += o.extent.Bytes
 		}
@@ -367,6 +371,7 @@ func (l *Ledger) held(id Conn, name protocol.Object) (*object, error) {
 func (l *Ledger) free(o *object) {
 	l.spaces[o.extent.Space].Release(o.extent.Offset / l.cfg.Page)
 	l.budgets[o.handle.NPU+1].remove(o)
+	l.forgetCopy(o)
 	delete(l.objects, o.handle.Object)
 	l.freeIDs = append(l.freeIDs, o.handle.Object)
 	l.effects.Freed = append(l.effects.Freed, o.extent)

@@ -77,8 +77,8 @@ func (l *Ledger) CacheBlocks(id Conn, v protocol.CacheBlocks) error {
 	return nil
 }
 
-// FindPrefix returns the cached blocks of the first hashes, up to one that is not there, in the memory domain of an NPU.
-// Each slab that holds some of them, in order of their first, gets a connection hold and stays booked where it is.
+// FindPrefix returns the cached blocks of the first hashes, up to one that is not there: those in the memory domain of an
+// NPU, and for what is not there, those in other domains, as copying is cheaper than computing. Each slab that holds some of them, in order of their first, gets a connection hold and stays booked where it is.
 func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, error) {
 	c, err := l.stage(id)
 	if err != nil {
@@ -95,11 +95,13 @@ func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, er
 	var p protocol.Prefix
 	var blocks []protocol.Block
 	number := map[*object]int{}
+	last := b.space
 	for _, hash := range hashes {
-		at, ok := l.prefix[blockKey{b.space, hash}]
+		at, ok := l.block(hash, b.space, last)
 		if !ok {
 			break
 		}
+		last = at.slab.extent.Space
 		n, ok := number[at.slab]
 		if !ok {
 			if len(p.Slabs) == protocol.MaxBatch {
@@ -118,4 +120,21 @@ func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, er
 	}
 	p.Blocks = protocol.PackBlocks(blocks)
 	return p, nil
+}
+
+// block finds a cached block: in the space home if it is there, else in the space last, else anywhere.
+func (l *Ledger) block(hash protocol.Key, home, last int) (at blockAt, ok bool) {
+	for i := range len(l.spaces) + 1 {
+		space := i - 1 // the spaces in order, host memory has no blocks
+		switch i {
+		case 0:
+			space = home
+		case 1:
+			space = last
+		}
+		if at, ok = l.prefix[blockKey{space, hash}]; ok {
+			return at, true
+		}
+	}
+	return at, false
 }

@@ -39,6 +39,11 @@ const (
 	OpForget      // []Object, nothing
 )
 
+// The requests about memory domains.
+const (
+	OpCopied Op = 23 // []Copy, []mem.Handle
+)
+
 // MaxBatch is the most objects of one request; clients split larger ones.
 const MaxBatch = 1024
 
@@ -60,6 +65,7 @@ type Welcome struct {
 	NPUs    []int   // granted, rising
 	Slots   int     // words of the claim table
 	Spaces  []Space // host memory, then the memory domains; the gateway gets the first only
+	Domains []int   // of each NPU of the node: its memory domain, as an index of Spaces; empty for the gateway
 }
 
 // Space describes one space of the node.
@@ -88,6 +94,7 @@ type Spec struct {
 type Grant struct {
 	Handle mem.Handle
 	Extent mem.Extent
+	Pulled bool // a new object, which the HMM has filled from another node's for this call
 }
 
 // Object names an object in the requests of one who holds it.
@@ -171,6 +178,8 @@ type Stats struct {
 	Resting      int `json:"resting"`       // of the objects: nobody holds them, a cache keeps them
 	CachedMM     int `json:"cached_mm"`     // MM objects in the cache, resting or held
 	CachedBlocks int `json:"cached_blocks"` // KV blocks in the prefix index
+
+	Copied int64 `json:"copied"` // bytes of objects that clients have copied between memory domains since the HMM started
 }
 
 // NPUStats is the part of Stats about the memory booked to one NPU.

@@ -1,0 +1,136 @@
+package hbm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
+)
+
+// take makes objects of what was granted for use on an NPU, or gives it all up: what lies in the NPU's memory domain or
+// in host memory is mapped, what lies in another domain is copied. With npu < 0 all is mapped where it is.
+func (c *Client) take(ctx context.Context, grants []protocol.Grant, access mem.Access, npu int) ([]*Object, error) {
+	var near, far []protocol.Grant
+	for _, g := range grants {
+		if c.far(g.Extent, npu) {
+			far = append(far, g)
+		} else {
+			near = append(near, g)
+		}
+	}
+	if len(far) == 0 {
+		return c.mapAll(grants, access)
+	}
+	mapped, err := c.mapAll(near, access)
+	if err != nil {
+		return nil, errors.Join(err, c.giveUp(far))
+	}
+	copies, err := c.copyAll(ctx, far, access, npu)
+	if err != nil {
+		return nil, errors.Join(err, c.Free(context.WithoutCancel(ctx), mapped...))
+	}
+	objects := make([]*Object, len(grants))
+	for i, g := range grants {
+		from := &mapped
+		if c.far(g.Extent, npu) {
+			from = &copies
+		}
+		objects[i], *from = (*from)[0], (*from)[1:]
+	}
+	return objects, nil
+}
+
+// far reports whether NPU memory is of another memory domain than an NPU.
+func (c *Client) far(e mem.Extent, npu int) bool {
+	return npu >= 0 && npu < len(c.homes) && e.Space != hostSpace && e.Space != c.homes[npu]
+}
+
+// hostSpace is the space of host memory, which all NPUs read.
+const hostSpace = 0
+
+// Far reports whether the object lies in another memory domain than an NPU, which must copy what it computes with.
+func (o *Object) Far(npu int) bool { return o.client.far(o.extent, npu) }
+
+// copyAll copies what was granted in other memory domains into new objects on npu, all or none, and gives the holds that
+// came with it up. Nothing but the copies is ever mapped for writing.
+func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access mem.Access, npu int) (copies []*Object, err error) {
+	sources, err := c.mapAll(grants, mem.ReadOnly)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if ferr := c.Free(context.WithoutCancel(ctx), sources...); ferr != nil {
+			err = errors.Join(err, ferr)
+		}
+		if err != nil {
+			err = errors.Join(err, c.Free(context.WithoutCancel(ctx), copies...))
+			copies = nil
+		}
+	}()
+	specs := make([]Spec, len(sources))
+	for i, s := range sources {
+		h := s.Handle()
+		specs[i] = Spec{Kind: h.Kind, NPU: npu, Bytes: h.Bytes, Shape: h.Shape}
+	}
+	if copies, err = c.Alloc(ctx, specs...); err != nil {
+		return nil, fmt.Errorf("copying %d objects to NPU %d: %w", len(sources), npu, err)
+	}
+	pairs := make([]protocol.Copy, len(sources))
+	for i, s := range sources {
+		if err := copyBytes(ctx, copies[i].Bytes(), s.Bytes()); err != nil {
+			return copies, err
+		}
+		from := s.Handle()
+		if from.Sealed {
+			if crc := mem.Checksum(copies[i].Bytes()); crc != from.CRC {
+				return copies, fmt.Errorf("copying %v %d of %d bytes to NPU %d: it has checksum %08x, its handle says %08x: %w",
+					from.Kind, from.Object, from.Bytes, npu, crc, from.CRC, mem.ErrCorrupt)
+			}
+		}
+		copies[i].source = &from
+		pairs[i] = protocol.Copy{Source: nameOf(from), Copy: nameOf(copies[i].Handle())}
+	}
+	var handles []mem.Handle
+	if err := c.call(ctx, protocol.OpCopied, pairs, &handles); err != nil {
+		return copies, err
+	}
+	if len(handles) != len(copies) {
+		return copies, fmt.Errorf("the HMM took %d copies of %d: %w", len(handles), len(copies), mem.ErrInvalid)
+	}
+	for i, o := range copies {
+		o.handle.Store(&handles[i])
+		if handles[i].Sealed {
+			err = errors.Join(err, c.maps.seal(o.extent, true))
+		}
+		if access == mem.ReadOnly {
+			err = errors.Join(err, c.readOnly(o))
+		}
+	}
+	return copies, err
+}
+
+// readOnly gives up the right to write to an object.
+func (c *Client) readOnly(o *Object) error {
+	if _, err := c.maps.acquire(o.extent, mem.ReadOnly); err != nil {
+		return err
+	}
+	o.access = mem.ReadOnly
+	return c.maps.release(o.extent, mem.ReadWrite)
+}
+
+// copyPiece is how many bytes are copied between two looks at the context.
+const copyPiece = 4 << 20
+
+// copyBytes copies from one mapping to another. It stops when ctx ends.
+func copyBytes(ctx context.Context, dst, src []byte) error {
+	for len(src) > 0 {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("copying between memory domains: %w", context.Cause(ctx))
+		}
+		n := copy(dst, src[:min(len(src), copyPiece)])
+		dst, src = dst[n:], src[n:]
+	}
+	return nil
+}
