@@ -31,7 +31,7 @@ func TestBytesThatStayDamaged(t *testing.T) {
 	s := newShelf()
 	_, addr := serve(t, transfer.ServerConfig{Source: s, Frame: 64 << 10})
 	p := newProxy(t, addr)
-	p.flip = func(at int64) bool { return at%1000 == 999 }
+	p.flip = func(at int64) bool { return at%1000 == 999 } // the first lies behind the heads of hello and first frame
 	c := connect(t, p.addr(), transfer.ClientConfig{Retries: 3, Streams: 1})
 	h := s.put(mib, false)
 	if err := c.Pull(t.Context(), h, make([]byte, h.Bytes), nil); !errors.Is(err, mem.ErrCorrupt) {

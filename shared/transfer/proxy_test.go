@@ -18,10 +18,10 @@ type proxy struct {
 	passed  int64 // bytes from the server, over all connections
 	stopped chan struct{}
 
-	cutAt   []int64 // connections are cut when that many bytes have passed, once each
-	stallAt int64   // nothing is passed on from there
-	flipAt  []int64 // bytes that are flipped, once each
-	flip    func(at int64) bool
+	cutAt   []int64             // connections are cut when that many bytes have passed, once each
+	stallAt int64               // nothing is passed on from there
+	flipAt  []int64             // bytes that are flipped, once each
+	flip    func(at int64) bool // whether the byte at that place of its connection is flipped, each time
 }
 
 func newProxy(t testing.TB, target string) *proxy {
@@ -95,10 +95,12 @@ func (p *proxy) accept() {
 
 func (p *proxy) pass(taker, server net.Conn) {
 	buf := make([]byte, 32<<10)
+	at := int64(0) // bytes of this connection so far
 	for {
 		n, err := server.Read(buf)
 		if n > 0 {
-			cut, stall := p.harm(buf[:n])
+			cut, stall := p.harm(buf[:n], at)
+			at += int64(n)
 			if stall {
 				<-p.stopped
 				return
@@ -117,7 +119,8 @@ func (p *proxy) pass(taker, server net.Conn) {
 	}
 }
 
-func (p *proxy) harm(b []byte) (cut, stall bool) {
+// harm is about the bytes b, the first of which is the one at that place of its connection.
+func (p *proxy) harm(b []byte, at int64) (cut, stall bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	from := p.passed
@@ -128,7 +131,7 @@ func (p *proxy) harm(b []byte) (cut, stall bool) {
 	}
 	if p.flip != nil {
 		for i := range b {
-			if p.flip(from + int64(i)) {
+			if p.flip(at + int64(i)) {
 				b[i] ^= 1
 			}
 		}
