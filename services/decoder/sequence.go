@@ -151,5 +151,7 @@ func (d *decoder) cache(ctx context.Context, s *sequence) {
 		}
 		tokens = append(tokens, rec.Token)
 	}
-	d.CacheBlocks(ctx, s.kv, d.BlockKeys(s.spec, tokens), len(s.spec.Prompt)/model.BlockTokens)
+	// From the first block of a slab on, named by prefill before: a slab that is named as a whole is shared as a whole.
+	from := len(s.spec.Prompt) / model.BlockTokens / kv.SlabBlocks * kv.SlabBlocks
+	d.CacheBlocks(ctx, s.kv, d.BlockKeys(s.spec, tokens), from)
 }

@@ -36,7 +36,7 @@ type Config struct {
 
 	// What the caches may keep on each NPU though nobody holds it; whoever allocates is given its room all the same.
 	MMCache int64 // bytes of MM objects; 0: a quarter of NPUBytes, negative: no cache
-	KVCache int64 // bytes of KV slabs; 0 and less: no cache, see RATIONALE.md
+	KVCache int64 // bytes of KV slabs; 0: half of NPUBytes, negative: no cache
 
 	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain; 0: 256 MiB, negative: none
 	Connections  int           // most clients at a time; 0: 256
@@ -89,6 +89,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MMCache == 0 {
 		c.MMCache = c.NPUBytes / 4
+	}
+	if c.KVCache == 0 {
+		c.KVCache = c.NPUBytes / 2
 	}
 	c.MMCache = max(c.MMCache, 0)
 	c.KVCache = max(c.KVCache, 0)

@@ -3,12 +3,14 @@ package prefill_test
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"testing"
 
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
+	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/stage"
@@ -20,8 +22,9 @@ func cachingHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.L
 	return hmm.Run(ctx, hmm.Config{Socket: socket, Node: "n", NPUs: 4, NPUBytes: 64 << 20, HostBytes: 16 << 20, NATS: conn, KVCache: 32 << 20}, log)
 }
 
-// The second request with a prompt computes its last block only, from the same bytes in the same place; a picture wholly
-// in the cached part is not even looked at. A cached block that was damaged costs one attempt and is not used again.
+// The second request with a prompt computes its last block only, from the same bytes: those of a whole slab in the same
+// place, the others copied; a picture wholly in the cached part is not even looked at. A cached block that was damaged
+// costs an attempt if it is to be shared, and is computed if it is to be copied; either way it is not used again.
 func TestPromptsBeginInTheCache(t *testing.T) {
 	r := &rig{Rig: stagetest.New(t, cachingHMM, stagetest.Long), T: t}
 	r.gateway = r.Gateway()
@@ -29,6 +32,7 @@ func TestPromptsBeginInTheCache(t *testing.T) {
 	cases := stagetest.Cases(t)
 	c := &cases[12] // three pictures
 	spec, mm := r.Model.Spec(c)
+	spec.Prompt = slices.Concat(spec.Prompt, slices.Repeat(cases[1].Input, 8)) // more than a slab
 	want := r.Model.Answer(spec, 0, mm...)
 	prompt := len(spec.Prompt)
 	most := (prompt - 1) / model.BlockTokens * model.BlockTokens
@@ -62,10 +66,14 @@ func TestPromptsBeginInTheCache(t *testing.T) {
 		t.Errorf("the second request: %+v, want %d of %d tokens cached", again, most, prompt)
 	}
 	r.sameKV("warm", warm.blocks, cold.blocks)
+	if full := prompt / model.BlockTokens; full <= kv.SlabBlocks || full >= 2*kv.SlabBlocks || len(warm.slabs) != 2 {
+		t.Fatalf("%d full blocks in %d slabs, want a whole slab and a part of another", full, len(warm.slabs))
+	}
 	for i := range most / model.BlockTokens {
-		if a, b := cold.slabs[cold.refs[i].Slab], warm.slabs[warm.refs[i].Slab]; a.Object != b.Object || a.Generation != b.Generation ||
-			cold.refs[i].Block != warm.refs[i].Block {
-			t.Errorf("block %d is not shared", i)
+		a, b := cold.slabs[cold.refs[i].Slab], warm.slabs[warm.refs[i].Slab]
+		same := a.Object == b.Object && a.Generation == b.Generation && cold.refs[i].Block == warm.refs[i].Block
+		if whole := i < kv.SlabBlocks; same != whole || !warm.refs[i].Sealed {
+			t.Errorf("block %d is shared: %v, sealed: %v", i, same, warm.refs[i].Sealed)
 		}
 	}
 	r.Done(m.Request.ID, -1)
@@ -80,17 +88,20 @@ func TestPromptsBeginInTheCache(t *testing.T) {
 	}
 	r.Done(m.Request.ID, -1)
 
-	slab := r.Attach(mem.ReadWrite, cold.slabs[0])
-	slab.Bytes()[5] ^= 1
-	m = r.start(spec, mm...)
-	if lost := r.gateway.Lost(1)[0]; lost.Request != m.Request.ID || lost.Final {
-		t.Errorf("with a damaged block: %+v", lost)
+	for n, left := range []int{0, kv.SlabBlocks * model.BlockTokens} { // of the cache, when slab n is damaged
+		r.Attach(mem.ReadWrite, cold.slabs[n]).Bytes()[5] ^= 1
+		if n == 0 {
+			m = r.start(spec, mm...)
+			if lost := r.gateway.Lost(1)[0]; lost.Request != m.Request.ID || lost.Final {
+				t.Errorf("with a damaged block to be shared: %+v", lost)
+			}
+			r.Done(m.Request.ID, -1)
+		}
+		m = r.start(spec, mm...)
+		if got, _ := run(m); got.Cached != left || got.Computed != prompt-left {
+			t.Errorf("after the damage in slab %d: %+v", n, got)
+		}
+		r.Done(m.Request.ID, -1)
 	}
-	r.Done(m.Request.ID, -1)
-	m = r.start(spec, mm...)
-	if got, _ := run(m); got.Cached != 0 || got.Computed != prompt {
-		t.Errorf("after the damage was found: %+v", got)
-	}
-	r.Done(m.Request.ID, -1)
 	r.Empty(stage.Prefill)
 }

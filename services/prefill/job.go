@@ -29,8 +29,8 @@ type job struct {
 	hits    int           // pictures that were in the MM cache
 	memory  []*hbm.Object // KV and logs
 	keys    []hbm.Key     // of the prompt's full KV blocks
-	prefix  stage.Prefix  // of the prompt, from the cache; its slabs are in memory, too
-	cached  int           // tokens of it
+	shared  int           // of these, from the first on, in others' slabs, which are in memory, too
+	cached  int           // prompt tokens that came from the cache
 	left    int           // choices whose first token is still to come
 	done    chan error    // one value
 }
@@ -117,20 +117,25 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	return nil
 }
 
-// allocate takes, for each choice, a token log and the slabs for what will be computed here and a first piece of the
-// answer; the decoder adds more as the answer grows. What is cached of the prompt takes no room.
+// allocate takes, for each choice, a token log and the slabs for what is not shared and a first piece of the answer; the
+// decoder adds more as the answer grows. Of what is cached of the prompt, whole slabs are shared, and the rest is copied,
+// like all that lies in another memory domain: a sequence never holds more slabs than its length needs, which is what
+// admission counts (RATIONALE.md).
 func (p *prefill) allocate(ctx context.Context, j *job) error {
 	s := j.spec
 	j.keys = p.BlockKeys(s, s.Prompt)
-	var err error
-	if j.prefix, err = p.Prefix(ctx, s, j.keys); err != nil {
+	prefix, err := p.Prefix(ctx, s, j.keys)
+	if err != nil {
 		return fmt.Errorf("looking for the prompt in the cache: %w", err)
 	}
-	j.memory = append(j.memory, j.prefix.Slabs...)
-	shared := len(j.prefix.Blocks)
+	j.shared = prefix.Shared
+	whole := j.shared / kv.SlabBlocks // slabs
+	j.memory = append(j.memory, prefix.Slabs[:whole]...)
+	copied := prefix.Slabs[whole:] // from these; held until then
+	defer func() { p.Free(ctx, copied...) }()
 	shape := kv.LogShape{
 		Request: j.request.ID, Attempt: j.request.Attempt, Prompt: len(s.Prompt), MaxTokens: s.Sampling.MaxTokens,
-		MaxSlabs: kv.Slabs(len(s.Prompt)+s.Sampling.MaxTokens) + 2 + len(j.prefix.Slabs),
+		MaxSlabs: kv.Slabs(len(s.Prompt)+s.Sampling.MaxTokens) + 2,
 		Top:      max(s.Sampling.Logprobs, 0),
 	}
 	var specs []hbm.Spec
@@ -140,7 +145,7 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 		// A fork needs room for its open block and its resumed tokens only; its prompt blocks are choice 0's.
 		positions := len(s.Prompt)%model.BlockTokens + len(j.resume(c)) + 1
 		if c == 0 {
-			positions = len(s.Prompt) + len(j.resume(0)) + 1 - shared*model.BlockTokens
+			positions = len(s.Prompt) + len(j.resume(0)) + 1 - j.shared*model.BlockTokens
 		}
 		slabs[c] = kv.Slabs(positions)
 		for range slabs[c] {
@@ -148,6 +153,11 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 		}
 	}
 	objs, err := p.HBM.Alloc(ctx, specs...)
+	if errors.Is(err, mem.ErrExhausted) && len(copied) > 0 { // perhaps for the sake of these: their part is computed
+		p.Free(ctx, copied...)
+		copied, prefix.Blocks = nil, prefix.Blocks[:j.shared]
+		objs, err = p.HBM.Alloc(ctx, specs...)
+	}
 	if err != nil {
 		return fmt.Errorf("allocating KV of %d tokens and %d choices: %w", len(s.Prompt), s.Choices, err)
 	}
@@ -170,33 +180,44 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 			continue // forked when the prompt is computed
 		}
 		ch.seq = kv.NewSequence(&p.Model.Text, ch.log)
-		if err := p.share(ctx, j, ch.seq); err != nil {
+		if err := p.reuse(ctx, j, ch, &prefix); err != nil {
 			return err
-		}
-		for _, sl := range ch.slabs {
-			if err := ch.seq.AddSlab(sl); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
 }
 
-// share begins choice 0 with what is cached of the prompt.
-func (p *prefill) share(ctx context.Context, j *job, seq *kv.Sequence) error {
-	slabs := make([]kv.Slab, len(j.prefix.Slabs))
-	for i, o := range j.prefix.Slabs {
+// reuse begins choice 0 with what is cached of the prompt, and gives it its own slabs.
+func (p *prefill) reuse(ctx context.Context, j *job, ch *choice, prefix *stage.Prefix) error {
+	slabs := make([]kv.Slab, len(prefix.Slabs))
+	for i, o := range prefix.Slabs {
 		slabs[i] = o
 	}
-	n, err := seq.Share(slabs, j.prefix.Blocks)
-	j.cached = n * model.BlockTokens
-	if !errors.Is(err, mem.ErrCorrupt) {
+	n, err := ch.seq.Share(slabs, prefix.Blocks[:j.shared])
+	if errors.Is(err, mem.ErrCorrupt) { // the attempt ends: it has no room for what it would have to compute now
+		return errors.Join(err, p.forget(ctx, prefix, n))
+	}
+	if err != nil {
 		return err
 	}
-	// The slab is forgotten, lest the next attempt is given it again. This one ends: it has no room for the blocks that it
-	// has to compute now.
-	bad := j.prefix.Slabs[j.prefix.Blocks[n].Slab]
-	return errors.Join(err, p.HBM.Forget(ctx, bad))
+	for _, slab := range ch.slabs {
+		if err := ch.seq.AddSlab(slab); err != nil {
+			return err
+		}
+	}
+	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], p.Compute.Copy)
+	n += j.shared
+	j.cached = n * model.BlockTokens
+	if errors.Is(err, mem.ErrCorrupt) { // the rest is computed
+		p.Log.Warn("a cached prompt is damaged", "request", j.request.ID, "error", err)
+		return p.forget(ctx, prefix, n)
+	}
+	return err
+}
+
+// forget takes the slab of a wrong block out of the cache, lest the next one is given it again.
+func (p *prefill) forget(ctx context.Context, prefix *stage.Prefix, block int) error {
+	return p.HBM.Forget(ctx, prefix.Slabs[prefix.Blocks[block].Slab])
 }
 
 // fork starts choice c behind the computed prompt of choice 0.

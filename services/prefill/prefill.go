@@ -128,7 +128,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 		return err
 	}
 	// Before the decoder can end the request: who asks the same next shall find it.
-	p.CacheBlocks(ctx, j.choices[0].seq, j.keys, j.prefix.Known)
+	p.CacheBlocks(ctx, j.choices[0].seq, j.keys, j.shared)
 	return p.publish(ctx, m, j)
 }
 

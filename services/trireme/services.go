@@ -167,7 +167,7 @@ func (c *hmmCmd) peers() (*hmm.Peers, error) {
 // cacheFlags say how much memory the caches may keep.
 type cacheFlags struct {
 	MMCache *conf.Bytes `name:"mm-cache" help:"Memory on each NPU for encoded pictures that nobody uses now; 0: none. By default a quarter." placeholder:"SIZE"`
-	KVCache *conf.Bytes `name:"kv-cache" help:"Memory on each NPU for keys and values that nobody uses now, for prompts that begin alike; none by default." placeholder:"SIZE"`
+	KVCache *conf.Bytes `name:"kv-cache" help:"Memory on each NPU for keys and values that nobody uses now, for prompts that begin alike; 0: none. By default half." placeholder:"SIZE"`
 }
 
 // cacheBytes is the hmm.Config's form of a flag.

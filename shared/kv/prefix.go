@@ -56,6 +56,19 @@ func Hashes(o Origin, tokens []int32, pictures []Picture) [][32]byte {
 	return hashes
 }
 
+// Whole is how many of a sequence's first blocks may be shared without holding more memory than their number says: those
+// in slabs of which every block is the sequence's, in order. It is a multiple of SlabBlocks. What comes behind is copied:
+// less than a slab, unless a sequence has cached it that is no prompt's first choice, as those have their blocks in order.
+func Whole(blocks []BlockRef) int {
+	for i, b := range blocks {
+		first := i / SlabBlocks * SlabBlocks
+		if b.Block != i-first || b.Slab != blocks[first].Slab {
+			return first
+		}
+	}
+	return len(blocks) / SlabBlocks * SlabBlocks
+}
+
 // Share begins an empty sequence with sealed blocks of others: blocks[i] is in slabs[blocks[i].Slab], and slabs are in
 // order of their first block. Each block's CRC is checked first: the sequence begins with those before the first wrong
 // one; Share returns their number, and an error that wraps mem.ErrCorrupt when that is not all. The slabs are only ever
@@ -65,10 +78,8 @@ func (s *Sequence) Share(slabs []Slab, blocks []BlockRef) (n int, err error) {
 		panic("BUG: sharing blocks with a sequence that has some")
 	}
 	for i, ref := range blocks {
-		p := slabs[ref.Slab].Bytes()
-		size := s.blockFloats * 4
-		at := ref.Block * size
-		if at+size > len(p) || mem.Checksum(p[at:at+size]) != ref.CRC {
+		p, ok := s.inSlab(slabs[ref.Slab], ref)
+		if !ok || mem.Checksum(p) != ref.CRC {
 			return i, fmt.Errorf("cached KV block %d: %w", i, mem.ErrCorrupt)
 		}
 		for k := len(s.slabs); k <= ref.Slab; k++ {
@@ -84,4 +95,37 @@ func (s *Sequence) Share(slabs []Slab, blocks []BlockRef) (n int, err error) {
 		s.Blocks = append(s.Blocks, s.block(ref))
 	}
 	return len(blocks), nil
+}
+
+// Copy goes on with copies of others' sealed blocks, which copyBlock makes, in blocks of the sequence's own slabs; the
+// sequence so far ends with a block, and the caller has made room. blocks[i] is in slabs[blocks[i].Slab]. The content
+// of each copy is checked: Copy returns the number of right ones before the first wrong one, which the sequence then has
+// as an open block, and an error that wraps mem.ErrCorrupt when that is not all. Other errors are those of Grow.
+func (s *Sequence) Copy(slabs []Slab, blocks []BlockRef, copyBlock func(dst, src []float32)) (n int, err error) {
+	for n, ref := range blocks {
+		at := len(s.Blocks)
+		p, ok := s.inSlab(slabs[ref.Slab], ref)
+		if !ok {
+			return n, fmt.Errorf("cached KV block %d: %w", at, mem.ErrCorrupt)
+		}
+		if err := s.Grow((at + 1) * model.BlockTokens); err != nil {
+			return n, err
+		}
+		copyBlock(s.Blocks[at], floatsOf(p))
+		if mem.Checksum(bytesOf(s.Blocks[at])) != ref.CRC {
+			return n, fmt.Errorf("copy of cached KV block %d: %w", at, mem.ErrCorrupt)
+		}
+		s.Log.SealBlock(at, ref.CRC)
+	}
+	return len(blocks), nil
+}
+
+// inSlab is the bytes of a block, false when the slab has no such block.
+func (s *Sequence) inSlab(slab Slab, ref BlockRef) ([]byte, bool) {
+	p, size := slab.Bytes(), s.blockFloats*4
+	at := ref.Block * size
+	if at+size > len(p) {
+		return nil, false
+	}
+	return p[at : at+size], true
 }

@@ -1,7 +1,9 @@
 package kv_test
 
 import (
+	"encoding/binary"
 	"errors"
+	"math"
 	"slices"
 	"testing"
 
@@ -124,3 +126,102 @@ func TestShare(t *testing.T) {
 		t.Errorf("with block 17 wrong: shared %d (%d in the sequence), %v", n, len(seq.Blocks), err)
 	}
 }
+
+// What may be shared is slab by slab the sequence's own order, and no more than its number of blocks fills.
+func TestWhole(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var blocks []kv.BlockRef
+		for slab := 0; len(blocks) < 80 && slab < 9; slab++ { // runs of others' slabs, mostly from a slab's first block on
+			first := max(0, rapid.IntRange(-20, kv.SlabBlocks-1).Draw(t, "first"))
+			n := min(kv.SlabBlocks-first, rapid.IntRange(1, 30).Draw(t, "blocks"))
+			for b := range n {
+				blocks = append(blocks, kv.BlockRef{Slab: slab, Block: first + b})
+			}
+		}
+		want := 0
+		for ; want+kv.SlabBlocks <= len(blocks); want += kv.SlabBlocks {
+			ok := true
+			for b, ref := range blocks[want : want+kv.SlabBlocks] {
+				ok = ok && ref == kv.BlockRef{Slab: blocks[want].Slab, Block: b}
+			}
+			if !ok {
+				break
+			}
+		}
+		if got := kv.Whole(blocks); got != want {
+			t.Fatalf("%d of %+v may be shared, want %d", got, blocks, want)
+		}
+	})
+}
+
+// Blocks that are copied hold what their sources hold, in the sequence's own slab, and a wrong one is found, before the
+// copy or in it.
+func TestCopy(t *testing.T) {
+	donor := []kv.Slab{newSlab(1), newSlab(2)}
+	size := text.BlockFloats() * 4
+	var blocks []kv.BlockRef
+	for i := range 20 {
+		b := kv.BlockRef{Slab: i % 2, Block: i / 2, Sealed: true}
+		p := donor[b.Slab].Bytes()[b.Block*size : (b.Block+1)*size]
+		for k := range p {
+			p[k] = byte(3*i + k)
+		}
+		b.CRC = mem.Checksum(p)
+		blocks = append(blocks, b)
+	}
+	shape := kv.LogShape{Request: "r", Attempt: 1, Prompt: 20*16 + 5, MaxTokens: 40, MaxSlabs: 5}
+	begin := func() (*kv.Log, *kv.Sequence) {
+		log, _ := newLog(t, shape)
+		seq := kv.NewSequence(text, log)
+		for i := range 2 {
+			if err := seq.AddSlab(newSlab(uint64(3 + i))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return log, seq
+	}
+	right := func(dst, src []float32) { copy(dst, src) }
+	log, seq := begin()
+	if n, err := seq.Copy(donor, blocks, right); n != 20 || err != nil {
+		t.Fatalf("copied %d blocks, %v", n, err)
+	}
+	for i, ref := range blocks {
+		p := donor[ref.Slab].Bytes()[ref.Block*size:]
+		if got, err := log.Block(i); err != nil || !got.Sealed || got.CRC != ref.CRC || seq.Blocks[i][1] != floatAt(p[4:]) {
+			t.Errorf("block %d is %+v, %v", i, got, err)
+		}
+	}
+	if err := seq.Grow(shape.Prompt); err != nil {
+		t.Fatal(err)
+	}
+	if err := log.Append(kv.Record{Token: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.OpenSequence(text, log, seq.SlabList()); err != nil {
+		t.Error(err)
+	}
+
+	_, seq = begin()
+	copies := 0
+	n, err := seq.Copy(donor, blocks, func(dst, src []float32) {
+		copy(dst, src)
+		if copies++; copies == 8 {
+			dst[3]++
+		}
+	})
+	if n != 7 || !errors.Is(err, mem.ErrCorrupt) {
+		t.Errorf("with a wrong copy: %d blocks, %v", n, err)
+	}
+	donor[1].Bytes()[2*size+9]++ // of block 5
+	_, seq = begin()
+	if n, err := seq.Copy(donor, blocks, right); n != 5 || !errors.Is(err, mem.ErrCorrupt) {
+		t.Errorf("with block 5 wrong: %d blocks, %v", n, err)
+	}
+	blocks[2].Block = kv.SlabBlocks
+	_, seq = begin()
+	if n, err := seq.Copy(donor, blocks, right); n != 2 || !errors.Is(err, mem.ErrCorrupt) {
+		t.Errorf("with a block that its slab does not have: %d blocks, %v", n, err)
+	}
+}
+
+func floatAt(p []byte) float32 { return math.Float32frombits(binary.NativeEndian.Uint32(p)) }

@@ -174,9 +174,14 @@ func (s *Sequence) Fork(t *model.Text, log *Log, n int, slab Slab, copyBlock fun
 func (s *Sequence) SlabList() []Slab { return s.slabs }
 
 func (s *Sequence) block(ref BlockRef) []float32 {
-	p := s.slabs[ref.Slab].Bytes()
-	at := ref.Block * s.blockFloats * 4
-	return unsafe.Slice((*float32)(unsafe.Pointer(&p[at])), s.blockFloats)
+	size := s.blockFloats * 4
+	at := ref.Block * size
+	return floatsOf(s.slabs[ref.Slab].Bytes()[at : at+size])
+}
+
+// floatsOf views the bytes of a block as what they are.
+func floatsOf(p []byte) []float32 {
+	return unsafe.Slice((*float32)(unsafe.Pointer(&p[0])), len(p)/4)
 }
 
 // bytesOf views a block as bytes, for checksums. On a GPU the backend will have to do that.

@@ -3,8 +3,6 @@ package stage
 import (
 	"context"
 	"errors"
-	"fmt"
-	"slices"
 
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
@@ -51,9 +49,9 @@ func (s *Stage) CacheBlocks(ctx context.Context, seq *kv.Sequence, keys []hbm.Ke
 
 // Prefix is the cached beginning of a prompt. The caller frees Slabs.
 type Prefix struct {
-	Slabs  []*hbm.Object // in order of their first block, mapped for reading
+	Slabs  []*hbm.Object // in order of their first block, mapped for reading; perhaps of other memory domains
 	Blocks []kv.BlockRef // by number in the sequence
-	Known  int           // the first of Blocks that the index of this memory domain has for sure
+	Shared int           // the first of Blocks, which may be shared (see kv.Whole); the others are to be copied
 }
 
 // Prefix looks for the longest cached beginning of a prompt, of whole blocks, at least one token short of it: the last
@@ -64,86 +62,14 @@ func (s *Stage) Prefix(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Pr
 	if err != nil {
 		return Prefix{}, err
 	}
-	return s.bring(ctx, slabs, blocks)
-}
-
-// bring makes a prefix of cached blocks. Those in other memory domains are copied into fresh slabs here and checked; the
-// prefix ends before the first one that is wrong, or for which there is no room. It takes the slabs over.
-func (s *Stage) bring(ctx context.Context, slabs []*hbm.Object, blocks []hbm.Block) (p Prefix, err error) {
-	far := 0
-	for _, b := range blocks {
-		if slabs[b.Slab].Far(s.NPU) {
-			far++
-		}
-	}
-	var drop []*hbm.Object
-	defer func() {
-		if err != nil {
-			drop = append(drop, p.Slabs...)
-		}
-		s.Free(ctx, drop...)
-	}()
-	var fresh []*hbm.Object
-	if far > 0 {
-		specs := slices.Repeat([]hbm.Spec{{Kind: mem.KindKV, NPU: s.NPU, Bytes: kv.SlabBytes(&s.Model.Text)}}, kv.SlabsOf(far))
-		if fresh, err = s.HBM.Alloc(ctx, specs...); err != nil && !errors.Is(err, mem.ErrExhausted) {
-			drop = slabs
-			return p, fmt.Errorf("copying %d cached KV blocks: %w", far, err)
-		}
-	}
-	size := int64(s.Model.Text.BlockFloats()) * 4
-	at := map[*hbm.Object]int{}
-	copied := 0
-	p.Known = -1
+	p := Prefix{Slabs: slabs, Blocks: make([]kv.BlockRef, len(blocks))}
+	near := len(blocks)
 	for i, b := range blocks {
-		from, number := slabs[b.Slab], b.Block
-		if from.Far(s.NPU) {
-			if p.Known < 0 {
-				p.Known = i
-			}
-			if fresh == nil {
-				break
-			}
-			to := fresh[copied/kv.SlabBlocks]
-			number = copied % kv.SlabBlocks
-			if err := copyBlock(to.Bytes(), number, from.Bytes(), b, size); err != nil {
-				s.Log.Warn("copying a cached KV block from another memory domain", "error", err)
-				if err := s.HBM.Forget(ctx, from); err != nil { // or the next one would be given it again
-					s.Log.Warn("forgetting wrong KV", "error", err)
-				}
-				break
-			}
-			copied++
-			from = to
-		}
-		n, ok := at[from]
-		if !ok {
-			n = len(p.Slabs)
-			at[from] = n
-			p.Slabs = append(p.Slabs, from)
-		}
-		p.Blocks = append(p.Blocks, kv.BlockRef{Slab: n, Block: number, Sealed: true, CRC: b.CRC})
-	}
-	if p.Known < 0 {
-		p.Known = len(p.Blocks)
-	}
-	for _, o := range append(slabs, fresh...) {
-		if _, ok := at[o]; !ok {
-			drop = append(drop, o)
+		p.Blocks[i] = kv.BlockRef{Slab: b.Slab, Block: b.Block, Sealed: true, CRC: b.CRC}
+		if slabs[b.Slab].Far(s.NPU) {
+			near = min(near, i)
 		}
 	}
+	p.Shared = kv.Whole(p.Blocks[:near])
 	return p, nil
-}
-
-// copyBlock copies one block of size bytes between two slabs and compares the copy with the block's checksum.
-func copyBlock(dst []byte, number int, src []byte, b hbm.Block, size int64) error {
-	if int64(b.Block+1)*size > int64(len(src)) {
-		return fmt.Errorf("block %d of a slab of %d bytes: %w", b.Block, len(src), mem.ErrCorrupt)
-	}
-	to := dst[int64(number)*size:][:size]
-	copy(to, src[int64(b.Block)*size:])
-	if mem.Checksum(to) != b.CRC {
-		return fmt.Errorf("block %d: %w", b.Block, mem.ErrCorrupt)
-	}
-	return nil
 }

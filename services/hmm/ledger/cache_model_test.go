@@ -204,6 +204,12 @@ func (s *stock) check(t *rapid.T) {
 	}
 }
 
+func someKeys(t *rapid.T) []protocol.Key {
+	return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) protocol.Key {
+		return protocol.Key{rapid.ByteRange(1, 20).Draw(t, "hash")}
+	}), 0, 4).Draw(t, "hashes")
+}
+
 func TestCachesAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		cfg := config()
@@ -265,23 +271,41 @@ func TestCachesAgainstModel(t *testing.T) {
 				s.settle(o)
 			}
 		}
-		cache := func(t *rapid.T, c ledger.Conn, o *item, block int, hash protocol.Key) {
-			err := s.l.CacheBlocks(c, protocol.CacheBlocks{
-				Slabs: []protocol.Object{name(o.handle)}, Hashes: protocol.PackKeys([]protocol.Key{hash}),
-				Blocks: protocol.PackBlocks([]protocol.Block{{Block: block, CRC: 7}}),
-			})
-			old, named := o.blocks[block]
-			if o.conns[c] == 0 || o.handle.Kind != mem.KindKV || named && old != hash {
+		cache := func(t *rapid.T, c ledger.Conn, o *item, first int, hashes ...protocol.Key) {
+			v := protocol.CacheBlocks{Slabs: []protocol.Object{name(o.handle)}, Hashes: protocol.PackKeys(hashes)}
+			var blocks []protocol.Block
+			bad := o.conns[c] == 0 || o.handle.Kind != mem.KindKV
+			named := maps.Clone(o.blocks)
+			for i, hash := range hashes {
+				blocks = append(blocks, protocol.Block{Block: first + i, CRC: 7})
+				old, ok := o.blocks[first+i]
+				bad = bad || ok && old != hash
+				named[first+i] = hash
+			}
+			v.Blocks = protocol.PackBlocks(blocks)
+			err := s.l.CacheBlocks(c, v)
+			if bad {
 				if !errors.Is(err, mem.ErrInvalid) {
-					t.Fatalf("cached block %d of %+v: %v", block, o, err)
+					t.Fatalf("cached blocks %+v of %+v: %v", blocks, o, err)
 				}
 				return
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
-			if at, _ := s.block(hash); at == nil {
-				o.blocks[block] = hash
+			for i, hash := range hashes { // a block moves to the slab that has more of them
+				at, block := s.block(hash)
+				switch {
+				case at == nil:
+				case at == o || len(at.blocks) >= len(named):
+					continue
+				default:
+					delete(at.blocks, block)
+					if at.rest > 0 && len(at.blocks) == 0 {
+						s.remove(at)
+					}
+				}
+				o.blocks[first+i] = hash
 			}
 		}
 		publish := func(t *rapid.T, c ledger.Conn, key protocol.Key, o *item) {
@@ -360,14 +384,13 @@ func TestCachesAgainstModel(t *testing.T) {
 			"store KV": func(t *rapid.T) { // the way of a finished sequence, without detours
 				c := anyConn()
 				o := alloc(t, c, mem.KindKV)
-				for block := range rapid.IntRange(1, 2).Draw(t, "blocks") {
-					if o != nil {
-						cache(t, c, o, block, anyKey())
-					}
+				if o == nil {
+					return
 				}
-				if o != nil {
-					free(t, c, o)
+				for range rapid.IntRange(1, 2).Draw(t, "times") {
+					cache(t, c, o, rapid.IntRange(0, 2).Draw(t, "block"), someKeys(t)...)
 				}
+				free(t, c, o)
 			},
 			"store MM": func(t *rapid.T) { // the same of a picture
 				c, key := anyConn(), anyKey()
@@ -495,13 +518,11 @@ func TestCachesAgainstModel(t *testing.T) {
 				}
 			},
 			"cache blocks": func(t *rapid.T) {
-				cache(t, anyConn(), anyItem(t), rapid.IntRange(0, 2).Draw(t, "block"), anyKey())
+				cache(t, anyConn(), anyItem(t), rapid.IntRange(0, 2).Draw(t, "block"), someKeys(t)...)
 			},
 			"find prefix": func(t *rapid.T) {
 				c := anyConn()
-				hashes := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) protocol.Key {
-					return protocol.Key{rapid.ByteRange(1, 20).Draw(t, "hash")}
-				}), 0, 4).Draw(t, "hashes")
+				hashes := someKeys(t)
 				p, err := s.l.FindPrefix(c, protocol.FindPrefix{NPU: rapid.IntRange(0, 1).Draw(t, "npu"), Hashes: protocol.PackKeys(hashes)})
 				if err != nil {
 					t.Fatal(err)

@@ -24,7 +24,9 @@ type blockAt struct {
 const maxSlabBlocks = 256
 
 // CacheBlocks enters full KV blocks of slabs that the client holds into the prefix index of their domain, all or none.
-// Blocks whose hash is there already are passed over: the first copy stays.
+// Blocks whose hash is there already are passed over: the first copy stays, unless it lies in a slab that has fewer
+// cached blocks than this one has named. So a run of blocks ends up in one slab, which can be shared as a whole, however
+// many sequences have begun with parts of it.
 func (l *Ledger) CacheBlocks(id Conn, v protocol.CacheBlocks) error {
 	slabs := make([]*object, len(v.Slabs))
 	for i, name := range v.Slabs {
@@ -59,14 +61,28 @@ func (l *Ledger) CacheBlocks(id Conn, v protocol.CacheBlocks) error {
 	if l.cfg.KVCache == 0 {
 		return nil
 	}
+	named := map[*object]map[int]bool{} // blocks of each slab, now and before
+	for _, b := range blocks {
+		o := slabs[b.Slab]
+		if named[o] == nil {
+			named[o] = map[int]bool{}
+			for n := range o.blocks {
+				named[o][n] = true
+			}
+		}
+		named[o][b.Block] = true
+	}
 	for i, b := range blocks {
 		o := slabs[b.Slab]
-		key := blockKey{o.extent.Space, hashes[i]}
-		if _, ok := l.prefix[key]; ok {
+		if _, ok := o.blocks[b.Block]; ok { // there already, or named twice in one call, with two hashes: the first counts
 			continue
 		}
-		if _, ok := o.blocks[b.Block]; ok { // named twice in one call, with two hashes: the first counts
-			continue
+		key := blockKey{o.extent.Space, hashes[i]}
+		if at, ok := l.prefix[key]; ok {
+			if at.slab == o || len(at.slab.blocks) >= len(named[o]) {
+				continue
+			}
+			l.unname(at)
 		}
 		if o.blocks == nil {
 			o.blocks = map[int]protocol.Key{}
@@ -77,8 +93,19 @@ func (l *Ledger) CacheBlocks(id Conn, v protocol.CacheBlocks) error {
 	return nil
 }
 
+// unname takes one block's cache reference, whose hash another block gets.
+func (l *Ledger) unname(at blockAt) {
+	o := at.slab
+	delete(o.blocks, at.block)
+	if !o.inUse() && !o.cached() {
+		l.wake(o)
+		l.free(o)
+	}
+}
+
 // FindPrefix returns the cached blocks of the first hashes, up to one that is not there: those in the memory domain of an
-// NPU, and for what is not there, those in other domains, as copying is cheaper than computing. Each slab that holds some of them, in order of their first, gets a connection hold and stays booked where it is.
+// NPU, and for what is not there, those in other domains, as copying is cheaper than computing. Each slab that holds some
+// of them, in order of their first, gets a connection hold and stays booked where it is.
 func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, error) {
 	c, err := l.stage(id)
 	if err != nil {

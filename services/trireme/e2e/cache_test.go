@@ -165,7 +165,7 @@ func TestEncoderDiesWhileOthersWait(t *testing.T) {
 // says what a system without caches says.
 func TestConversationIsCached(t *testing.T) {
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
-	c := start(t, "--topology", "1E2P2D", "--kv-cache", "256MiB")
+	c := start(t, "--topology", "1E2P2D")
 	turns := []openai.ChatCompletionMessageParamUnion{
 		userMessage(t, "Describe the image.", "case15_0.png"),
 		userMessage(t, "How many shapes are in the image?", "case16_0.png"),

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 
@@ -10,9 +11,16 @@ import (
 )
 
 // Answers of unbounded length that cannot all fit to their ends: each is the one that it is alone, and none is refused.
-// An NPU of 4 MiB holds 5 slabs of 256 tokens; each answer grows to all of them, and six are let in as they come.
+// Each grows to all of the NPU. Half of them begin alike with more than a slab of 256 tokens, which they share when it is
+// in the cache, in the memory that they grow into.
 func TestMoreAnswersThanRoom(t *testing.T) {
-	c := start(t, "--npu-memory", "4MiB")
+	t.Run("for one", func(t *testing.T) { moreThanRoom(t, "4MiB", 1200, 4, 2) }) // 5 slabs
+	t.Run("for two at first", func(t *testing.T) { moreThanRoom(t, "9MiB", 2500, 5, 3) })
+}
+
+// moreThanRoom asks for answers that fill an NPU with so many tokens, first alone, then at once.
+func moreThanRoom(t *testing.T, memory string, fill int64, requests, alike int) {
+	c := start(t, "--npu-memory", memory)
 	client := c.client()
 	ask := func(i int) (string, int64, error) {
 		p := openai.ChatCompletionNewParams{
@@ -20,22 +28,31 @@ func TestMoreAnswersThanRoom(t *testing.T) {
 			Messages:    []openai.ChatCompletionMessageParamUnion{openai.UserMessage(fmt.Sprintf("Count from 3 to %d.", 9+i))},
 			Temperature: openai.Float(0),
 		}
+		if i < alike {
+			text := strings.Repeat("Count from 3 to 57. ", 40)
+			p.Messages = append([]openai.ChatCompletionMessageParamUnion{openai.SystemMessage(text)}, p.Messages...)
+		}
 		r, err := client.Chat.Completions.New(t.Context(), p, option.WithJSONSet("ignore_eos", true))
 		if err != nil {
 			return "", 0, err
 		}
-		return r.Choices[0].Message.Content, r.Usage.CompletionTokens, nil
+		if all := r.Usage.TotalTokens; all < fill {
+			err = fmt.Errorf("%d tokens do not fill the NPU", all)
+		}
+		return r.Choices[0].Message.Content, r.Usage.PromptTokens, err
 	}
-	const requests = 6
-	var alone [requests]string
+	alone := make([]string, requests)
 	for i := range alone {
-		text, tokens, err := ask(i)
+		text, prompt, err := ask(i)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if alone[i] = text; tokens < 1000 {
-			t.Fatalf("answer %d has %d tokens only", i, tokens)
+		if alone[i] = text; i < alike && prompt < 300 {
+			t.Fatalf("prompt %d has %d tokens only", i, prompt)
 		}
+	}
+	if n := c.metric(t, "trireme_prefix_cache_hits_total"); n < (alike-1)*256 {
+		t.Errorf("%d tokens came from the cache, a slab of each prompt that begins like the one before was there", n)
 	}
 	var wg sync.WaitGroup
 	for i, want := range alone {
@@ -46,4 +63,5 @@ func TestMoreAnswersThanRoom(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	t.Logf("%d tokens from the cache, %d yields", c.metric(t, "trireme_prefix_cache_hits_total"), c.metric(t, "trireme_request_yields_total"))
 }
