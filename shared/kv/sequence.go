@@ -15,10 +15,7 @@ const SlabBlocks = 16
 func Blocks(n int) int { return (n + model.BlockTokens - 1) / model.BlockTokens }
 
 // Slabs is the number of slabs that hold n positions.
-func Slabs(n int) int { return SlabsOf(Blocks(n)) }
-
-// SlabsOf is the number of slabs that hold n blocks.
-func SlabsOf(n int) int { return (n + SlabBlocks - 1) / SlabBlocks }
+func Slabs(n int) int { return (Blocks(n) + SlabBlocks - 1) / SlabBlocks }
 
 // SlabBytes is the size of one slab of a model.
 func SlabBytes(t *model.Text) int64 { return int64(SlabBlocks) * int64(t.BlockFloats()) * 4 }
