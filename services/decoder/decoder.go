@@ -2,6 +2,9 @@
 // continuously (they join and leave at any step), and in each step writes KV, appends the log record, commits it and
 // publishes the token. It acks a message only after the gateway has confirmed the last token.
 //
+// A decoder that takes a sequence over from another one writes to no page that the other has mapped for writing (succeed in
+// sequence.go).
+//
 // The step loop (step.go) is one goroutine, which owns all sequences in work and waits for nobody. Each message has a
 // handler, which opens its sequence, gives it to the loop and settles the message when the loop has let go of it. What
 // the loop needs of others, a slab or a confirmation, every hundred tokens or so, it has fetched by an errand, a

@@ -67,10 +67,36 @@ func (s *sequence) finish() wire.Finish {
 	return stage.FinishOf(&s.spec.Sampling, s.answer-1, s.last)
 }
 
-// open attaches log and slabs and rebuilds the sampler from the log. It serves the first decoder of a sequence and,
-// after a death, its successor alike. A successor goes on in the same pages: the writer before it is fenced by the
-// claim, and in mode exact whatever it may still write has the same bits.
+// open makes this instance the writer of s, and rebuilds the sampler from the log. The first decoder of a sequence goes on
+// in the pages that prefill has left with the message; a successor, whom the claim tells the log of the decoder before it,
+// in fresh ones (see succeed).
 func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) error {
+	last, succeeds := s.claim.Log()
+	var err error
+	if succeeds {
+		err = d.succeed(ctx, s, last)
+	} else {
+		err = d.begin(ctx, s, handle)
+	}
+	if err != nil {
+		return err
+	}
+	log := s.kv.Log
+	answer := make([]int32, log.Committed())
+	for i := range answer {
+		rec, err := log.Record(i)
+		if err != nil {
+			return err
+		}
+		answer[i] = rec.Token
+	}
+	s.answer, s.last = len(answer), answer[len(answer)-1]
+	s.sampler = sample.New(stage.SampleParams(&s.spec.Sampling, s.choice), d.space, s.spec.Prompt, answer)
+	return nil
+}
+
+// begin attaches what prefill has left. Nothing of it is written to before the HMM has taken note of the log.
+func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) error {
 	objs, err := d.HBM.Attach(ctx, mem.ReadWrite, d.NPU, handle)
 	if err != nil {
 		return err
@@ -80,20 +106,108 @@ func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) erro
 	if err != nil {
 		return err
 	}
+	if err := d.check(s, log); err != nil {
+		return err
+	}
+	slabs, err := d.slabs(ctx, log, handle.Node, func(_ int, own bool) (mem.Access, int) {
+		if own {
+			return mem.ReadWrite, d.NPU
+		}
+		return mem.ReadOnly, d.NPU
+	})
+	s.objects = append(s.objects, slabs...)
+	if err != nil {
+		return err
+	}
+	if s.kv, err = kv.OpenSequence(&d.Model.Text, log, asSlabs(slabs)); err != nil {
+		return err
+	}
+	if err := d.HBM.Inherit(ctx, s.claim, objs[0], nil, nil); err != nil {
+		return err
+	}
+	log.SetGeneration(s.claim.Generation())
+	return nil
+}
+
+// succeed goes on where the decoder before has left off, whose log last is. That one may only have been taken for dead and
+// write again at any time, so nothing that it can write to is read after this.
+func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) error {
+	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, -1, last)
+	if err != nil {
+		return err
+	}
+	s.objects = append(s.objects, objs...)
+	before, err := kv.OpenLog(kv.Snapshot(objs[0].Bytes()))
+	if err != nil {
+		return err
+	}
+	if err := d.check(s, before); err != nil {
+		return err
+	}
+	c, err := before.Continuation()
+	if err != nil {
+		return err
+	}
+	slabs, err := d.slabs(ctx, before, last.Node, func(i int, _ bool) (mem.Access, int) {
+		if slices.Contains(c.Share, i) {
+			return mem.ReadOnly, d.NPU
+		}
+		return mem.ReadOnly, -1 // stays where it is
+	})
+	s.objects = append(s.objects, slabs...)
+	if err != nil {
+		return err
+	}
+	from, err := kv.OpenSequence(&d.Model.Text, before, asSlabs(slabs))
+	if err != nil {
+		return err
+	}
+	specs := []hbm.Spec{{Kind: mem.KindLog, NPU: d.NPU, Bytes: c.Shape.Bytes()}}
+	for range c.Fresh {
+		specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: d.NPU, Bytes: kv.SlabBytes(&d.Model.Text)})
+	}
+	fresh, err := d.HBM.Alloc(ctx, specs...)
+	if err != nil {
+		return fmt.Errorf("taking memory to go on in: %w", err)
+	}
+	s.objects = append(s.objects, fresh...)
+	log, err := kv.CreateLog(fresh[0].Bytes(), c.Shape, s.claim.Generation())
+	if err != nil {
+		return err
+	}
+	copied := make(chan error, 1)
+	d.do(func() { // the loop alone computes, and outlives all handlers
+		s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), d.Compute.Copy)
+		copied <- err
+	})
+	if err := <-copied; err != nil {
+		return err
+	}
+	old, drop := slices.Clone(objs), slices.Clone(objs) // the log
+	for i, o := range slabs {
+		if slices.Contains(c.Share, i) {
+			continue
+		}
+		old = append(old, o)
+		if s.spec.Choices == 1 { // other choices may have blocks in it
+			drop = append(drop, o)
+		}
+	}
+	if err := d.HBM.Inherit(ctx, s.claim, fresh[0], fresh[1:], drop); err != nil {
+		return err
+	}
+	d.Free(ctx, old...)
+	return nil
+}
+
+// check compares a log with the request.
+func (d *decoder) check(s *sequence, log *kv.Log) error {
 	shape := log.Shape()
 	if shape.Request != s.request.ID || shape.Choice != s.choice || shape.Attempt != s.request.Attempt ||
 		shape.Prompt != len(s.spec.Prompt) || shape.MaxTokens != s.spec.Sampling.MaxTokens || log.Committed() == 0 {
 		return fmt.Errorf("the log is of another sequence: %w", mem.ErrCorrupt)
 	}
-	slabs, err := d.slabs(ctx, s, log, handle.Node)
-	if err != nil {
-		return err
-	}
-	if s.kv, err = kv.OpenSequence(&d.Model.Text, log, slabs); err != nil {
-		return err
-	}
-	answer := make([]int32, log.Committed())
-	for i := range answer {
+	for i := range log.Committed() {
 		rec, err := log.Record(i)
 		if err != nil {
 			return err
@@ -101,43 +215,48 @@ func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) erro
 		if rec.Token < 0 || int(rec.Token) >= d.Model.Text.Vocab {
 			return fmt.Errorf("token %d of a vocabulary of %d: %w", rec.Token, d.Model.Text.Vocab, mem.ErrCorrupt)
 		}
-		answer[i] = rec.Token
 	}
-	s.answer, s.last = len(answer), answer[len(answer)-1]
-	s.sampler = sample.New(stage.SampleParams(&s.spec.Sampling, s.choice), d.space, s.spec.Prompt, answer)
-	if !s.claim.Held() {
-		return mem.ErrFenced
-	}
-	log.SetGeneration(s.claim.Generation())
 	return nil
 }
 
-// slabs maps the slabs of a log: its own for writing, those that hold blocks of others for reading.
-func (d *decoder) slabs(ctx context.Context, s *sequence, log *kv.Log, node string) ([]kv.Slab, error) {
-	slabs := make([]kv.Slab, log.SlabCount())
-	for _, access := range []mem.Access{mem.ReadWrite, mem.ReadOnly} {
-		var handles []mem.Handle
-		var at []int
-		for i := range slabs {
-			h, own, err := log.Slab(i)
-			if err != nil {
-				return nil, err
-			}
-			if own == (access == mem.ReadWrite) {
-				h.Node = node
-				handles, at = append(handles, h), append(at, i)
-			}
-		}
-		objs, err := d.HBM.Attach(ctx, access, d.NPU, handles...)
+// slabs attaches the slabs of a log, in its order; how says in which way, by number and whether they are the log's own.
+// With an error it returns those that it has attached, in any order.
+func (d *decoder) slabs(ctx context.Context, log *kv.Log, node string, how func(i int, own bool) (mem.Access, int)) ([]*hbm.Object, error) {
+	type way struct {
+		access mem.Access
+		npu    int
+	}
+	slabs := make([]*hbm.Object, log.SlabCount())
+	at := map[way][]int{}
+	handles := map[way][]mem.Handle{}
+	for i := range slabs {
+		h, own, err := log.Slab(i)
 		if err != nil {
 			return nil, err
 		}
-		s.objects = append(s.objects, objs...)
+		h.Node = node
+		var w way
+		w.access, w.npu = how(i, own)
+		at[w], handles[w] = append(at[w], i), append(handles[w], h)
+	}
+	for w, numbers := range at {
+		objs, err := d.HBM.Attach(ctx, w.access, w.npu, handles[w]...)
+		if err != nil {
+			return slices.DeleteFunc(slabs, func(o *hbm.Object) bool { return o == nil }), err
+		}
 		for n, o := range objs {
-			slabs[at[n]] = o
+			slabs[numbers[n]] = o
 		}
 	}
 	return slabs, nil
+}
+
+func asSlabs(objs []*hbm.Object) []kv.Slab {
+	slabs := make([]kv.Slab, len(objs))
+	for i, o := range objs {
+		slabs[i] = o
+	}
+	return slabs
 }
 
 // cache enters the blocks that the answer has filled into the prefix index, for the next turn of the conversation. The

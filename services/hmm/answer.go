@@ -39,6 +39,10 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, u protocol.Unclaim) (any, error) {
 			return nil, l.Unclaim(s.id, u)
 		})
+	case protocol.OpInherit:
+		return with(s, body, func(l *ledger.Ledger, now time.Time, v protocol.Inherit) (any, error) {
+			return nil, l.Inherit(now, s.id, v)
+		})
 	case protocol.OpOrphans:
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, stage string) (any, error) {
 			return l.Orphans(stage), nil

@@ -72,6 +72,56 @@ func TestClaims(t *testing.T) {
 	empty(t, d)
 }
 
+// The log of a part's last writer is told to whoever claims the part, and outlives writers, until the request or the attempt
+// ends. What it drops is free once the writer before has let go of it.
+func TestInherit(t *testing.T) {
+	d, socket := daemon(t)
+	a, b := dial(t, socket, hbm.Hello{Instance: "a", NPUs: 1}), dial(t, socket, hbm.Hello{Instance: "b", NPUs: 1})
+	sequence := func(c *hbm.Client) []*hbm.Object {
+		t.Helper()
+		objs, err := c.Alloc(t.Context(), hbm.Spec{Kind: mem.KindLog, NPU: c.NPUs()[0], Bytes: 100}, hbm.Spec{Kind: mem.KindKV, NPU: c.NPUs()[0], Bytes: 1000})
+		must(t, err)
+		return objs
+	}
+	tells := func(k *hbm.Claim, want *hbm.Object) {
+		t.Helper()
+		h, ok := k.Log()
+		if ok != (want != nil) || ok && (h.Object != want.Handle().Object || h.Generation != want.Handle().Generation) {
+			t.Errorf("the claim tells the log %+v, %v", h, ok)
+		}
+	}
+	first := claim(t, a, decodePart("r", 1, 0), "ack.0")
+	tells(first, nil)
+	of := sequence(a)
+	must(t, a.Inherit(t.Context(), first, of[0], of[1:], nil))
+
+	second := claim(t, b, decodePart("r", 1, 0), "ack.1")
+	tells(second, of[0])
+	wantErr(t, a.Inherit(t.Context(), first, of[0], nil, nil), mem.ErrFenced)
+	old, err := b.Attach(t.Context(), mem.ReadOnly, -1, of[0].Handle(), of[1].Handle())
+	must(t, err)
+	next := sequence(b)
+	wantErr(t, b.Inherit(t.Context(), second, next[1], nil, old), mem.ErrInvalid) // no log
+	third := claim(t, b, decodePart("r", 1, 0), "ack.2")
+	tells(third, of[0]) // nothing has changed so far
+	must(t, b.Inherit(t.Context(), third, next[0], next[1:], old))
+	must(t, b.Free(t.Context(), old...))
+	if s := d.Stats(); s.Objects != 4 {
+		t.Errorf("%d objects while the first writer has its own mapped, want 4", s.Objects)
+	}
+	must(t, a.Free(t.Context(), of...))
+	must(t, b.Unclaim(t.Context(), third))
+	must(t, b.Free(t.Context(), next...))
+	if s := d.Stats(); s.Objects != 2 {
+		t.Errorf("%d objects, want the log and the slab of the second writer", s.Objects)
+	}
+	tells(claim(t, a, decodePart("r", 1, 0), "ack.3"), next[0])
+	tells(claim(t, a, decodePart("r", 1, 1), "ack.4"), nil)
+	tells(claim(t, a, decodePart("r", 2, 0), "ack.5"), nil)
+	must(t, d.End("r"))
+	empty(t, d)
+}
+
 func TestOrphans(t *testing.T) {
 	gone := make(chan wire.Gone, 2)
 	d, socket := daemon(t, func(c *hmm.Config) { c.OnGone = func(g wire.Gone) { gone <- g } })

@@ -21,6 +21,7 @@ type Claim struct {
 	part       Part
 	slot       int
 	generation uint64
+	log        *mem.Handle
 }
 
 // Claim takes a part for this instance, whoever had it: the generation always rises, and the one before is fenced.
@@ -37,7 +38,7 @@ func (c *Client) Claim(ctx context.Context, p Part, reply string) (*Claim, error
 	if t := c.table.Load(); t != nil && (got.Slot < 0 || got.Slot >= t.Len()) {
 		return nil, fmt.Errorf("claim in slot %d of %d: %w", got.Slot, t.Len(), mem.ErrInvalid)
 	}
-	return &Claim{c, p, got.Slot, got.Generation}, nil
+	return &Claim{c, p, got.Slot, got.Generation, got.Log}, nil
 }
 
 // Part is what the claim is for.
@@ -45,6 +46,28 @@ func (k *Claim) Part() Part { return k.part }
 
 // Generation is the claim's number; later claims have higher ones, of any part and after a restart of the HMM too.
 func (k *Claim) Generation() uint64 { return k.generation }
+
+// Log is the token log of the part's last writer, as it named it with Inherit; ok is false when there was none.
+func (k *Claim) Log() (h mem.Handle, ok bool) {
+	if k.log == nil {
+		return mem.Handle{}, false
+	}
+	return *k.log, true
+}
+
+// Inherit makes this instance the writer of the sequence that the claim is for: log, and what else of the sequence is
+// fresh, gets the request's hold, what is dropped loses it, and whoever claims the part later is told the log. All of it
+// or nothing. Before it returns well nothing of the sequence may be written that another process knows of. mem.ErrFenced
+// and mem.ErrEnded when the claim is held no more.
+func (c *Client) Inherit(ctx context.Context, k *Claim, log *Object, fresh, drop []*Object) error {
+	keep := append([]*Object{log}, fresh...)
+	if err := c.check(append(keep[:len(keep):len(keep)], drop...)); err != nil {
+		return fmt.Errorf("inheriting a sequence: %w", err)
+	}
+	return c.call(ctx, protocol.OpInherit, protocol.Inherit{
+		Part: k.part, Generation: k.generation, Keep: names(keep), Drop: names(drop),
+	}, nil)
+}
 
 // Held reports whether nobody has claimed the part later, the request has not ended, and the HMM is there. It costs two
 // atomic loads: call it before every append, publish, ack and nak.

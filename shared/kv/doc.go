@@ -14,6 +14,9 @@
 // Order of writes in one step (DESIGN.md, step 4): KV of the last token, record, committed. A reader trusts records
 // below committed whose CRC is right and KV of positions below prompt+committed-1; the position after that is
 // computed again. The constant part of the header, each slab entry, block entry and record carry a CRC-32C of their own,
-// and every block that is full must be sealed, so a torn or foreign page is found before it is used. Counters in the
-// header move by compare-and-swap: a writer that lost its claim a moment ago cannot set them back.
+// and every block that is full must be sealed, so a torn or foreign page is found before it is used.
+//
+// A log has one writer for ever, or first prefill and then, when that has stopped writing, the first decoder. A successor of
+// that copies it (Snapshot, Continue). Counters in the header move by compare-and-swap all the same: a second writer is
+// found before it does harm.
 package kv

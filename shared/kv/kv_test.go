@@ -301,6 +301,157 @@ func TestTwoWritersDoNotUndoEachOther(t *testing.T) {
 	}
 }
 
+// Successors go on one after the other, at any moment, with all that is committed, in memory that the writers before cannot
+// write to: those spoil all that was theirs. However many there are, a sequence needs no more slabs.
+func TestSuccessorsShareNothingWritable(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		next := uint64(1)
+		slabs := map[uint64]*slab{}
+		take := func() *slab { next++; slabs[next] = newSlab(next); return slabs[next] }
+		sh := kv.LogShape{Request: "r", Attempt: 1, Prompt: rapid.IntRange(1, 600).Draw(t, "prompt"), MaxTokens: 600, MaxSlabs: 7, Top: 1}
+		create := func(sh kv.LogShape) (*kv.Log, []byte) {
+			p := aligned(int(sh.Bytes()))
+			log, err := kv.CreateLog(p, sh, 1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return log, p
+		}
+		log, p := create(sh)
+		seq := kv.NewSequence(text, log)
+		write := func(at int) { // KV of position at
+			if seq.Room() <= at {
+				if err := seq.AddSlab(take()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := seq.Grow(at + 1); err != nil {
+				t.Fatal(err)
+			}
+			seq.Blocks[at/16][at%16] = float32(at)
+			seq.Seal(at, at+1)
+		}
+		commit := func(n int) {
+			if err := seq.Log.Append(kv.Record{Index: n, Token: int32(n), Logprob: float32(n) / 7, TopIDs: []int32{int32(n)}, Top: []float32{1}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for at := range sh.Prompt {
+			write(at)
+		}
+		commit(0)
+		tokens := 1
+		for range rapid.IntRange(1, 12).Draw(t, "successors") {
+			for range rapid.IntRange(0, 50).Draw(t, "tokens") {
+				write(sh.Prompt + tokens - 1)
+				commit(tokens)
+				tokens++
+			}
+			if rapid.Bool().Draw(t, "in the middle of a step") {
+				write(sh.Prompt + tokens - 1)
+			}
+			before, err := kv.OpenLog(kv.Snapshot(p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := before.Continuation()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var theirs []kv.Slab
+			writable := map[uint64]bool{}
+			for n := range before.SlabCount() {
+				h, _, err := before.Slab(n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				theirs = append(theirs, slabs[h.Object])
+				writable[h.Object] = !slices.Contains(c.Share, n)
+			}
+			from, err := kv.OpenSequence(text, before, theirs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var fresh []kv.Slab
+			for range c.Fresh {
+				fresh = append(fresh, take())
+			}
+			log, own := create(c.Shape)
+			if seq, err = from.Continue(text, c, log, fresh, func(dst, src []float32) { copy(dst, src) }); err != nil {
+				t.Fatal(err)
+			}
+			for i := range p {
+				p[i] ^= 0x5a
+			}
+			for id, w := range writable {
+				for i := range slabs[id].p {
+					if w {
+						slabs[id].p[i] ^= 0x5a
+					}
+				}
+			}
+			p = own
+			if log.Committed() != tokens || len(seq.SlabList()) > kv.Slabs(sh.Prompt+tokens) {
+				t.Fatalf("%d tokens of %d, in %d slabs", log.Committed(), tokens, len(seq.SlabList()))
+			}
+		}
+		re, err := kv.OpenLog(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := range sh.Prompt + tokens - 1 {
+			if got := seq.Blocks[at/16][at%16]; got != float32(at) {
+				t.Fatalf("position %d holds %g", at, got)
+			}
+		}
+		for i := range tokens {
+			if rec, err := re.Record(i); err != nil || rec.Token != int32(i) || rec.Logprob != float32(i)/7 || rec.TopIDs[0] != int32(i) {
+				t.Fatalf("record %d: %+v, %v", i, rec, err)
+			}
+		}
+		if _, err := kv.OpenSequence(text, re, seq.SlabList()); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// A writer that dies at any moment of sealing a block leaves a log that opens: the block is sealed or not.
+func TestTornSeal(t *testing.T) {
+	_, p := newLog(t, kv.LogShape{Request: "r", Attempt: 1, Prompt: 1, MaxTokens: 4, MaxSlabs: 1})
+	log, err := kv.OpenLog(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log.AddSlab(newSlab(3).h, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := log.AddBlock(0, 3); err != nil {
+		t.Fatal(err)
+	}
+	open := slices.Clone(p)
+	log.SealBlock(0, 0x12345678)
+	sealed := slices.Clone(p)
+	const entry = 256 + 64
+	for n := range 17 { // bytes written so far; the entry's own checksum, the last 4, in one store
+		if n > 12 && n < 16 {
+			continue
+		}
+		copy(p, open)
+		copy(p[entry:entry+n], sealed[entry:])
+		log, err := kv.OpenLog(p)
+		if err != nil {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+		want := kv.BlockRef{Block: 3}
+		if n == 16 {
+			want.Sealed, want.CRC = true, 0x12345678
+		}
+		if b, err := log.Block(0); err != nil || b != want {
+			t.Errorf("after %d bytes: %+v, %v", n, b, err)
+		}
+	}
+}
+
 // Tables that do not cover the positions whose KV must be there are refused: going on would attend to wrong blocks.
 func TestOpenSequenceRefusesAnIncompleteTable(t *testing.T) {
 	build := func(grow, seal int) (*kv.Log, []kv.Slab) {

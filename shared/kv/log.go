@@ -163,6 +163,26 @@ func OpenLog(p []byte) (*Log, error) {
 	return l, nil
 }
 
+// Snapshot copies the log in p, whose writer may go on meanwhile: everything that the copy's counters count was there
+// when they were read, and does not change.
+func Snapshot(p []byte) []byte {
+	if len(p) < headerBytes {
+		return bytes.Clone(p) // OpenLog says what is wrong with it
+	}
+	// A record comes after the blocks that its position needs, a block after its slab.
+	counters := [...]int{offGeneration, offCommitted, offBlocks, offSlabs}
+	var counts [len(counters)]uint64
+	live := Log{p: p}
+	for i, off := range counters {
+		counts[i] = live.word(off).Load()
+	}
+	c := Log{p: bytes.Clone(p)}
+	for i, off := range counters {
+		c.word(off).Store(counts[i])
+	}
+	return c.p
+}
+
 func newLog(p []byte, shape LogShape) *Log {
 	l := &Log{p: p, shape: shape, slabs: headerBytes, recordBytes: 16 + 8*shape.Top}
 	l.blocks = l.slabs + shape.MaxSlabs*slabBytes
@@ -191,8 +211,7 @@ func (l *Log) SlabCount() int { return int(min(l.word(offSlabs).Load(), math.Max
 // BlockCount is the number of block entries in use.
 func (l *Log) BlockCount() int { return int(min(l.word(offBlocks).Load(), math.MaxInt32)) }
 
-// errTakenOver is what a writer sees when a counter has moved under it: it lost its claim between its check and its
-// write, or the writer before it did and wrote once more.
+// errTakenOver is what a writer sees when a counter has moved under it: a log has one writer, so that must not happen.
 func errTakenOver(what string, i int) error {
 	return fmt.Errorf("committing %s %d, which another writer has committed: %w", what, i, mem.ErrFenced)
 }
@@ -313,7 +332,7 @@ func (l *Log) AddBlock(slab, block int) error {
 	return nil
 }
 
-// SealBlock records that block i is full and its CRC-32C.
+// SealBlock records that block i is full and its CRC-32C. The entry's own checksum is written last: see Block.
 func (l *Log) SealBlock(i int, crc uint32) {
 	b, _ := l.Block(i) // OpenLog has checked the entry, or this process wrote it
 	b.Sealed, b.CRC = true, crc
@@ -342,8 +361,14 @@ func (l *Log) Block(i int) (BlockRef, error) {
 		Slab: int(le.Uint32(p)), Block: int(le.Uint16(p[4:])), CRC: le.Uint32(p[8:]),
 		Sealed: le.Uint16(p[6:])&flagSealed != 0,
 	}
-	if le.Uint32(p[12:]) != mem.Checksum(p[:12]) {
-		return ref, fmt.Errorf("block entry %d: %w", i, mem.ErrCorrupt)
+	if crc := le.Uint32(p[12:]); crc != mem.Checksum(p[:12]) {
+		// A writer that was stopped in the middle of SealBlock has left the checksum of the open block.
+		var open [12]byte
+		copy(open[:6], p)
+		if crc != mem.Checksum(open[:]) {
+			return ref, fmt.Errorf("block entry %d: %w", i, mem.ErrCorrupt)
+		}
+		ref.Sealed, ref.CRC = false, 0
 	}
 	return ref, nil
 }

@@ -55,7 +55,7 @@ func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 			return nil, fmt.Errorf("opening slab %d: %d bytes, want %d: %w", i, got, want, mem.ErrCorrupt)
 		}
 	}
-	written := log.shape.Prompt + max(log.Committed()-1, 0) // positions whose KV is there
+	written := log.written()
 	if n := log.BlockCount(); n < Blocks(written) {
 		return nil, fmt.Errorf("%d KV blocks for %d positions: %w", n, written, mem.ErrCorrupt)
 	}

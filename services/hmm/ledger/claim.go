@@ -57,21 +57,85 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 	k.part, k.reply, k.generation, k.owner = p, c.Reply, l.next(), l.conn(id)
 	k.owner.claims[k] = true
 	l.effects.Slots = append(l.effects.Slots, Slot{k.slot, k.generation})
-	return protocol.Claimed{Generation: k.generation, Slot: k.slot}, nil
+	out := protocol.Claimed{Generation: k.generation, Slot: k.slot}
+	if o := r.logs[keyOf(p)]; o != nil {
+		h := o.handle
+		out.Log = &h
+	}
+	return out, nil
+}
+
+// Inherit makes the holder of a claim the writer of the part's sequence, all or nothing: whoever claims the part later is
+// told the log. The writer before may have what is dropped mapped and still write to it: it is handed out again when that
+// process has freed it, or has exited. ErrFenced and ErrEnded as Unclaim.
+func (l *Ledger) Inherit(now time.Time, id Conn, v protocol.Inherit) error {
+	fail := func(err error) error {
+		return fmt.Errorf("inheriting part %d of %s of request %.40s: %w", v.Part.Part, v.Part.Stage, v.Part.Request, err)
+	}
+	if err := l.claimed(id, v.Part, v.Generation); err != nil {
+		return fail(err)
+	}
+	if len(v.Keep) == 0 {
+		return fail(fmt.Errorf("no token log: %w", mem.ErrInvalid))
+	}
+	keep := make([]*object, len(v.Keep))
+	for i, name := range v.Keep {
+		o, err := l.held(id, name)
+		if err == nil && i == 0 && o.handle.Kind != mem.KindLog {
+			err = fmt.Errorf("%v is no token log: %w", o.handle.Kind, mem.ErrInvalid)
+		}
+		if err != nil {
+			return fail(fmt.Errorf("object %d: %w", name.ID, err))
+		}
+		keep[i] = o
+	}
+	r, err := l.raise(now, v.Part.Request, v.Part.Attempt, v.Part.Left)
+	if err != nil {
+		return fail(err)
+	}
+	var drop []*object
+	for _, name := range v.Drop {
+		o, ok := l.objects[name.ID]
+		if ok && o.handle.Generation == name.Generation && r.objects[o] && !slices.Contains(keep, o) {
+			drop = append(drop, o)
+		}
+	}
+	for _, o := range keep {
+		o.requests[r] = v.Part.Attempt
+		r.objects[o] = true
+	}
+	r.logs[keyOf(v.Part)] = keep[0]
+	for part, o := range r.logs {
+		if slices.Contains(drop, o) { // another part's, which nobody could find any more
+			delete(r.logs, part)
+		}
+	}
+	for _, o := range slices.Backward(drop) { // see newestFirst
+		l.drop(r, o)
+	}
+	return nil
 }
 
 // Unclaim gives a claim up, or says why it is held no more: ErrEnded when the request has ended or a newer attempt is
 // known, ErrFenced when somebody has claimed the part since, even if that one has given it up again.
 func (l *Ledger) Unclaim(id Conn, u protocol.Unclaim) error {
-	r, ok := l.requests[u.Part.Request]
-	if !ok || r.ended || r.newest > u.Part.Attempt {
-		return fmt.Errorf("giving up part %d of %s: request %.40s: %w", u.Part.Part, u.Part.Stage, u.Part.Request, mem.ErrEnded)
+	if err := l.claimed(id, u.Part, u.Generation); err != nil {
+		return fmt.Errorf("giving up part %d of %s: request %.40s: %w", u.Part.Part, u.Part.Stage, u.Part.Request, err)
 	}
-	k, ok := l.claims[keyOf(u.Part)]
-	if !ok || k.generation != u.Generation || k.owner != l.conn(id) {
-		return fmt.Errorf("giving up part %d of %s: generation %d: %w", u.Part.Part, u.Part.Stage, u.Generation, mem.ErrFenced)
+	l.release(l.claims[keyOf(u.Part)])
+	return nil
+}
+
+// claimed says why a client does not hold a claim, nil when it does.
+func (l *Ledger) claimed(id Conn, part protocol.Part, generation uint64) error {
+	r, ok := l.requests[part.Request]
+	if !ok || r.ended || r.newest > part.Attempt {
+		return mem.ErrEnded
 	}
-	l.release(k)
+	k, ok := l.claims[keyOf(part)]
+	if !ok || k.generation != generation || k.owner != l.conn(id) {
+		return fmt.Errorf("generation %d: %w", generation, mem.ErrFenced)
+	}
 	return nil
 }
 

@@ -23,8 +23,9 @@ type world struct {
 	objs  []*thing             // in order of birth
 	reqs  map[string]*life
 	parts map[protocol.Part]*work // keyed without attempt
-	slots map[int]uint64          // the claim table, as the effects make it
-	drawn []work                  // all claims ever given
+	logs  map[protocol.Part]*thing
+	slots map[int]uint64 // the claim table, as the effects make it
+	drawn []work         // all claims ever given
 	last  uint64
 }
 
@@ -76,6 +77,7 @@ func (w *world) dropIf(over func(request string, attempt int) bool) {
 		maps.DeleteFunc(o.reqs, over)
 	}
 	maps.DeleteFunc(w.parts, func(_ protocol.Part, k *work) bool { return over(k.part.Request, k.part.Attempt) })
+	maps.DeleteFunc(w.logs, func(p protocol.Part, o *thing) bool { _, ok := o.reqs[p.Request]; return !ok })
 	w.sweep()
 }
 
@@ -170,7 +172,7 @@ func TestAgainstModel(t *testing.T) {
 		cfg.Tombstone = 1000 * time.Hour
 		w := &world{
 			l: ledger.New(cfg), now: start, conns: map[ledger.Conn]bool{}, reqs: map[string]*life{},
-			parts: map[protocol.Part]*work{}, slots: map[int]uint64{}, last: cfg.First,
+			parts: map[protocol.Part]*work{}, logs: map[protocol.Part]*thing{}, slots: map[int]uint64{}, last: cfg.First,
 		}
 		anyConn := func(t *rapid.T, connected bool) ledger.Conn {
 			var ids []ledger.Conn
@@ -225,7 +227,8 @@ func TestAgainstModel(t *testing.T) {
 			"alloc": func(t *rapid.T) {
 				id := anyConn(t, true)
 				npu := rapid.IntRange(-1, 1).Draw(t, "npu")
-				spec := protocol.Spec{Kind: mem.KindKV, NPU: npu, Bytes: rapid.Int64Range(1, 8*page).Draw(t, "bytes")}
+				kind := rapid.SampledFrom([]mem.Kind{mem.KindKV, mem.KindLog}).Draw(t, "kind")
+				spec := protocol.Spec{Kind: kind, NPU: npu, Bytes: rapid.Int64Range(1, 8*page).Draw(t, "bytes")}
 				if rapid.Bool().Draw(t, "with request") {
 					spec.Ref = anyRef(t)
 				}
@@ -333,6 +336,9 @@ func TestAgainstModel(t *testing.T) {
 				if err != nil || got.Generation <= w.last {
 					t.Fatalf("claim: %+v after %d, %v", got, w.last, err)
 				}
+				if log := w.logs[key]; (log == nil) != (got.Log == nil) || log != nil && name(*got.Log) != name(log.grant.Handle) {
+					t.Fatalf("claim of %+v tells the log %+v, model: %+v", part, got.Log, log)
+				}
 				w.last = got.Generation
 				w.parts[key] = &work{part, id, got, "x"}
 				w.drawn = append(w.drawn, *w.parts[key])
@@ -358,6 +364,49 @@ func TestAgainstModel(t *testing.T) {
 				}
 				if !errors.Is(err, want) {
 					t.Fatalf("unclaim of %+v: %v, want %v", k, err, want)
+				}
+			},
+			"inherit": func(t *rapid.T) {
+				if len(w.drawn) == 0 {
+					t.Skip("no claims")
+				}
+				id := anyConn(t, true)
+				k := w.drawn[rapid.IntRange(0, len(w.drawn)-1).Draw(t, "claim")]
+				keep := []*thing{anyObject(t), anyObject(t)}
+				drop := []*thing{anyObject(t), anyObject(t)}
+				v := protocol.Inherit{Part: k.part, Generation: k.got.Generation}
+				held := true
+				for i := range keep {
+					v.Keep, v.Drop = append(v.Keep, name(keep[i].grant.Handle)), append(v.Drop, name(drop[i].grant.Handle))
+					held = held && keep[i].conns[id] > 0
+				}
+				err := w.l.Inherit(w.now, id, v)
+				key := k.part
+				key.Attempt = 0
+				r := k.part.Request
+				now, q := w.parts[key], w.reqs[r]
+				var want error
+				switch {
+				case q == nil || q.ended || q.newest > k.part.Attempt:
+					want = mem.ErrEnded
+				case now == nil || now.got != k.got || now.conn != id:
+					want = mem.ErrFenced
+				case !held || keep[0].grant.Handle.Kind != mem.KindLog:
+					want = mem.ErrInvalid
+				default:
+					for _, o := range keep {
+						o.reqs[r] = k.part.Attempt
+					}
+					for _, o := range drop {
+						if !slices.Contains(keep, o) {
+							delete(o.reqs, r)
+						}
+					}
+					w.logs[key] = keep[0]
+					w.dropIf(func(string, int) bool { return false })
+				}
+				if !errors.Is(err, want) {
+					t.Fatalf("inherit of %+v: %v, want %v", k, err, want)
 				}
 			},
 			"orphans": func(t *rapid.T) {

@@ -19,7 +19,8 @@ type request struct {
 	ended   bool
 	objects map[*object]bool
 	claims  map[*claim]bool
-	index   int // in its queue
+	logs    map[claimKey]*object // token logs by the part that they are of, see Inherit; each has the request's hold
+	index   int                  // in its queue
 }
 
 // maxLeft bounds the time to a deadline that a client may name.
@@ -43,7 +44,7 @@ func (l *Ledger) raise(now time.Time, id string, attempt int, left time.Duration
 	l.Tick(now)
 	r, ok := l.requests[id]
 	if !ok {
-		r = &request{id: id, newest: attempt, objects: map[*object]bool{}, claims: map[*claim]bool{}}
+		r = &request{id: id, newest: attempt, objects: map[*object]bool{}, claims: map[*claim]bool{}, logs: map[claimKey]*object{}}
 		r.expiry = now.Add(l.cfg.Unknown)
 		l.requests[id] = r
 		heap.Push(&l.live, r)
@@ -65,6 +66,7 @@ func (l *Ledger) raise(now time.Time, id string, attempt int, left time.Duration
 				l.release(k)
 			}
 		}
+		clear(r.logs)
 	}
 	if left > 0 {
 		if e := now.Add(min(left, maxLeft) + l.cfg.Margin); !r.known || e.After(r.expiry) {
@@ -110,7 +112,7 @@ func (l *Ledger) end(now time.Time, r *request) {
 	for k := range r.claims {
 		l.release(k)
 	}
-	r.ended, r.objects, r.claims = true, nil, nil
+	r.ended, r.objects, r.claims, r.logs = true, nil, nil, nil
 	if t := now.Add(l.cfg.Tombstone); !r.known || t.After(r.expiry) {
 		r.expiry = t
 	}

@@ -37,6 +37,8 @@ const (
 	OpCacheBlocks // CacheBlocks, nothing
 	OpFindPrefix  // FindPrefix, Prefix
 	OpForget      // []Object, nothing
+
+	OpInherit Op = 29 // Inherit, nothing
 )
 
 // The requests about memory domains.
@@ -147,6 +149,15 @@ type Claim struct {
 type Claimed struct {
 	Generation uint64
 	Slot       int
+	Log        *mem.Handle // token log of the part's last writer, as Inherit named it; nil: there was none
+}
+
+// Inherit makes the claimant of a part the writer of its sequence. Keep[0] is the sequence's token log from now on.
+type Inherit struct {
+	Part       Part
+	Generation uint64
+	Keep       []Object // get the request hold; the client holds them
+	Drop       []Object // lose it
 }
 
 // Unclaim gives a claim up.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/stage"
@@ -16,6 +17,7 @@ import (
 const (
 	childURL = "STAGETEST_NATS"
 	childHMM = "STAGETEST_HMM"
+	childAck = "STAGETEST_ACK_WAIT"
 )
 
 // Child makes the test binary a stage process of its own if Rig.Process has started it, and does not return then. TestMain
@@ -25,8 +27,12 @@ func Child(run func(context.Context, stage.Config, *slog.Logger) error) {
 	if url == "" {
 		return
 	}
-	err := run(context.Background(), stage.Config{
-		NATSURL: url, HMM: os.Getenv(childHMM), Model: Root("models/shapes-vl-moe"), Instance: "child", AckWait: Long,
+	ackWait, err := time.ParseDuration(os.Getenv(childAck))
+	if err != nil {
+		panic(err)
+	}
+	err = run(context.Background(), stage.Config{
+		NATSURL: url, HMM: os.Getenv(childHMM), Model: Root("models/shapes-vl-moe"), Instance: "child", AckWait: ackWait,
 		NPU: npu.Options{Threads: 1},
 	}, slog.New(slog.DiscardHandler))
 	fmt.Fprintln(os.Stderr, "child:", err)
@@ -39,18 +45,15 @@ type Process struct {
 	cmd *exec.Cmd
 }
 
-// Process starts a stage process (see Child), in a rig of AckWait Long. It is killed when the test ends at the latest.
+// Process starts a stage process (see Child). It is killed when the test ends at the latest.
 func (r *Rig) Process() *Process {
 	r.tb.Helper()
-	if r.Stage.AckWait != Long {
-		r.tb.Fatalf("a process of AckWait %v in a rig of %v", Long, r.Stage.AckWait)
-	}
 	exe, err := os.Executable()
 	if err != nil {
 		r.tb.Fatal(err)
 	}
 	p := &Process{r: r, cmd: exec.Command(exe)}
-	p.cmd.Env = append(os.Environ(), childURL+"="+r.Stage.NATSURL, childHMM+"="+r.Stage.HMM)
+	p.cmd.Env = append(os.Environ(), childURL+"="+r.Stage.NATSURL, childHMM+"="+r.Stage.HMM, childAck+"="+r.Stage.AckWait.String())
 	p.cmd.Stderr = os.Stderr
 	if err := p.cmd.Start(); err != nil {
 		r.tb.Fatal(err)
@@ -73,16 +76,28 @@ func (p *Process) Kill() {
 // What is on its way between the two comes again only after AckWait.
 func (p *Process) KillAtWork(role string) {
 	p.r.tb.Helper()
+	p.StopAtWork(role)
+	p.Kill()
+}
+
+// StopAtWork stops the process, as KillAtWork would kill it, until Continue.
+func (p *Process) StopAtWork(role string) {
+	p.r.tb.Helper()
 	p.r.Until("the process works", func() bool {
 		p.signal(syscall.SIGSTOP)
 		_, taken := p.r.Queue(role)
 		if taken > 0 && p.r.Stats().Claims == taken {
-			p.Kill()
 			return true
 		}
 		p.signal(syscall.SIGCONT)
 		return false
 	})
+}
+
+// Continue lets a stopped process go on.
+func (p *Process) Continue() {
+	p.r.tb.Helper()
+	p.signal(syscall.SIGCONT)
 }
 
 func (p *Process) signal(sig syscall.Signal) {
