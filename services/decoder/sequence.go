@@ -101,6 +101,10 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 	if err != nil {
 		return err
 	}
+	if _, copied := objs[0].Source(); copied { // from another memory domain: the slabs that it names have to be as well
+		d.Free(ctx, objs...)
+		return d.succeed(ctx, s, handle)
+	}
 	s.objects = append(s.objects, objs...)
 	log, err := kv.OpenLog(objs[0].Bytes())
 	if err != nil {
@@ -130,9 +134,14 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 }
 
 // succeed goes on where the decoder before has left off, whose log last is. That one may only have been taken for dead and
-// write again at any time, so nothing that it can write to is read after this.
+// write again at any time, so nothing that it can write to is read after this. What lies in another memory domain is
+// copied, too: shared slabs by attaching them.
 func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) error {
-	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, -1, last)
+	where := -1 // what is only copied from stays booked where it is
+	if last.Node != d.HBM.Node() {
+		where = d.NPU
+	}
+	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, where, last)
 	if err != nil {
 		return err
 	}
@@ -152,7 +161,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		if slices.Contains(c.Share, i) {
 			return mem.ReadOnly, d.NPU
 		}
-		return mem.ReadOnly, -1 // stays where it is
+		return mem.ReadOnly, where
 	})
 	s.objects = append(s.objects, slabs...)
 	if err != nil {
@@ -183,17 +192,20 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err := <-copied; err != nil {
 		return err
 	}
-	old, drop := slices.Clone(objs), slices.Clone(objs) // the log
+	old, drop := slices.Clone(objs), []mem.Handle{last}
+	keep := slices.Clone(fresh[1:])
 	for i, o := range slabs {
+		from, copied := o.Source()
 		if slices.Contains(c.Share, i) {
-			continue
+			keep = append(keep, o)
+		} else {
+			old, from = append(old, o), o.Handle()
 		}
-		old = append(old, o)
-		if s.spec.Choices == 1 { // other choices may have blocks in it
-			drop = append(drop, o)
+		if (copied || !slices.Contains(c.Share, i)) && s.spec.Choices == 1 { // other choices may have blocks in it
+			drop = append(drop, from)
 		}
 	}
-	if err := d.HBM.Inherit(ctx, s.claim, fresh[0], fresh[1:], drop); err != nil {
+	if err := d.HBM.Inherit(ctx, s.claim, fresh[0], keep, drop); err != nil {
 		return err
 	}
 	d.Free(ctx, old...)

@@ -101,10 +101,11 @@ func TestInherit(t *testing.T) {
 	old, err := b.Attach(t.Context(), mem.ReadOnly, -1, of[0].Handle(), of[1].Handle())
 	must(t, err)
 	next := sequence(b)
-	wantErr(t, b.Inherit(t.Context(), second, next[1], nil, old), mem.ErrInvalid) // no log
+	drop := []mem.Handle{old[0].Handle(), old[1].Handle()}
+	wantErr(t, b.Inherit(t.Context(), second, next[1], nil, drop), mem.ErrInvalid) // no log
 	third := claim(t, b, decodePart("r", 1, 0), "ack.2")
 	tells(third, of[0]) // nothing has changed so far
-	must(t, b.Inherit(t.Context(), third, next[0], next[1:], old))
+	must(t, b.Inherit(t.Context(), third, next[0], next[1:], drop))
 	must(t, b.Free(t.Context(), old...))
 	if s := d.Stats(); s.Objects != 4 {
 		t.Errorf("%d objects while the first writer has its own mapped, want 4", s.Objects)

@@ -55,18 +55,22 @@ func (k *Claim) Log() (h mem.Handle, ok bool) {
 	return *k.log, true
 }
 
-// Inherit makes this instance the writer of the sequence that the claim is for: log, and what else of the sequence is
-// fresh, gets the request's hold, what is dropped loses it, and whoever claims the part later is told the log. All of it
-// or nothing. Before it returns well nothing of the sequence may be written that another process knows of. mem.ErrFenced
-// and mem.ErrEnded when the claim is held no more.
-func (c *Client) Inherit(ctx context.Context, k *Claim, log *Object, fresh, drop []*Object) error {
-	keep := append([]*Object{log}, fresh...)
-	if err := c.check(append(keep[:len(keep):len(keep)], drop...)); err != nil {
+// Inherit makes this instance the writer of the sequence that the claim is for: its log and slabs get the request's hold,
+// what is dropped loses it, and whoever claims the part later is told the log. All of it or nothing. Before it returns
+// well nothing of the sequence may be written that another process knows of. mem.ErrFenced and mem.ErrEnded when the claim
+// is held no more.
+func (c *Client) Inherit(ctx context.Context, k *Claim, log *Object, slabs []*Object, drop []mem.Handle) error {
+	keep := append([]*Object{log}, slabs...)
+	if err := c.check(keep); err != nil {
 		return fmt.Errorf("inheriting a sequence: %w", err)
 	}
-	return c.call(ctx, protocol.OpInherit, protocol.Inherit{
-		Part: k.part, Generation: k.generation, Keep: names(keep), Drop: names(drop),
-	}, nil)
+	v := protocol.Inherit{Part: k.part, Generation: k.generation, Keep: names(keep)}
+	for _, h := range drop {
+		if h.Node == c.node {
+			v.Drop = append(v.Drop, nameOf(h))
+		}
+	}
+	return c.call(ctx, protocol.OpInherit, v, nil)
 }
 
 // Held reports whether nobody has claimed the part later, the request has not ended, and the HMM is there. It costs two
