@@ -75,6 +75,17 @@ func queue(t *testing.T, b *bus.Bus, stage string) bus.Queue {
 	return bus.Queue{}
 }
 
+// pending is a queue when the server has counted that many messages, or what it says after a long while: it counts a
+// message a moment after it has acknowledged its publication.
+func pending(t *testing.T, b *bus.Bus, stage string, n uint64) bus.Queue {
+	t.Helper()
+	q := queue(t, b, stage)
+	for end := time.Now().Add(long); q.Pending < n && time.Now().Before(end); {
+		q = queue(t, b, stage)
+	}
+	return q
+}
+
 // waitForPull waits until a pull request is at the server.
 func waitForPull(t *testing.T, b *bus.Bus, stage string) {
 	t.Helper()
@@ -93,12 +104,7 @@ func TestPublishTakeAck(t *testing.T) {
 	for _, id := range []string{"a", "b", "c"} {
 		publish(t, b, bus.StageEncode, id, id)
 	}
-	// The server counts a message as pending a moment after it has acknowledged its publication.
-	q := queue(t, b, bus.StageEncode)
-	for end := time.Now().Add(long); q.Pending < 3 && time.Now().Before(end); {
-		q = queue(t, b, bus.StageEncode)
-	}
-	if q.Pending != 3 || q.InWork != 0 || q.Oldest <= 0 {
+	if q := pending(t, b, bus.StageEncode, 3); q.Pending != 3 || q.InWork != 0 || q.Oldest <= 0 {
 		t.Errorf("before taking: %+v", q)
 	}
 	got := next(t, c, 2, 2, long)
@@ -347,7 +353,7 @@ func TestNextOfNothing(t *testing.T) {
 	b := connect(t, bustest.Run(t).URL())
 	publish(t, b, bus.StageEncode, "r", "")
 	next(t, consumer(t, b, bus.StageEncode), 0, 0, long)
-	if q := queue(t, b, bus.StageEncode); q.Pending != 1 {
+	if q := pending(t, b, bus.StageEncode, 1); q.Pending != 1 || q.InWork != 0 {
 		t.Errorf("a limit of 0 took a message: %+v", q)
 	}
 }
@@ -360,10 +366,10 @@ func TestMessageIDsAreStoredOnce(t *testing.T) {
 	}
 	publish(t, b, bus.StagePrefill, "r", "r.2")
 	publish(t, b, bus.StageDecode, "r", "r.1") // another stage's queue
-	if q := queue(t, b, bus.StagePrefill); q.Pending != 2 {
+	if q := pending(t, b, bus.StagePrefill, 2); q.Pending != 2 {
 		t.Errorf("%d messages are stored, want 2", q.Pending)
 	}
-	if q := queue(t, b, bus.StageDecode); q.Pending != 1 {
+	if q := pending(t, b, bus.StageDecode, 1); q.Pending != 1 {
 		t.Errorf("%d messages are stored, want 1", q.Pending)
 	}
 }
