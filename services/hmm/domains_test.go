@@ -128,6 +128,7 @@ func TestRefusedCopiesLeaveNothing(t *testing.T) {
 	free(t, other, spoil)
 	free(t, giver, good, bad, large)
 	must(t, d.End("r"))
+	eventually(t, "all is given back", func() bool { s := d.Stats(); return s.Objects == 0 && s.Holds == 0 })
 	empty(t, d)
 }
 
