@@ -2,9 +2,12 @@ package hmm_test
 
 import (
 	"fmt"
+	"os"
 	"testing"
+	"time"
 
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/hbm/hbmbench"
 	"trireme.dev/shared/mem"
 
 	"trireme.dev/services/hmm"
@@ -17,25 +20,20 @@ func benchDaemon(b *testing.B, bytes int64) string {
 
 // BenchmarkRoundTrip is one call of the HMM and back, nothing mapped.
 func BenchmarkRoundTrip(b *testing.B) {
-	socket := benchDaemon(b, 64*page)
+	_, socket := daemon(b)
 	b.Run("one", func(b *testing.B) {
-		c := dial(b, socket, hbm.Hello{})
-		part := decodePart("r", 1, 0)
-		for b.Loop() {
-			claim(b, c, part, "ack")
-		}
+		bench(b, hbmbench.Call(b.Context(), dial(b, socket, hbm.Hello{})), nil)
 	})
-	b.Run("parallel", func(b *testing.B) {
-		c := dial(b, socket, hbm.Hello{Instance: "i2"})
-		b.RunParallel(func(pb *testing.PB) {
-			for pb.Next() {
-				if _, err := c.Claim(b.Context(), decodePart("r", 1, 1), "ack"); err != nil {
-					b.Error(err)
-					return
-				}
+	// As many callers as there are streams, in one process or in four.
+	for _, clients := range []int{1, 4} {
+		b.Run(fmt.Sprintf("callers=200/clients=%d", clients), func(b *testing.B) {
+			all := make([]*hbm.Client, clients)
+			for i := range all {
+				all[i] = dial(b, socket, hbm.Hello{Instance: fmt.Sprint("c", i)})
 			}
+			bench(b, hbmbench.Calls(b.Context(), 200, 20, all...), nil)
 		})
-	})
+	}
 }
 
 // BenchmarkHeld is the check before every append, publish and ack.
@@ -49,74 +47,71 @@ func BenchmarkHeld(b *testing.B) {
 	}
 }
 
-// BenchmarkAttach asks for extents by handle, maps them, unmaps them and gives them back.
+// bench runs a case and reports the time of what it measures, without that of undoing it.
+func bench(b *testing.B, c hbmbench.Case, err error) {
+	b.Helper()
+	must(b, err)
+	var spent time.Duration
+	for b.Loop() {
+		d, err := c.Do()
+		must(b, err)
+		spent += d
+	}
+	must(b, c.Close())
+	b.ReportMetric(float64(spent.Nanoseconds())/float64(b.N), "ns/op")
+	switch {
+	case c.Extents > 1:
+		b.ReportMetric(float64(spent.Nanoseconds())/float64(b.N*c.Extents), "ns/extent")
+	case c.Calls > 1:
+		b.ReportMetric(float64(b.N*c.Calls)/spent.Seconds(), "calls/s")
+	case c.Bytes > 0:
+		b.ReportMetric(float64(c.Bytes)*float64(b.N)/1e6/spent.Seconds(), "MB/s")
+	}
+}
+
+// BenchmarkAttach asks for extents by handle and maps them.
 func BenchmarkAttach(b *testing.B) {
 	for _, n := range []int{1, 1000} {
 		b.Run(fmt.Sprintf("extents=%d", n), func(b *testing.B) {
 			socket := benchDaemon(b, int64(n)*page)
 			owner, c := dial(b, socket, hbm.Hello{}), dial(b, socket, hbm.Hello{Instance: "i2"})
-			specs := make([]hbm.Spec, n)
-			for i := range specs {
-				specs[i] = kv(0, page)
-			}
+			objects, err := hbmbench.Give(b.Context(), owner, n, page)
+			must(b, err)
 			handles := make([]mem.Handle, n)
-			for i, o := range alloc(b, owner, specs...) {
+			for i, o := range objects {
 				handles[i] = o.Handle()
 			}
-			for b.Loop() {
-				free(b, c, attach(b, c, mem.ReadOnly, -1, handles...)...)
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/extent")
+			bench(b, hbmbench.Attach(b.Context(), c, handles), nil)
 		})
 	}
 }
 
-// BenchmarkHandOver gives an object from one client to another by mapping, and by copying its bytes into a new object.
-// touch reads one byte of each page of the machine after mapping: what the taker's first pass pays in page faults.
+// BenchmarkHandOver gives an object from one client to another by mapping and by copying. The rows of one size compare.
+// TRIREME_BENCH_LARGE=1 adds 1 GiB, which takes three and, where fresh memory is slow, half a minute.
 func BenchmarkHandOver(b *testing.B) {
-	for _, mib := range []int64{1, 16, 256} {
+	sizes := []int64{1, 16, 256}
+	if os.Getenv("TRIREME_BENCH_LARGE") != "" {
+		sizes = append(sizes, 1024)
+	}
+	for _, mib := range sizes {
 		bytes := mib << 20
-		socket := benchDaemon(b, 3*bytes)
+		socket := benchDaemon(b, 2*bytes)
 		giver, taker := dial(b, socket, hbm.Hello{}), dial(b, socket, hbm.Hello{Instance: "i2"})
-		o := alloc(b, giver, kv(0, bytes))[0]
-		fill(o, 1)
-		to := 0
-		b.Run(fmt.Sprintf("map/MiB=%d", mib), func(b *testing.B) {
-			b.SetBytes(bytes)
-			for b.Loop() {
-				to = 1 - to
-				free(b, taker, attach(b, taker, mem.ReadWrite, to, o.Handle())...)
-			}
-		})
-		b.Run(fmt.Sprintf("map+touch/MiB=%d", mib), func(b *testing.B) {
-			b.SetBytes(bytes)
-			var sum byte
-			for b.Loop() {
-				to = 1 - to
-				got := attach(b, taker, mem.ReadOnly, to, o.Handle())
-				for i := 0; i < len(got[0].Bytes()); i += 4096 {
-					sum += got[0].Bytes()[i]
-				}
-				free(b, taker, got...)
-			}
-			_ = sum
-		})
-		b.Run(fmt.Sprintf("copy/MiB=%d", mib), func(b *testing.B) {
-			b.SetBytes(bytes)
-			for b.Loop() {
-				got := alloc(b, taker, kv(1, bytes))
-				copy(got[0].Bytes(), o.Bytes())
-				free(b, taker, got...)
-			}
-		})
-		b.Run(fmt.Sprintf("memcpy/MiB=%d", mib), func(b *testing.B) {
-			dst := make([]byte, bytes)
-			b.SetBytes(bytes)
-			for b.Loop() {
-				copy(dst, o.Bytes())
-			}
-		})
-		free(b, giver, o)
+		given, err := hbmbench.Give(b.Context(), giver, 1, bytes)
+		must(b, err)
+		h := given[0].Handle()
+		row := func(name string, c func() (hbmbench.Case, error)) {
+			b.Run(fmt.Sprintf("%s/MiB=%d", name, mib), func(b *testing.B) {
+				made, err := c()
+				bench(b, made, err)
+			})
+		}
+		row("map", func() (hbmbench.Case, error) { return hbmbench.HandOver(b.Context(), taker, h, false), nil })
+		row("map+touch", func() (hbmbench.Case, error) { return hbmbench.HandOver(b.Context(), taker, h, true), nil })
+		row("copy-to-new", func() (hbmbench.Case, error) { return hbmbench.CopyOver(b.Context(), taker, h) })
+		row("copy", func() (hbmbench.Case, error) { return hbmbench.CopyMapped(b.Context(), taker, h) })
+		row("memcpy", func() (hbmbench.Case, error) { return hbmbench.Memcpy(bytes) })
+		free(b, giver, given...)
 		must(b, giver.Close())
 		must(b, taker.Close())
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"trireme.dev/services/trireme/benchcmd"
 	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/hf"
@@ -40,6 +41,7 @@ type cli struct {
 	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
 	Status statusCmd `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
 	Model  modelCmd  `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
+	Bench  benchCmd  `cmd:"" help:"Measure this machine: what device memory costs here." group:"Use"`
 
 	Gateway gatewayCmd `cmd:"" help:"Run the gateway: OpenAI-compatible HTTP." group:"Services"`
 	Encoder encoderCmd `cmd:"" help:"Run an encoder: pixels to multimodal tokens." group:"Services"`
@@ -54,6 +56,11 @@ type cli struct {
 type modelCmd struct {
 	Verify   modelcmd.Verify   `cmd:"" help:"Run reference cases through the engine and compare."`
 	Tokenize modelcmd.Tokenize `cmd:"" help:"Token ids of JSON strings, one a line."`
+}
+
+type benchCmd struct {
+	Memory benchcmd.Memory `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
+	Give   benchcmd.Give   `cmd:"" hidden:""`
 }
 
 type versionCmd struct{}
@@ -137,7 +144,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		inherit = append(inherit, "--config", string(c.Config))
 	}
 	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
-		modelcmd.Streams{In: in, Out: out, Err: errOut})
+		modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	return report(errOut, k.Command(), err)
 }
 
@@ -151,7 +158,7 @@ func report(w io.Writer, command string, err error) int {
 	command, _, _ = strings.Cut(command, " <")
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
 	for _, e := range []error{
-		errUsage, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
+		errUsage, benchcmd.ErrUsage, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
 	} {
 		if errors.Is(err, e) {
 			return exitUsage

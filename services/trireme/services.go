@@ -127,7 +127,7 @@ func (c *gatewayCmd) Run(e *env) error {
 }
 
 type hmmCmd struct {
-	NATSURL    string     `name:"nats-url" help:"NATS server." default:"nats://127.0.0.1:4222"`
+	NATSURL    string     `name:"nats-url" help:"NATS server; empty: none, then requests end by their deadlines only." default:"nats://127.0.0.1:4222"`
 	Socket     string     `help:"Unix socket to listen on." default:"${data}/hmm.sock" type:"path"`
 	Node       string     `help:"Name of the node; by default the host's."`
 	NPUs       int        `name:"npus" help:"Host NPUs of the node." default:"8"`
@@ -193,12 +193,14 @@ func (c *hmmCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
-	conn, err := nats.Connect(c.NATSURL, nats.Name("hmm-"+c.Node), nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true),
-		nats.ReconnectWait(250*time.Millisecond))
-	if err != nil {
-		return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
+	var conn *nats.Conn
+	if c.NATSURL != "" {
+		if conn, err = nats.Connect(c.NATSURL, nats.Name("hmm-"+c.Node), nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true),
+			nats.ReconnectWait(250*time.Millisecond)); err != nil {
+			return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
+		}
+		defer conn.Close()
 	}
-	defer conn.Close()
 	d, err := hmm.New(hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
 		Peers:   peers,

@@ -3,53 +3,69 @@ package host_test
 import (
 	"fmt"
 	"testing"
+	"time"
 
-	"trireme.dev/shared/mem"
+	"trireme.dev/shared/hbm/hbmbench"
 )
 
-func BenchmarkMapUnmap(b *testing.B) {
-	for _, n := range []int64{1, 1000} {
+// bench runs a case and reports the time of what it measures, without that of undoing it.
+func bench(b *testing.B, c hbmbench.Case, err error) {
+	b.Helper()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var spent time.Duration
+	for b.Loop() {
+		d, err := c.Do()
+		if err != nil {
+			b.Fatal(err)
+		}
+		spent += d
+	}
+	if err := c.Close(); err != nil {
+		b.Error(err)
+	}
+	b.ReportMetric(float64(spent.Nanoseconds())/float64(b.N), "ns/op")
+	if c.Extents > 0 {
+		b.ReportMetric(float64(spent.Nanoseconds())/float64(b.N*c.Extents), "ns/extent")
+	} else {
+		b.ReportMetric(float64(c.Bytes)*float64(b.N)/1e6/spent.Seconds(), "MB/s")
+	}
+}
+
+func BenchmarkMap(b *testing.B) {
+	for _, n := range []int{1, 1000} {
 		b.Run(fmt.Sprintf("extents=%d", n), func(b *testing.B) {
-			s := store(b, n, n, 0)
-			sp := space(b, s)
-			for i := range n {
-				if err := s.Back(mem.Extent{Offset: i * page, Bytes: page}); err != nil {
-					b.Fatal(err)
-				}
-			}
-			for b.Loop() {
-				for i := range n {
-					if _, err := sp.Map(mem.Extent{Offset: i * page, Bytes: page}, mem.ReadOnly); err != nil {
-						b.Fatal(err)
-					}
-				}
-				for i := range n {
-					if err := sp.Unmap(mem.Extent{Offset: i * page, Bytes: page}); err != nil {
-						b.Fatal(err)
-					}
-				}
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/extent")
+			c, err := hbmbench.Map(n)
+			bench(b, c, err)
+		})
+	}
+}
+
+func BenchmarkRemap(b *testing.B) {
+	for _, n := range []int{1, 1000} {
+		b.Run(fmt.Sprintf("extents=%d", n), func(b *testing.B) {
+			c, err := hbmbench.Remap(n)
+			bench(b, c, err)
 		})
 	}
 }
 
 // BenchmarkBack compares memory from the system with memory that the store kept.
 func BenchmarkBack(b *testing.B) {
-	const pages = 1024 // 64 MiB
-	for name, keep := range map[string]int64{"fresh": 0, "cached": pages} {
+	for _, name := range []string{"fresh", "reused"} {
 		b.Run(name, func(b *testing.B) {
-			s := store(b, pages, pages, keep)
-			e := mem.Extent{Bytes: pages * page}
-			b.SetBytes(e.Bytes)
-			for b.Loop() {
-				if err := s.Back(e); err != nil {
-					b.Fatal(err)
-				}
-				if err := s.Drop(e); err != nil {
-					b.Fatal(err)
-				}
-			}
+			c, err := hbmbench.Back(64<<20, name == "reused")
+			bench(b, c, err)
+		})
+	}
+}
+
+func BenchmarkMemcpy(b *testing.B) {
+	for _, mib := range []int64{1, 256} {
+		b.Run(fmt.Sprintf("MiB=%d", mib), func(b *testing.B) {
+			c, err := hbmbench.Memcpy(mib << 20)
+			bench(b, c, err)
 		})
 	}
 }
