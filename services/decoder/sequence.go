@@ -68,14 +68,18 @@ func (s *sequence) finish() wire.Finish {
 }
 
 // open makes this instance the writer of s, and rebuilds the sampler from the log. The first decoder of a sequence goes on
-// in the pages that prefill has left with the message; a successor, whom the claim tells the log of the decoder before it,
-// in fresh ones (see succeed).
+// in the pages that prefill has left with the message, if they are of its memory domain; all others go on in fresh ones (see
+// succeed): a successor, whom the claim tells the log of the decoder before it, and one who takes a sequence from another
+// domain or node.
 func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) error {
 	last, succeeds := s.claim.Log()
 	var err error
-	if succeeds {
+	switch {
+	case succeeds:
 		err = d.succeed(ctx, s, last)
-	} else {
+	case d.far(handle):
+		err = d.succeed(ctx, s, handle)
+	default:
 		err = d.begin(ctx, s, handle)
 	}
 	if err != nil {
@@ -100,10 +104,6 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 	objs, err := d.HBM.Attach(ctx, mem.ReadWrite, d.NPU, handle)
 	if err != nil {
 		return err
-	}
-	if _, copied := objs[0].Source(); copied { // from another memory domain: the slabs that it names have to be as well
-		d.Free(ctx, objs...)
-		return d.succeed(ctx, s, handle)
 	}
 	s.objects = append(s.objects, objs...)
 	log, err := kv.OpenLog(objs[0].Bytes())
@@ -133,15 +133,20 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 	return nil
 }
 
-// succeed goes on where the decoder before has left off, whose log last is. That one may only have been taken for dead and
-// write again at any time, so nothing that it can write to is read after this. What lies in another memory domain is
-// copied, too: shared slabs by attaching them.
+// far reports whether this NPU has to copy what a handle names before it can compute with it.
+func (d *decoder) far(h mem.Handle) bool {
+	return h.Node != d.HBM.Node() || d.HBM.Far(int(h.NPU), d.NPU)
+}
+
+// succeed goes on where another one has left off, whose log last is: the decoder before, or prefill in another memory
+// domain or on another node. That decoder may only have been taken for dead and write again at any time, so nothing that
+// it can write to is read after this. What is copied is copied here, beside the step loop.
 func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) error {
-	where := -1 // what is only copied from stays booked where it is
+	place := -1 // where it is
 	if last.Node != d.HBM.Node() {
-		where = d.NPU
+		place = d.NPU // the HMM brings it here
 	}
-	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, where, last)
+	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, place, last)
 	if err != nil {
 		return err
 	}
@@ -153,7 +158,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err := d.check(s, before); err != nil {
 		return err
 	}
-	c, err := before.Continuation()
+	c, err := before.Continuation(func(slab mem.Handle) bool { return place < 0 && d.HBM.Far(int(slab.NPU), d.NPU) })
 	if err != nil {
 		return err
 	}
@@ -161,7 +166,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		if slices.Contains(c.Share, i) {
 			return mem.ReadOnly, d.NPU
 		}
-		return mem.ReadOnly, where
+		return mem.ReadOnly, place
 	})
 	s.objects = append(s.objects, slabs...)
 	if err != nil {
@@ -184,25 +189,19 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err != nil {
 		return err
 	}
-	copied := make(chan error, 1)
-	d.do(func() { // the loop alone computes, and outlives all handlers
-		s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), d.Compute.Copy)
-		copied <- err
-	})
-	if err := <-copied; err != nil {
+	if s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), hbm.Copy); err != nil {
 		return err
 	}
 	old, drop := slices.Clone(objs), []mem.Handle{last}
 	keep := slices.Clone(fresh[1:])
 	for i, o := range slabs {
-		from, copied := o.Source()
 		if slices.Contains(c.Share, i) {
 			keep = append(keep, o)
-		} else {
-			old, from = append(old, o), o.Handle()
+			continue
 		}
-		if (copied || !slices.Contains(c.Share, i)) && s.spec.Choices == 1 { // other choices may have blocks in it
-			drop = append(drop, from)
+		old = append(old, o)
+		if s.spec.Choices == 1 { // other choices may have blocks in it
+			drop = append(drop, o.Handle())
 		}
 	}
 	if err := d.HBM.Inherit(ctx, s.claim, fresh[0], keep, drop); err != nil {

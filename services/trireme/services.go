@@ -133,7 +133,8 @@ type hmmCmd struct {
 	NPUs       int        `name:"npus" help:"Host NPUs of the node." default:"8"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU." default:"4GiB"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
-	Metrics    string     `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
+	domainFlags
+	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 
 	PeerListen string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
 	Peer       map[string]string `help:"Where another node's HMM serves objects; may be repeated." placeholder:"NODE=ADDR"`
@@ -162,6 +163,11 @@ func (c *hmmCmd) peers() (*hmm.Peers, error) {
 		}
 	}
 	return p, nil
+}
+
+// domainFlags say which NPUs can map each other's memory.
+type domainFlags struct {
+	Domains string `help:"Memory domains of host NPUs: one for the node, in which memory changes hands by mapping, or one for each NPU, between which it is copied." default:"node" enum:"node,per-npu"`
 }
 
 // cacheFlags say how much memory the caches may keep.
@@ -203,6 +209,7 @@ func (c *hmmCmd) Run(e *env) error {
 	}
 	d, err := hmm.New(hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
+		PerNPU:  c.Domains == "per-npu",
 		Peers:   peers,
 		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
 	}, e.log)

@@ -45,6 +45,7 @@ type upCmd struct {
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
 	Threads    int        `help:"Worker threads of each host NPU; 0: one for each core."`
+	domainFlags
 	cacheFlags
 
 	AllowMediaHost []string `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
@@ -296,7 +297,8 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		}
 	}
 	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--npus", strconv.Itoa(p.topology.NPUs()),
-		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10)}
+		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10),
+		"--domains", c.Domains}
 	for flag, size := range map[string]*conf.Bytes{"--mm-cache": c.MMCache, "--kv-cache": c.KVCache} {
 		if size != nil {
 			hmm = append(hmm, flag, strconv.FormatInt(int64(*size), 10))

@@ -53,6 +53,15 @@ const hostSpace = 0
 // Far reports whether the object lies in another memory domain than an NPU, which must copy what it computes with.
 func (o *Object) Far(npu int) bool { return o.client.far(o.extent, npu) }
 
+// Far reports whether memory of NPU from, of this node, lies in another memory domain than NPU to. Host memory does not.
+func (c *Client) Far(from, to int) bool {
+	return from >= 0 && from < len(c.homes) && to >= 0 && to < len(c.homes) && c.homes[from] != c.homes[to]
+}
+
+// Copy copies mapped memory of NPUs, within a domain or between two, on the calling goroutine and beside whatever the NPUs
+// compute: on a GPU it would have a stream of its own.
+func Copy(dst, src []float32) { copy(dst, src) }
+
 // copyAll copies what was granted in other memory domains into new objects on npu, all or none, and gives the holds that
 // came with it up. Nothing but the copies is ever mapped for writing.
 func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access mem.Access, npu int) (copies []*Object, err error) {

@@ -18,10 +18,10 @@ type Continuation struct {
 	Shape LogShape
 }
 
-// Continuation says what a successor needs. Slabs are shared as a whole: those of other sequences, and own ones that are
-// full. The blocks of a slab with room left are copied, full ones too, or each successor would leave the rest of a slab
+// Continuation says what a successor needs. Slabs that are not far, which it cannot compute with where they are, are shared
+// as a whole: those of other sequences, and own ones that are full. The blocks of a slab with room left are copied, full ones too, or each successor would leave the rest of a slab
 // unused behind.
-func (l *Log) Continuation() (Continuation, error) {
+func (l *Log) Continuation(far func(slab mem.Handle) bool) (Continuation, error) {
 	full, used := l.written()/model.BlockTokens, Blocks(l.written())
 	filled := make([]int, l.SlabCount()) // full blocks by slab
 	for i := range full {
@@ -33,11 +33,11 @@ func (l *Log) Continuation() (Continuation, error) {
 	}
 	c := Continuation{Shape: l.shape}
 	for n, blocks := range filled {
-		_, own, err := l.Slab(n)
+		h, own, err := l.Slab(n)
 		if err != nil {
 			return Continuation{}, err
 		}
-		if blocks > 0 && (!own || blocks == SlabBlocks) {
+		if blocks > 0 && (!own || blocks == SlabBlocks) && !far(h) {
 			c.Share = append(c.Share, n)
 			used -= blocks
 		}

@@ -66,7 +66,8 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 }
 
 // Inherit makes the holder of a claim the writer of the part's sequence, all or nothing: whoever claims the part later is
-// told the log. The writer before may have what is dropped mapped and still write to it: it is handed out again when that
+// told the log. With a request's last log in a memory domain, dropped for one in another domain, its KV there goes, too. The
+// writer before may have what is dropped mapped and still write to it: it is handed out again when that
 // process has freed it, or has exited. ErrFenced and ErrEnded as Unclaim.
 func (l *Ledger) Inherit(now time.Time, id Conn, v protocol.Inherit) error {
 	fail := func(err error) error {
@@ -110,8 +111,15 @@ func (l *Ledger) Inherit(now time.Time, id Conn, v protocol.Inherit) error {
 			delete(r.logs, part)
 		}
 	}
+	left := map[int]bool{}                    // memory domains that the sequence has left
 	for _, o := range slices.Backward(drop) { // see newestFirst
+		if o.handle.Kind == mem.KindLog && o.extent.Space != keep[0].extent.Space {
+			left[o.extent.Space] = true
+		}
 		l.drop(r, o)
+	}
+	for space := range left {
+		l.leave(r, space)
 	}
 	return nil
 }

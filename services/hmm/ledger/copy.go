@@ -66,10 +66,10 @@ func (l *Ledger) Copied(id Conn, copies []protocol.Copy) ([]mem.Handle, error) {
 	handles := make([]mem.Handle, len(pairs))
 	for i, p := range pairs {
 		l.copied += p.from.handle.Bytes
-		p.to.origin = p.from.first()
 		if p.from.handle.Sealed {
 			p.to.handle.Sealed, p.to.handle.CRC = true, p.from.handle.CRC
 			p.to.handle.Capability = l.capability(p.to.handle)
+			p.to.origin = p.from.first()
 			if key := (copyKey{p.to.extent.Space, p.to.origin}); l.copies[key] == nil && p.to.handle.NPU != mem.HostNPU {
 				l.copies[key] = p.to
 			}
@@ -77,4 +77,19 @@ func (l *Ledger) Copied(id Conn, copies []protocol.Copy) ([]mem.Handle, error) {
 		handles[i] = p.to.handle
 	}
 	return handles, nil
+}
+
+// leave lets a request's KV in a memory domain go when none of its token logs is left there: all its sequences have been
+// copied out of it.
+func (l *Ledger) leave(r *request, space int) {
+	for o := range r.objects {
+		if o.handle.Kind == mem.KindLog && o.extent.Space == space {
+			return
+		}
+	}
+	for _, o := range newestFirst(r.objects) {
+		if o.handle.Kind == mem.KindKV && o.extent.Space == space {
+			l.drop(r, o)
+		}
+	}
 }

@@ -26,7 +26,7 @@ type object struct {
 	resting *list.Element        // of the budget's list, while only a cache keeps it
 	since   uint64               // order in which objects went to rest
 
-	origin uint64 // generation of the object that this is a copy of; 0: of none
+	origin uint64 // generation of the sealed object that this is a copy of; 0: of none
 }
 
 // Limits of an object's description.
