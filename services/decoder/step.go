@@ -185,7 +185,7 @@ func (d *decoder) advance(s *sequence, logits []float32) error {
 	pos := s.position()
 	s.kv.Seal(pos, pos+1)
 	rec, lp := stage.Draw(s.sampler, &s.spec.Sampling, logits, s.answer)
-	if err := s.kv.Log.Append(rec); err != nil {
+	if err := s.kv.Append(rec); err != nil {
 		return err
 	}
 	s.last = rec.Token

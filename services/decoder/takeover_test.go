@@ -192,7 +192,7 @@ func TestStoppedProcessChangesNothing(t *testing.T) {
 			if name == "is killed" {
 				r.Until("all but the stopped process have let go", func() bool {
 					s := r.Stats()
-					return s.Requests == 0 && s.Objects == held
+					return s.Requests == 0 && s.Objects-s.Resting == held
 				})
 			}
 			resume(process)
@@ -358,6 +358,7 @@ func TestWrongBytesLoseTheAttempt(t *testing.T) {
 		"open block":    flip(func([]byte) int { return blocks + 16 }),
 		"record":        flip(func([]byte) int { return records + 4 }),
 		"sealed KV":     func(m *wire.Decode) { r.flipKV(m, 0) },
+		"open KV":       func(m *wire.Decode) { r.flipKV(m, 1) },
 		"other request": func(m *wire.Decode) { m.Log = r.other(spec, 0).Log },
 		"other choice": func(m *wire.Decode) {
 			req := m.Request

@@ -220,7 +220,7 @@ func (p *prefill) first(j *job, c int, logits []float32, runs map[string][]wire.
 		return mem.ErrFenced
 	}
 	rec, lp := stage.Draw(ch.sampler, &j.spec.Sampling, logits, index)
-	if err := ch.log.Append(rec); err != nil {
+	if err := ch.seq.Append(rec); err != nil {
 		return err
 	}
 	run := wire.Run{

@@ -106,5 +106,5 @@ func (s *Sequence) Continue(t *model.Text, c Continuation, log *Log, fresh []Sla
 			return nil, err
 		}
 	}
-	return next, nil
+	return next, next.checkOpen()
 }

@@ -59,7 +59,7 @@ func TestLogReadsBackWhatWasWritten(t *testing.T) {
 	log, p := newLog(t, shape())
 	want := []kv.Record{
 		{Index: 0, Token: 5, Logprob: -0.5, TopIDs: []int32{5, 6, 7}, Top: []float32{-0.5, -1, -2}},
-		{Index: 1, Token: 1 << 20, Logprob: -3, TopIDs: []int32{1}, Top: []float32{-0.1}},
+		{Index: 1, Token: 1 << 20, Logprob: -3, TopIDs: []int32{1}, Top: []float32{-0.1}, Covers: 3, KV: 1 << 31},
 		{Index: 2, Token: 0, Logprob: 0},
 	}
 	for _, r := range want {

@@ -13,7 +13,7 @@ import (
 
 const (
 	logMagic   = "TRIRELOG"
-	logVersion = 1
+	logVersion = 2
 
 	headerBytes = 256
 	slabBytes   = 64
@@ -53,9 +53,11 @@ type LogShape struct {
 // maxBlocks is the number of blocks that prompt and answer need.
 func (s LogShape) maxBlocks() int { return Blocks(s.Prompt + s.MaxTokens) }
 
+func (s LogShape) recordBytes() int { return 24 + 8*s.Top }
+
 // Bytes is the size of the log.
 func (s LogShape) Bytes() int64 {
-	return int64(headerBytes + s.MaxSlabs*slabBytes + s.maxBlocks()*blockBytes + s.MaxTokens*(16+8*s.Top))
+	return int64(headerBytes + s.MaxSlabs*slabBytes + s.maxBlocks()*blockBytes + s.MaxTokens*s.recordBytes())
 }
 
 func (s LogShape) validate() error {
@@ -74,6 +76,11 @@ type Record struct {
 	Logprob float32   // NaN when not computed
 	TopIDs  []int32   // at most Top, falling probability
 	Top     []float32 // log probabilities of TopIDs
+
+	// The last Covers positions before this token, all in one block that was not full yet, have KV of checksum KV. The
+	// positions of a block that is not sealed are covered by one record after the other; set by Sequence.Append.
+	Covers int
+	KV     uint32
 }
 
 // Log is a token log in mapped memory. One process writes it (the holder of the claim); others may read committed
@@ -184,7 +191,7 @@ func Snapshot(p []byte) []byte {
 }
 
 func newLog(p []byte, shape LogShape) *Log {
-	l := &Log{p: p, shape: shape, slabs: headerBytes, recordBytes: 16 + 8*shape.Top}
+	l := &Log{p: p, shape: shape, slabs: headerBytes, recordBytes: shape.recordBytes()}
 	l.blocks = l.slabs + shape.MaxSlabs*slabBytes
 	l.records = l.blocks + shape.maxBlocks()*blockBytes
 	return l
@@ -231,13 +238,15 @@ func (l *Log) Append(r Record) error {
 	le.PutUint32(p, uint32(r.Index))
 	le.PutUint32(p[4:], uint32(r.Token))
 	le.PutUint32(p[8:], math.Float32bits(r.Logprob))
+	le.PutUint32(p[12:], uint32(r.Covers))
+	le.PutUint32(p[16:], r.KV)
 	for i := range l.shape.Top {
 		id, lp := int32(-1), float32(0)
 		if i < len(r.TopIDs) {
 			id, lp = r.TopIDs[i], r.Top[i]
 		}
-		le.PutUint32(p[12+8*i:], uint32(id))
-		le.PutUint32(p[16+8*i:], math.Float32bits(lp))
+		le.PutUint32(p[20+8*i:], uint32(id))
+		le.PutUint32(p[24+8*i:], math.Float32bits(lp))
 	}
 	le.PutUint32(p[l.recordBytes-4:], mem.Checksum(p[:l.recordBytes-4]))
 	if !l.word(offCommitted).CompareAndSwap(uint64(r.Index), uint64(r.Index+1)) {
@@ -258,14 +267,17 @@ func (l *Log) Record(i int) (Record, error) {
 	if le.Uint32(p[l.recordBytes-4:]) != mem.Checksum(p[:l.recordBytes-4]) || le.Uint32(p) != uint32(i) {
 		return Record{}, fmt.Errorf("token record %d: %w", i, mem.ErrCorrupt)
 	}
-	r := Record{Index: i, Token: int32(le.Uint32(p[4:])), Logprob: math.Float32frombits(le.Uint32(p[8:]))}
+	r := Record{
+		Index: i, Token: int32(le.Uint32(p[4:])), Logprob: math.Float32frombits(le.Uint32(p[8:])),
+		Covers: int(le.Uint32(p[12:])), KV: le.Uint32(p[16:]),
+	}
 	for k := range l.shape.Top {
-		id := int32(le.Uint32(p[12+8*k:]))
+		id := int32(le.Uint32(p[20+8*k:]))
 		if id < 0 {
 			break
 		}
 		r.TopIDs = append(r.TopIDs, id)
-		r.Top = append(r.Top, math.Float32frombits(le.Uint32(p[16+8*k:])))
+		r.Top = append(r.Top, math.Float32frombits(le.Uint32(p[24+8*k:])))
 	}
 	return r, nil
 }

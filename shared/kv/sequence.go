@@ -35,15 +35,18 @@ type Sequence struct {
 	slabs       []Slab
 	free        []BlockRef // blocks of this sequence's own slabs not yet in use, in order
 	blockFloats int
+	rowFloats   int // of one token in one plane; a block is planes of [BlockTokens, rowFloats], see model.Text.BlockFloats
+	covered     int // positions whose KV a record or a seal vouches for
 }
 
 // NewSequence returns an empty sequence that writes to log.
 func NewSequence(t *model.Text, log *Log) *Sequence {
-	return &Sequence{Log: log, blockFloats: t.BlockFloats()}
+	return &Sequence{Log: log, blockFloats: t.BlockFloats(), rowFloats: t.KVHeads * t.HeadDim}
 }
 
 // OpenSequence rebuilds a sequence from its log and its mapped slabs, given in the order of the log's table. Every full
-// block must be sealed and is checked against its CRC; an error then wraps mem.ErrCorrupt.
+// block must be sealed and is checked against its CRC, and the open one against the records; an error then wraps
+// mem.ErrCorrupt.
 func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 	s := NewSequence(t, log)
 	if len(slabs) != log.SlabCount() {
@@ -81,7 +84,7 @@ func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 			s.free = append(s.free, BlockRef{Slab: i, Block: b})
 		}
 	}
-	return s, nil
+	return s, s.checkOpen()
 }
 
 // AddSlab gives the sequence a fresh slab of its own. mem.ErrFenced when another writer has changed the log.
@@ -128,6 +131,52 @@ func (s *Sequence) Seal(from, to int) {
 	for i := from / model.BlockTokens; i < to/model.BlockTokens; i++ {
 		s.Log.SealBlock(i, mem.Checksum(bytesOf(s.Blocks[i])))
 	}
+}
+
+// Append commits the next token: the KV of all positions before it is written, and full blocks are sealed. r gets the
+// checksum of what the open block has gained since the last record. Errors are those of Log.Append.
+func (s *Sequence) Append(r Record) error {
+	end := s.Log.shape.Prompt + r.Index
+	if from := max(s.covered, end/model.BlockTokens*model.BlockTokens); from < end {
+		r.Covers, r.KV = end-from, s.checksum(from, end)
+	}
+	if err := s.Log.Append(r); err != nil {
+		return err
+	}
+	s.covered = end
+	return nil
+}
+
+// checkOpen compares the open block's KV with what the records say of it: an error wraps mem.ErrCorrupt. Nobody vouches
+// for the KV of an answer that was complete before it was resumed, and nobody will use it.
+func (s *Sequence) checkOpen() error {
+	end := s.Log.written()
+	first := end / model.BlockTokens * model.BlockTokens
+	for n := s.Log.Committed() - 1; n >= 0 && s.Log.shape.Prompt+n > first; n-- {
+		rec, err := s.Log.Record(n)
+		if err != nil {
+			return err
+		}
+		at := s.Log.shape.Prompt + n
+		if from := at - rec.Covers; from < first || s.checksum(from, at) != rec.KV {
+			return fmt.Errorf("KV of %d positions before token %d of %s/%d: %w",
+				rec.Covers, n, s.Log.shape.Request, s.Log.shape.Choice, mem.ErrCorrupt)
+		}
+	}
+	s.covered = end
+	return nil
+}
+
+// checksum is that of the KV of positions [from, to) of one block, plane by plane.
+func (s *Sequence) checksum(from, to int) (crc uint32) {
+	if from == to {
+		return 0
+	}
+	block, at := s.Blocks[from/model.BlockTokens], from%model.BlockTokens*s.rowFloats
+	for ; at < len(block); at += model.BlockTokens * s.rowFloats {
+		crc = mem.Extend(crc, bytesOf(block[at:at+(to-from)*s.rowFloats]))
+	}
+	return crc
 }
 
 // Fork starts a sequence of another choice behind n positions of s: full blocks are shared, the open block is copied
@@ -181,7 +230,7 @@ func floatsOf(p []byte) []float32 {
 	return unsafe.Slice((*float32)(unsafe.Pointer(&p[0])), len(p)/4)
 }
 
-// bytesOf views a block as bytes, for checksums. On a GPU the backend will have to do that.
+// bytesOf views a block, or a part of it, as bytes, for checksums. On a GPU the backend will have to do that.
 func bytesOf(block []float32) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(&block[0])), len(block)*4)
 }

@@ -217,7 +217,7 @@ func (r *Rig) Prefilled(req wire.Request, spec *wire.Spec, choice int) wire.Deco
 	seq.Seal(0, len(spec.Prompt))
 	smp := sample.New(stage.SampleParams(&spec.Sampling, choice), nil, spec.Prompt, nil)
 	rec, _ := stage.Draw(smp, &spec.Sampling, logits, 0)
-	if err := log.Append(rec); err != nil {
+	if err := seq.Append(rec); err != nil {
 		r.tb.Fatal(err)
 	}
 	d := wire.Decode{Request: req, Choice: choice, Log: objs[0].Handle()}
