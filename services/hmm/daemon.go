@@ -244,12 +244,18 @@ func (d *Daemon) PeerAddress() net.Addr {
 // Stats is the state of the node's memory; zero once the daemon has ended.
 func (d *Daemon) Stats() protocol.Stats {
 	var s protocol.Stats
-	if !d.books.do(func(l *ledger.Ledger, _ time.Time) { s = l.Stats() }) {
-		return s
-	}
-	for _, store := range d.stores {
-		s.Cached += store.Cached()
-	}
+	d.books.do(func(l *ledger.Ledger, _ time.Time) {
+		s = l.Stats()
+		for i, store := range d.stores {
+			space := &s.Spaces[i]
+			space.Name, space.Kept = store.File().Name(), store.Cached()
+			s.Cached += space.Kept
+			var err error
+			if space.Resident, err = store.Resident(); err != nil {
+				d.log.Error("looking at what a space takes", "error", err)
+			}
+		}
+	})
 	return s
 }
 

@@ -19,7 +19,6 @@ import (
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/conf"
-	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/obs"
@@ -225,42 +224,6 @@ func (c *hmmCmd) Run(e *env) error {
 		}
 	}
 	return d.Serve(e.ctx)
-}
-
-// memoryMetrics exposes the HMM's accounting.
-type memoryMetrics struct{ stats func() hbm.Stats }
-
-var (
-	memUsed = prometheus.NewDesc("trireme_hmm_memory_bytes", "Device memory by NPU, kind and state.", []string{"npu", "kind", "state"}, nil)
-	memSize = prometheus.NewDesc("trireme_hmm_capacity_bytes", "Device memory of an NPU.", []string{"npu"}, nil)
-	hmmNum  = prometheus.NewDesc("trireme_hmm_entries", "Entries in the HMM's books.", []string{"what"}, nil)
-)
-
-// Describe implements prometheus.Collector.
-func (memoryMetrics) Describe(c chan<- *prometheus.Desc) { c <- memUsed; c <- memSize; c <- hmmNum }
-
-// Collect implements prometheus.Collector.
-func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
-	}
-	s := m.stats()
-	for _, n := range s.Memory {
-		name := npuName(s.Node, n.NPU)
-		gauge(memSize, float64(n.Capacity), name)
-		for kind, u := range n.Kinds {
-			gauge(memUsed, float64(u.Used), name, kind, "used")
-			gauge(memUsed, float64(u.Padded), name, kind, "padded")
-			gauge(memUsed, float64(u.Peak), name, kind, "peak")
-			gauge(memUsed, float64(u.Cached), name, kind, "cached")
-		}
-	}
-	for what, n := range map[string]int{
-		"objects": s.Objects, "holds": s.Holds, "requests": s.Requests, "claims": s.Claims, "orphans": s.Orphans, "connections": s.Connections,
-		"resting_objects": s.Resting, "cached_mm": s.CachedMM, "cached_blocks": s.CachedBlocks,
-	} {
-		gauge(hmmNum, float64(n), what)
-	}
 }
 
 // npuName is how operators see an NPU: node/index, or node/host.

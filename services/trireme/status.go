@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -141,18 +142,16 @@ func (s *status) print(w io.Writer) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%s\n", q.Stage, q.Stream, q.Pending, q.InWork, q.Redelivered, oldest)
 	}
-	fmt.Fprintln(t, "\nMEMORY\tINSTANCE\tUSED\tCACHED\tPEAK\tCAPACITY\tKINDS")
+	fmt.Fprintln(t, "\nMEMORY\tKIND\tUSED\tPADDED\tCACHED\tFREE\tPEAK\tCAPACITY\tINSTANCE")
 	for _, n := range s.Nodes {
 		for _, m := range n.Memory {
-			var kinds []string
-			for k, u := range m.Kinds {
-				if u.Used > 0 {
-					kinds = append(kinds, fmt.Sprintf("%s %v", k, conf.Bytes(u.Used)))
-				}
-			}
-			slices.Sort(kinds)
-			fmt.Fprintf(t, "%s\t%s\t%v\t%v\t%v\t%v\t%s\n", npuName(n.Node, m.NPU), dash(m.Instance), conf.Bytes(m.Used+m.Padded),
-				conf.Bytes(m.Cached), conf.Bytes(m.Peak), conf.Bytes(m.Capacity), dash(strings.Join(kinds, ", ")))
+			printMemory(t, npuName(n.Node, m.NPU), m)
+		}
+	}
+	fmt.Fprintln(t, "\nSPACE\tBOOKED\tKEPT\tRESIDENT")
+	for _, n := range s.Nodes {
+		for _, x := range n.Spaces {
+			fmt.Fprintf(t, "%s/%s\t%v\t%v\t%v\n", n.Node, x.Name, conf.Bytes(x.Booked), conf.Bytes(x.Kept), conf.Bytes(x.Resident))
 		}
 	}
 	if err := t.Flush(); err != nil {
@@ -162,6 +161,18 @@ func (s *status) print(w io.Writer) error {
 		return errors.New("no HMM answers")
 	}
 	return nil
+}
+
+// printMemory writes the lines of one NPU: all kinds together, then those of which there is or was any.
+func printMemory(w io.Writer, name string, m hbm.NPUStats) {
+	line := func(kind, free, capacity string, u hbm.Usage, instance string) {
+		fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%v\t%s\t%v\t%s\t%s\n", name, kind, conf.Bytes(u.Used), conf.Bytes(u.Padded),
+			conf.Bytes(u.Cached), free, conf.Bytes(u.Peak), capacity, dash(instance))
+	}
+	line("all", conf.Bytes(m.Free).String(), conf.Bytes(m.Capacity).String(), m.Usage, m.Instance)
+	for _, kind := range slices.Sorted(maps.Keys(m.Kinds)) {
+		line(kind, "-", "-", m.Kinds[kind], "")
+	}
 }
 
 func dash(s string) string {

@@ -75,7 +75,7 @@ func (b *budget) keep(o *object, by int64) {
 	}
 }
 
-// Stats describes the state; the daemon adds what it alone knows (Cached).
+// Stats describes the state; the daemon adds what it alone knows: Cached, and of Spaces all but Booked.
 func (l *Ledger) Stats() protocol.Stats {
 	s := protocol.Stats{
 		Node: l.cfg.Node, Objects: len(l.objects), Requests: len(l.live), Ended: len(l.ended), Claims: len(l.claims),
@@ -90,6 +90,9 @@ func (l *Ledger) Stats() protocol.Stats {
 			n.Kinds[k.String()] = *u
 		}
 		s.Memory = append(s.Memory, n)
+	}
+	for i, room := range l.cfg.Spaces {
+		s.Spaces = append(s.Spaces, protocol.SpaceStats{Booked: room - l.spaces[i].Free()*l.cfg.Page})
 	}
 	for _, o := range l.objects {
 		s.Holds += len(o.conns) + len(o.requests)

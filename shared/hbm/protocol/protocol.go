@@ -191,6 +191,16 @@ type Stats struct {
 	CachedBlocks int `json:"cached_blocks"` // KV blocks in the prefix index
 
 	Copied int64 `json:"copied"` // bytes of objects that clients have copied between memory domains since the HMM started
+
+	Spaces []SpaceStats `json:"spaces"` // host memory, then the memory domains
+}
+
+// SpaceStats is the part of Stats about one space: the memory behind the accounts of those whose memory lies there.
+type SpaceStats struct {
+	Name     string `json:"name"`     // of its memory file, as /proc shows it
+	Booked   int64  `json:"booked"`   // Used + Padded of all accounts
+	Kept     int64  `json:"kept"`     // freed, kept to be used again
+	Resident int64  `json:"resident"` // what the system says that the file takes: Booked + Kept while nobody allocates or frees
 }
 
 // NPUStats is the part of Stats about the memory booked to one NPU.
@@ -198,7 +208,7 @@ type NPUStats struct {
 	NPU      int              `json:"npu"`
 	Instance string           `json:"instance,omitempty"` // whom the NPU is granted to
 	Capacity int64            `json:"capacity"`
-	Free     int64            `json:"free"`
+	Free     int64            `json:"free"` // Capacity - Used - Padded; who needs room is given what is Cached besides
 	Usage                     // of all kinds
 	Kinds    map[string]Usage `json:"kinds"`
 }

@@ -74,15 +74,6 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// resident is the memory that the store really takes.
-func resident(t rapid.TB, s *host.Store) int64 {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(s.File().Fd()), &st); err != nil {
-		t.Fatal(err)
-	}
-	return st.Blocks * 512
-}
-
 func TestMemoryGoesBack(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
 		const total, limit, keep = 32, 20, 6
@@ -120,8 +111,8 @@ func TestMemoryGoesBack(t *testing.T) {
 				delete(live, at)
 			},
 			"": func(r *rapid.T) {
-				if got := resident(r, s); got != used+s.Cached() {
-					r.Fatalf("%d bytes resident, %d in use and %d cached", got, used, s.Cached())
+				if got, err := s.Resident(); err != nil || got != used+s.Cached() {
+					r.Fatalf("%d bytes resident, %d in use and %d cached: %v", got, used, s.Cached(), err)
 				}
 				if s.Cached() > keep*page || used+s.Cached() > max(limit*page, used) {
 					r.Fatalf("%d bytes cached beside %d in use", s.Cached(), used)
@@ -129,6 +120,16 @@ func TestMemoryGoesBack(t *testing.T) {
 			},
 		})
 	})
+}
+
+func TestResidentOfAClosedStore(t *testing.T) {
+	s := store(t, 1, 1, 0)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Resident(); !errors.Is(err, mem.ErrInvalid) {
+		t.Errorf("Resident of a closed store: %v, want ErrInvalid", err)
+	}
 }
 
 func TestNeighboursMergeIntoOneMap(t *testing.T) {

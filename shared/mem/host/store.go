@@ -73,6 +73,23 @@ func (s *Store) Cached() int64 {
 	return s.cached
 }
 
+// Resident is the memory that the store takes, by the books of the system: live extents and what is cached, once no Back
+// or Drop is under way. ErrInvalid when the store is closed.
+func (s *Store) Resident() (int64, error) {
+	var st unix.Stat_t
+	raw, err := s.file.SyscallConn()
+	if err == nil {
+		cerr := raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) })
+		if cerr != nil {
+			return 0, fmt.Errorf("looking at a closed store: %w: %w", mem.ErrInvalid, cerr)
+		}
+	}
+	if err != nil {
+		return 0, fmt.Errorf("looking at %s: %w", s.file.Name(), err)
+	}
+	return st.Blocks * 512, nil // stat(2)'s unit
+}
+
 // Back implements mem.Store.
 func (s *Store) Back(e mem.Extent) error {
 	if err := e.Check(mem.HostPage, s.Bytes()); err != nil {
