@@ -57,12 +57,13 @@ var (
 	ErrClosed = errors.New("bus is closed")
 )
 
-type stage struct{ name, stream, consumer string }
+// stage names a work queue. The descriptions are for operators who look with the tools of NATS.
+type stage struct{ name, stream, consumer, holds, takers string }
 
 var stages = []stage{
-	{StageEncode, wire.StreamEncode, wire.ConsumerEncode},
-	{StagePrefill, wire.StreamPrefill, wire.ConsumerPrefill},
-	{StageDecode, wire.StreamDecode, wire.ConsumerDecode},
+	{StageEncode, wire.StreamEncode, wire.ConsumerEncode, "a message for each picture to encode", "all encoders"},
+	{StagePrefill, wire.StreamPrefill, wire.ConsumerPrefill, "a message for each prompt to compute", "all prefill instances"},
+	{StageDecode, wire.StreamDecode, wire.ConsumerDecode, "a message for each choice to continue", "all decoders"},
 }
 
 func findStage(name string) (stage, error) {
@@ -243,20 +244,22 @@ func (b *Bus) ensure(ctx context.Context) error {
 	defer cancel()
 	for _, s := range stages {
 		stream, err := b.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
-			Name:       s.stream,
-			Subjects:   []string{wire.StageSubjects(s.name)},
-			Retention:  jetstream.WorkQueuePolicy,
-			Storage:    jetstream.FileStorage,
-			Discard:    jetstream.DiscardNew,
-			Duplicates: dedupeWindow,
-			MaxMsgSize: wire.MaxMessage,
-			MaxMsgs:    maxMessages,
+			Name:        s.stream,
+			Description: s.holds,
+			Subjects:    []string{wire.StageSubjects(s.name)},
+			Retention:   jetstream.WorkQueuePolicy,
+			Storage:     jetstream.FileStorage,
+			Discard:     jetstream.DiscardNew,
+			Duplicates:  dedupeWindow,
+			MaxMsgSize:  wire.MaxMessage,
+			MaxMsgs:     maxMessages,
 		})
 		if err != nil {
 			return fmt.Errorf("stream %s: %w", s.stream, err)
 		}
 		_, err = stream.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
 			Durable:       s.consumer,
+			Description:   s.takers,
 			AckPolicy:     jetstream.AckExplicitPolicy,
 			AckWait:       b.ackWait,
 			MaxDeliver:    -1,
@@ -268,13 +271,15 @@ func (b *Bus) ensure(ctx context.Context) error {
 		}
 	}
 	_, err := b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: wire.BucketJoin, TTL: joinTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.FileStorage,
+		Bucket: wire.BucketJoin, Description: "which pictures of a request are encoded",
+		TTL: joinTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.FileStorage,
 	})
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
 	}
 	_, err = b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: wire.BucketInstances, TTL: b.instanceTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.MemoryStorage,
+		Bucket: wire.BucketInstances, Description: "heartbeats of all instances",
+		TTL: b.instanceTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.MemoryStorage,
 	})
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", wire.BucketInstances, err)
