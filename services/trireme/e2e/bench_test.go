@@ -4,6 +4,7 @@ import (
 	"context"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -12,7 +13,8 @@ import (
 )
 
 // BenchmarkServe measures what a client sees of `trireme up` with one encoder, prefill and decoder: median TTFT and
-// tokens per second, for one text request, one picture, and 32 requests at once.
+// tokens per second, for one text request, one picture, one that is cached, and 32 requests at once, half of them with a
+// new picture.
 func BenchmarkServe(b *testing.B) {
 	c := start(b)
 	text := openai.ChatCompletionNewParams{
@@ -27,15 +29,32 @@ func BenchmarkServe(b *testing.B) {
 			openai.TextContentPart("Describe the image."),
 		})},
 	}
-	for name, x := range map[string]struct {
+	salt := 0
+	fresh := func() openai.ChatCompletionNewParams { // a picture that is in no cache under this name
+		p := picture
+		salt++
+		p.SetExtraFields(map[string]any{"cache_salt": strconv.Itoa(salt)})
+		return p
+	}
+	same := func(p openai.ChatCompletionNewParams) func(int) openai.ChatCompletionNewParams {
+		return func(int) openai.ChatCompletionNewParams { return p }
+	}
+	for _, x := range []struct {
+		name   string
 		at     int
-		params []openai.ChatCompletionNewParams
+		params func(i int) openai.ChatCompletionNewParams
 	}{
-		"text":     {1, []openai.ChatCompletionNewParams{text}},
-		"picture":  {1, []openai.ChatCompletionNewParams{picture}},
-		"32atonce": {32, []openai.ChatCompletionNewParams{text, picture}},
+		{"text", 1, same(text)},
+		{"picture", 1, func(int) openai.ChatCompletionNewParams { return fresh() }},
+		{"cached picture", 1, same(picture)},
+		{"32 at once", 32, func(i int) openai.ChatCompletionNewParams {
+			if i%2 == 0 {
+				return text
+			}
+			return fresh()
+		}},
 	} {
-		b.Run(name, func(b *testing.B) {
+		b.Run(x.name, func(b *testing.B) {
 			var first []time.Duration
 			tokens := 0
 			begin := time.Now()
@@ -43,8 +62,9 @@ func BenchmarkServe(b *testing.B) {
 				var wg sync.WaitGroup
 				var mu sync.Mutex
 				for i := range x.at {
+					params := x.params(i)
 					wg.Go(func() {
-						s, err := c.stream(context.Background(), x.params[i%len(x.params)], nil)
+						s, err := c.stream(context.Background(), params, nil)
 						mu.Lock()
 						defer mu.Unlock()
 						if err != nil {
