@@ -41,7 +41,7 @@ type cli struct {
 	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
 	Status statusCmd `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
 	Model  modelCmd  `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
-	Bench  benchCmd  `cmd:"" help:"Measure this machine: what device memory costs here." group:"Use"`
+	Bench  benchCmd  `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 
 	Gateway gatewayCmd `cmd:"" help:"Run the gateway: OpenAI-compatible HTTP." group:"Services"`
 	Encoder encoderCmd `cmd:"" help:"Run an encoder: pixels to multimodal tokens." group:"Services"`
@@ -60,6 +60,7 @@ type modelCmd struct {
 
 type benchCmd struct {
 	Memory benchcmd.Memory `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
+	Serve  benchcmd.Serve  `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
 	Give   benchcmd.Give   `cmd:"" hidden:""`
 }
 

@@ -1,5 +1,6 @@
-// Package benchcmd holds the operator commands that measure this machine: `trireme bench memory`. They start the processes
-// that they need and need no running service. The structs are kong commands; the main program mounts them.
+// Package benchcmd holds the operator commands that measure: `trireme bench memory` this machine, with processes that it
+// starts itself, and `trireme bench serve` a running server, as its clients see it. The structs are kong commands; the main
+// program mounts them.
 package benchcmd
 
 import (
