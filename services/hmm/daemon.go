@@ -256,6 +256,7 @@ func (d *Daemon) Stats() protocol.Stats {
 			}
 		}
 	})
+	s.Peer = d.announced()
 	return s
 }
 

@@ -22,9 +22,10 @@ import (
 
 // Peers is how a daemon exchanges objects with those of other nodes.
 type Peers struct {
-	Listen  string                                                 // address to serve objects at; empty: they cannot be pulled
-	Address func(ctx context.Context, node string) (string, error) // where another node's HMM listens; nil: nothing is pulled
-	TLS     *tls.Config                                            // nil: plain TCP; see transfer.MutualTLS
+	Listen   string            // address to serve objects at; empty: they cannot be pulled
+	Announce string            // address that others are told on NATS; empty: what Listen says
+	Known    map[string]string // where other nodes' HMMs serve, by node; those of all others are asked for on NATS
+	TLS      *tls.Config       // nil: plain TCP; see transfer.MutualTLS
 }
 
 // peers is the daemon's side of the exchange. All memory that it maps, it maps here, and only while it is copied.
@@ -32,9 +33,9 @@ type peers struct {
 	d        *Daemon
 	listener net.Listener // nil: does not serve
 	server   *transfer.Server
-	client   *transfer.Client // nil: does not pull
-	id       ledger.Conn      // holds what is being sent
-	spaces   []mem.Space      // by store
+	client   *transfer.Client
+	id       ledger.Conn // holds what is being sent
+	spaces   []mem.Space // by store
 
 	mu   sync.Mutex
 	uses map[mem.Extent]int
@@ -53,10 +54,8 @@ func openPeers(d *Daemon, cfg Peers) (*peers, error) {
 			return p, fmt.Errorf("listening for other nodes: %w", err)
 		}
 	}
-	if cfg.Address != nil {
-		if p.client, err = transfer.NewClient(transfer.ClientConfig{Address: cfg.Address, TLS: cfg.TLS}); err != nil {
-			return p, fmt.Errorf("preparing to pull from other nodes: %w", err)
-		}
+	if p.client, err = transfer.NewClient(transfer.ClientConfig{Address: d.peerAddress, TLS: cfg.TLS}); err != nil {
+		return p, fmt.Errorf("preparing to pull from other nodes: %w", err)
 	}
 	for _, store := range d.stores {
 		fd, err := unix.FcntlInt(store.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -81,7 +80,8 @@ func (p *peers) serve(ctx context.Context) {
 	if !p.d.books.do(func(l *ledger.Ledger, _ time.Time) { p.id, _, err = l.Connect("other nodes", "hmm", 0) }) || err != nil {
 		return // closed already: an instance's name and no NPU are never refused
 	}
-	p.d.log.Info("serving other nodes", "address", p.listener.Addr().String(), "tls", p.d.cfg.Peers.TLS != nil)
+	p.d.log.Info("serving other nodes", "address", p.listener.Addr().String(), "announced", p.d.announced(),
+		"tls", p.d.cfg.Peers.TLS != nil)
 	if err := p.server.Serve(ctx, p.listener); err != nil {
 		p.d.log.Error("serving other nodes", "error", err)
 	}
@@ -170,7 +170,7 @@ func (p *peers) release(e mem.Extent) error {
 
 // pulls reports whether an Attach names objects of other nodes and this daemon pulls such.
 func (d *Daemon) pulls(a protocol.Attach) bool {
-	if d.others == nil || d.others.client == nil {
+	if d.others == nil {
 		return false
 	}
 	for _, h := range a.Handles {
@@ -255,6 +255,13 @@ func (s *session) fill(ctx context.Context, g protocol.Grant, from mem.Handle) (
 	}
 	start := time.Now()
 	err = p.client.Pull(ctx, from, b[:from.Bytes], nil)
+	if errors.Is(err, mem.ErrLost) {
+		select {
+		case <-s.d.quit: // it is this HMM that is lost
+		default:
+			err = fmt.Errorf("%w: %w", mem.ErrGone, err) // what cannot be had is gone
+		}
+	}
 	if err = errors.Join(err, p.release(g.Extent)); err != nil {
 		return mem.Handle{}, err
 	}

@@ -2,8 +2,9 @@ package hmm_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
+	"net"
+	"strings"
 	"testing"
 
 	"trireme.dev/shared/hbm"
@@ -16,16 +17,11 @@ import (
 func twoNodes(t *testing.T) (daemons map[string]*hmm.Daemon, one, two *hbm.Client) {
 	t.Helper()
 	daemons = map[string]*hmm.Daemon{}
-	book := func(_ context.Context, node string) (string, error) {
-		if d := daemons[node]; d != nil {
-			return d.PeerAddress().String(), nil
-		}
-		return "", errors.New("no such node")
-	}
+	theirs, _ := natsServer(t)
 	sockets := map[string]string{}
 	for _, node := range []string{"n1", "n2"} {
 		daemons[node], sockets[node] = daemon(t, func(c *hmm.Config) {
-			c.Node, c.Peers = node, &hmm.Peers{Listen: "127.0.0.1:0", Address: book}
+			c.Node, c.NATS, c.Peers = node, theirs, &hmm.Peers{Listen: "127.0.0.1:0"}
 		})
 	}
 	return daemons, dial(t, sockets["n1"], hbm.Hello{Instance: "one", Role: "decode", NPUs: 1}),
@@ -110,14 +106,41 @@ func TestRefusedPullsLeaveNothing(t *testing.T) {
 		"no NPU":                {good.Handle(), mem.ReadOnly, -1, mem.ErrInvalid},
 		"no room":               {with(func(h *mem.Handle) { h.Bytes = 65 * page }), mem.ReadOnly, 0, mem.ErrExhausted},
 		"checksum of the other": {with(func(h *mem.Handle) { h.CRC ^= 1 }), mem.ReadOnly, 0, mem.ErrDenied},
-		"node that is not":      {with(func(h *mem.Handle) { h.Node = "n3" }), mem.ReadOnly, 0, nil},
+		"node that is not":      {with(func(h *mem.Handle) { h.Node = "n3" }), mem.ReadOnly, 0, mem.ErrGone},
+		"no node's name":        {with(func(h *mem.Handle) { h.Node = "*" }), mem.ReadOnly, 0, mem.ErrInvalid},
 	} {
 		_, err := two.Attach(ctx, tc.access, tc.npu, good.Handle(), tc.h)
-		if err == nil || tc.want != nil && !errors.Is(err, tc.want) {
+		if !errors.Is(err, tc.want) {
 			t.Errorf("%s: %v, want %v", name, err, tc.want)
 		}
 		if s := daemons["n2"].Stats(); s.Objects != 0 || s.Holds != 0 {
 			t.Errorf("%s: %d objects are left", name, s.Objects)
+		}
+	}
+}
+
+// What an HMM announces: where it listens, or what it is told to; for a wildcard address, where NATS sees it.
+func TestAnnouncedAddress(t *testing.T) {
+	theirs, _ := natsServer(t)
+	for listen, tc := range map[string]struct {
+		announce, want string
+	}{
+		"":            {"", ""},
+		"127.0.0.1:0": {"", "127.0.0.1:port"},
+		"0.0.0.0:0":   {"", "127.0.0.1:port"},
+		"[::1]:0":     {"node.example:7000", "node.example:7000"},
+	} {
+		d, _ := daemon(t, func(c *hmm.Config) {
+			c.Node, c.NATS, c.Peers = "n1", theirs, &hmm.Peers{Listen: listen, Announce: tc.announce}
+		})
+		want := tc.want
+		if host, ok := strings.CutSuffix(want, "port"); ok {
+			_, port, err := net.SplitHostPort(d.PeerAddress().String())
+			must(t, err)
+			want = host + port
+		}
+		if got := d.Stats().Peer; got != want {
+			t.Errorf("listening at %q with %q it announces %q, want %q", listen, tc.announce, got, want)
 		}
 	}
 }

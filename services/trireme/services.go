@@ -19,7 +19,6 @@ import (
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/conf"
-	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/obs"
 	"trireme.dev/shared/stage"
@@ -135,26 +134,19 @@ type hmmCmd struct {
 	domainFlags
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 
-	PeerListen string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
-	Peer       map[string]string `help:"Where another node's HMM serves objects; may be repeated." placeholder:"NODE=ADDR"`
-	PeerCert   string            `help:"This node's certificate for TLS between nodes; it must name the node." type:"existingfile"`
-	PeerKey    string            `help:"Key of --peer-cert." type:"existingfile"`
-	PeerCA     string            `name:"peer-ca" help:"Certificate of the authority that all nodes' certificates come from." type:"existingfile"`
+	PeerListen   string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
+	PeerAnnounce string            `help:"Address that other nodes are told to reach --peer-listen at; by default that one, and for a wildcard address the one that NATS sees." placeholder:"ADDR"`
+	Peer         map[string]string `help:"Where another node's HMM serves objects, instead of what that HMM announces on NATS; may be repeated." placeholder:"NODE=ADDR"`
+	PeerCert     string            `help:"This node's certificate for TLS between nodes; it must name the node." type:"existingfile"`
+	PeerKey      string            `help:"Key of --peer-cert." type:"existingfile"`
+	PeerCA       string            `name:"peer-ca" help:"Certificate of the authority that all nodes' certificates come from." type:"existingfile"`
 
 	cacheFlags
 }
 
-// peers is how the HMM exchanges objects with other nodes; nil when it does not.
+// peers is how the HMM exchanges objects with other nodes.
 func (c *hmmCmd) peers() (*hmm.Peers, error) {
-	if c.PeerListen == "" && len(c.Peer) == 0 {
-		return nil, nil
-	}
-	p := &hmm.Peers{Listen: c.PeerListen, Address: func(_ context.Context, node string) (string, error) {
-		if addr, ok := c.Peer[node]; ok {
-			return addr, nil
-		}
-		return "", fmt.Errorf("no --peer %s=ADDR was given: %w", node, mem.ErrLost)
-	}}
+	p := &hmm.Peers{Listen: c.PeerListen, Announce: c.PeerAnnounce, Known: c.Peer}
 	if c.PeerCert != "" || c.PeerKey != "" || c.PeerCA != "" {
 		var err error
 		if p.TLS, err = transfer.MutualTLS(c.PeerCert, c.PeerKey, c.PeerCA); err != nil {

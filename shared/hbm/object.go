@@ -78,7 +78,7 @@ func (c *Client) Alloc(ctx context.Context, specs ...Spec) ([]*Object, error) {
 // is mapped where it is. An object of another node is pulled into a new one here, if the HMM knows that node; NPU memory
 // needs npu >= 0. In both cases the Object's handle names the copy, and Source the other one; only this connection holds
 // the copy until Keep; the content was compared with the checksum of what was sealed, and must not change meanwhile; the
-// other one is as it was. mem.ErrLost when a node cannot be reached, mem.ErrCorrupt when what comes is not what was sealed.
+// other one is as it was. mem.ErrGone when a node cannot be reached, mem.ErrCorrupt when what comes is not what was sealed.
 func (c *Client) Attach(ctx context.Context, access mem.Access, npu int, handles ...mem.Handle) ([]*Object, error) {
 	return gather(c, handles, func(part []mem.Handle) ([]*Object, error) {
 		var grants []protocol.Grant

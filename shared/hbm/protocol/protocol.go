@@ -190,7 +190,8 @@ type Stats struct {
 	CachedMM     int `json:"cached_mm"`     // MM objects in the cache, resting or held
 	CachedBlocks int `json:"cached_blocks"` // KV blocks in the prefix index
 
-	Copied int64 `json:"copied"` // bytes of objects that clients have copied between memory domains since the HMM started
+	Peer   string `json:"peer,omitempty"` // where the HMM serves objects to those of other nodes
+	Copied int64  `json:"copied"`         // bytes of objects that clients have copied between memory domains since the HMM started
 
 	Spaces []SpaceStats `json:"spaces"` // host memory, then the memory domains
 }
