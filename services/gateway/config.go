@@ -33,6 +33,8 @@ type Config struct {
 	Attempts   int           // tries of a request; 0 means 3
 	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
 
+	AckWait time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+
 	// ConfirmWait is the longest time between the end of an answer and the end of the request, for decoders to have the
 	// end confirmed; 0 means 2 s.
 	ConfirmWait time.Duration
@@ -86,7 +88,7 @@ func (c Config) Validate() error {
 	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0, "a limit is negative")
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
 	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
-		c.ConfirmWait < 0,
+		c.ConfirmWait < 0 || c.AckWait < 0,
 		"a time is negative")
 	return errors.Join(errs...)
 }

@@ -32,6 +32,12 @@ type connectFlags struct {
 	Model   string `help:"Hugging Face folder of the model; by default the bundled one." type:"path"`
 	Data    string `help:"Folder for state and the unpacked model." default:"${data}" type:"path"`
 	Name    string `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
+	ackFlag
+}
+
+// ackFlag must say the same to all that use one NATS.
+type ackFlag struct {
+	AckWait time.Duration `help:"Time without a sign of life after which a message goes to another instance; the same for everything on one NATS." default:"30s" hidden:""`
 }
 
 // stageFlags are what every stage needs.
@@ -50,7 +56,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
-		Cache: filepath.Join(f.Data, "cache"),
+		Cache: filepath.Join(f.Data, "cache"), AckWait: f.AckWait,
 		NPU:   npu.Options{Backend: f.Backend, Threads: f.Threads},
 	}, e.log)
 	if err != nil {
@@ -119,7 +125,7 @@ func (c *gatewayCmd) Run(e *env) error {
 	}
 	return gateway.Run(e.ctx, gateway.Config{
 		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
-		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
 	}, e.log)
 }

@@ -25,6 +25,7 @@ import (
 type statusCmd struct {
 	NATSURL string `name:"nats-url" help:"NATS server of the system." default:"nats://127.0.0.1:4222"`
 	JSON    bool   `name:"json" help:"Write one JSON object."`
+	ackFlag
 }
 
 // Help is shown by `trireme status --help`.
@@ -44,7 +45,7 @@ type status struct {
 
 // Run reads and prints the status.
 func (c *statusCmd) Run(e *env) error {
-	s, err := readStatus(e.ctx, c.NATSURL)
+	s, err := readStatus(e.ctx, c.NATSURL, c.AckWait)
 	if err != nil {
 		return err
 	}
@@ -56,7 +57,7 @@ func (c *statusCmd) Run(e *env) error {
 	return s.print(e.out)
 }
 
-func readStatus(ctx context.Context, url string) (*status, error) {
+func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	// A look only: unlike the services, it does not wait for a NATS that is not there.
@@ -65,7 +66,7 @@ func readStatus(ctx context.Context, url string) (*status, error) {
 		return nil, fmt.Errorf("no NATS at %s (%w): start everything with `trireme up`, or say where with --nats-url", url, err)
 	}
 	probe.Close()
-	b, err := bus.Connect(ctx, url, "status", slog.New(slog.DiscardHandler))
+	b, err := bus.Connect(ctx, url, "status", slog.New(slog.DiscardHandler), bus.WithAckWait(ackWait))
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,8 +81,10 @@ func findStage(name string) (stage, error) {
 type Option func(*Bus)
 
 // WithAckWait sets the time after which an unacked message that nobody keeps in progress is delivered again; default
-// DefaultAckWait.
-func WithAckWait(d time.Duration) Option { return func(b *Bus) { b.ackWait = d } }
+// DefaultAckWait, for 0 too. All that connect to one server say the same: the last one's counts.
+func WithAckWait(d time.Duration) Option {
+	return func(b *Bus) { b.ackWait = cmp.Or(d, DefaultAckWait) }
+}
 
 // WithInstanceTTL sets how long a heartbeat lives without a successor; default DefaultInstanceTTL. Heartbeats go out
 // every fifth of it.

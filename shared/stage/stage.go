@@ -101,11 +101,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.Compute, err = npu.Open(cfg.NPU); err != nil {
 		return nil, err
 	}
-	var opts []bus.Option
-	if cfg.AckWait > 0 {
-		opts = append(opts, bus.WithAckWait(cfg.AckWait))
-	}
-	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, opts...); err != nil {
+	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait)); err != nil {
 		return nil, err
 	}
 	if s.instances, err = s.Bus.Instances(ctx); err != nil {

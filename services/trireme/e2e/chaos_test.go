@@ -1,0 +1,279 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/openai/openai-go/v3"
+)
+
+// The tests here kill and stop processes at random moments while 16 clients stream. They are short by default; the full
+// form is
+//
+//	TRIREME_CHAOS=100 go test ./services/trireme/e2e -run 'Chaos' -v -timeout 60m
+//
+// where the number is that of kills. TRIREME_CHAOS_SEED draws other moments.
+
+// disturbances is how many there are in a test: few by default, in the full form TRIREME_CHAOS of them, or its share of it.
+func disturbances(tb testing.TB, few int, share float64) (n int, full bool) {
+	tb.Helper()
+	v := os.Getenv("TRIREME_CHAOS")
+	if v == "" {
+		return few, false
+	}
+	all, err := strconv.Atoi(v)
+	if err != nil || all < 1 {
+		tb.Fatalf("TRIREME_CHAOS is %q, want a number of kills", v)
+	}
+	return max(1, int(float64(all)*share)), true
+}
+
+func chaosSeed(tb testing.TB) uint64 {
+	tb.Helper()
+	v := os.Getenv("TRIREME_CHAOS_SEED")
+	if v == "" {
+		return 1
+	}
+	seed, err := strconv.ParseUint(v, 10, 64)
+	if err != nil {
+		tb.Fatalf("TRIREME_CHAOS_SEED is %q, want a number", v)
+	}
+	return seed
+}
+
+// clients is how many streams are open at any time.
+const clients = 16
+
+// load is 16 clients who ask one thing after another, each the same again and again, until they are told to stop.
+type load struct {
+	c    *cluster
+	ask  []openai.ChatCompletionNewParams
+	want []streamed // what each gets undisturbed
+
+	stop    atomic.Bool
+	running sync.WaitGroup
+
+	mu       sync.Mutex
+	answers  int
+	prompts  int64 // tokens of all answers' prompts
+	troubles []string
+	gaps     []gap
+}
+
+// gap is a time between two pieces of one stream.
+type gap struct{ from, to time.Time }
+
+// disturbed makes requests for a load: 0 to 4 pictures, greedy and seeded, long enough to be hit.
+func disturbed(tb testing.TB, i int) openai.ChatCompletionNewParams {
+	tb.Helper()
+	p := mixed(tb, i)
+	p.MaxTokens = openai.Int(int64(100 + 37*i%200))
+	p.SetExtraFields(map[string]any{"ignore_eos": true})
+	return p
+}
+
+// newLoad asks everything once, undisturbed.
+func newLoad(tb testing.TB, c *cluster) *load {
+	tb.Helper()
+	l := &load{c: c, want: make([]streamed, clients)}
+	errs := make([]error, clients)
+	var wg sync.WaitGroup
+	for i := range clients {
+		l.ask = append(l.ask, disturbed(tb, i))
+		wg.Go(func() { l.want[i], errs[i] = c.stream(context.Background(), l.ask[i], nil) })
+	}
+	wg.Wait()
+	for i, err := range errs {
+		if err != nil {
+			tb.Fatalf("request %d undisturbed: %v", i, err)
+		}
+		l.prompts += l.want[i].usage.PromptTokens
+	}
+	return l
+}
+
+// begin lets the clients ask.
+func (l *load) begin() {
+	for i := range l.ask {
+		l.running.Go(func() {
+			for !l.stop.Load() {
+				l.one(i)
+			}
+		})
+	}
+}
+
+// one is one request and what is wrong with its answer.
+func (l *load) one(i int) {
+	var last time.Time
+	var gaps []gap
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	got, err := l.c.stream(ctx, l.ask[i], func(int) {
+		now := time.Now()
+		if !last.IsZero() && now.Sub(last) > 20*time.Millisecond {
+			gaps = append(gaps, gap{last, now})
+		}
+		last = now
+	})
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.answers++
+	l.prompts += got.usage.PromptTokens
+	l.gaps = append(l.gaps, gaps...)
+	want := &l.want[i]
+	if err != nil || got.text != want.text || got.finish != want.finish || got.usage.TotalTokens != want.usage.TotalTokens {
+		l.troubles = append(l.troubles, fmt.Sprintf("request %d: %v, %q (%s, %d tokens)\nundisturbed %q (%s, %d tokens)",
+			i, err, got.text, got.finish, got.usage.TotalTokens, want.text, want.finish, want.usage.TotalTokens))
+	}
+}
+
+// end waits for the answers under way and reports what was wrong.
+func (l *load) end(tb testing.TB) {
+	tb.Helper()
+	l.stop.Store(true)
+	l.running.Wait()
+	for _, s := range l.troubles {
+		tb.Error(s)
+	}
+	if l.answers < clients {
+		tb.Errorf("only %d answers", l.answers)
+	}
+}
+
+// spanning returns, for each moment, the longest gap of any stream that it fell into, rising.
+func (l *load) spanning(moments []time.Time) []time.Duration {
+	var longest []time.Duration
+	for _, m := range moments {
+		d := time.Duration(0)
+		for _, g := range l.gaps {
+			if !g.from.After(m) && g.to.After(m) {
+				d = max(d, g.to.Sub(g.from))
+			}
+		}
+		longest = append(longest, d)
+	}
+	slices.Sort(longest)
+	return longest
+}
+
+func quantile(sorted []time.Duration, q float64) time.Duration {
+	if len(sorted) == 0 {
+		return 0
+	}
+	return sorted[min(len(sorted)-1, int(q*float64(len(sorted))))].Round(time.Millisecond)
+}
+
+func (l *load) report(tb testing.TB, what string, moments []time.Time) {
+	tb.Helper()
+	g := l.spanning(moments)
+	tb.Logf("%d %s, %d answers with %d streams open; longest token gap around each: median %v, p90 %v, p99 %v, longest %v",
+		len(moments), what, l.answers, clients, quantile(g, 0.5), quantile(g, 0.9), quantile(g, 0.99), quantile(g, 1))
+}
+
+// pick waits for processes of a role and draws one.
+func (c *cluster) pick(tb testing.TB, rng *rand.Rand, role string) int {
+	tb.Helper()
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		var pids []int
+		for _, p := range c.children() {
+			if p.role == role {
+				pids = append(pids, p.pid)
+			}
+		}
+		if len(pids) > 0 {
+			return pids[rng.IntN(len(pids))]
+		}
+	}
+	tb.Fatalf("no child runs %s", role)
+	return 0
+}
+
+// Encoder, prefill and decoder are killed again and again, at random moments: every client gets one complete answer, the
+// same as undisturbed.
+func TestChaosOfKills(t *testing.T) {
+	for _, topology := range []string{"2E2P2D", "1E1P1D"} {
+		t.Run(topology, func(t *testing.T) {
+			c := start(t, "--topology", topology, "--threads", "1")
+			l := newLoad(t, c)
+			rng := rand.New(rand.NewPCG(chaosSeed(t), 0))
+			kills, _ := disturbances(t, 6, 0.5)
+			l.begin()
+			var at []time.Time
+			for range kills {
+				time.Sleep(time.Duration(50+rng.IntN(1000)) * time.Millisecond)
+				role := []string{"encoder", "prefill", "decoder"}[rng.IntN(3)]
+				at = append(at, time.Now())
+				kill(t, c.pick(t, rng, role))
+			}
+			l.end(t)
+			l.report(t, "kills", at)
+			c.waitReady(t)
+			c.expectNoMemory(t)
+		})
+	}
+}
+
+// Decoders alone are killed: no token of any prompt is computed twice.
+func TestChaosOfDecoders(t *testing.T) {
+	c := start(t, "--topology", "1E1P3D", "--threads", "1", "--kv-cache", "0")
+	l := newLoad(t, c)
+	rng := rand.New(rand.NewPCG(chaosSeed(t), 1))
+	kills, full := disturbances(t, 6, 1)
+	l.begin()
+	var at []time.Time
+	for range kills {
+		time.Sleep(time.Duration(200+rng.IntN(1000)) * time.Millisecond)
+		at = append(at, time.Now())
+		kill(t, c.pick(t, rng, "decoder"))
+	}
+	l.end(t)
+	l.report(t, "kills of decoders", at)
+	if n := int64(c.metric(t, "trireme_prefill_computed_tokens_total")); n != l.prompts {
+		t.Errorf("%d prompt tokens were computed, the prompts have %d", n, l.prompts)
+	}
+	if n := c.metric(t, "trireme_request_restarts_total"); n != 0 {
+		t.Errorf("%d requests were started again", n)
+	}
+	if g := l.spanning(at); full && quantile(g, 0.99) > 500*time.Millisecond {
+		t.Errorf("the longest token gap around a kill is %v at p99, want 500ms: %v", quantile(g, 0.99), g)
+	}
+	c.waitReady(t)
+	c.expectNoMemory(t)
+}
+
+// Processes are stopped for longer than a message waits for a sign of life, and then go on: as if nothing had been.
+func TestChaosOfStops(t *testing.T) {
+	const ackWait = time.Second
+	t.Setenv("TRIREME_ACK_WAIT", ackWait.String())
+	c := start(t, "--topology", "2E2P2D", "--threads", "1")
+	l := newLoad(t, c)
+	rng := rand.New(rand.NewPCG(chaosSeed(t), 2))
+	stops, _ := disturbances(t, 3, 0.2)
+	l.begin()
+	var at []time.Time
+	for i := range stops {
+		time.Sleep(time.Duration(50+rng.IntN(500)) * time.Millisecond)
+		pid := c.pick(t, rng, []string{"decoder", "prefill", "encoder"}[i%3])
+		at = append(at, time.Now())
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Errorf("stopping %d: %v", pid, err)
+		}
+		time.Sleep(2 * ackWait)
+		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+			t.Errorf("continuing %d: %v", pid, err)
+		}
+	}
+	l.end(t)
+	l.report(t, "stops", at)
+	c.expectNoMemory(t)
+}
