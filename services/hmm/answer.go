@@ -43,6 +43,14 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, now time.Time, v protocol.Inherit) (any, error) {
 			return nil, l.Inherit(now, s.id, v)
 		})
+	case protocol.OpGone:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, stage string) (any, error) {
+			return l.Gone(stage), nil
+		})
+	case protocol.OpUnclaimed:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, parts []protocol.Part) (any, error) {
+			return l.Unclaimed(parts), nil
+		})
 	case protocol.OpOrphans:
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, stage string) (any, error) {
 			return l.Orphans(stage), nil

@@ -3,6 +3,7 @@ package hbm
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/mem"
@@ -93,4 +94,25 @@ func (c *Client) Orphans(ctx context.Context, stage string) ([]Orphan, error) {
 	var found []Orphan
 	err := c.call(ctx, protocol.OpOrphans, stage, &found)
 	return found, err
+}
+
+// Gone reports whether an instance of a stage has gone since it was last asked. The HMM tells it to one caller: see
+// Unclaimed.
+func (c *Client) Gone(ctx context.Context, stage string) (gone bool, err error) {
+	err = c.call(ctx, protocol.OpGone, stage, &gone)
+	return gone, err
+}
+
+// Unclaimed returns those of the parts that nobody on this node has claimed. A message that was taken off the queue and
+// stays unclaimed was taken by an instance that is no more.
+func (c *Client) Unclaimed(ctx context.Context, parts []Part) ([]Part, error) {
+	var found []Part
+	for piece := range slices.Chunk(parts, protocol.MaxBatch) {
+		var some []Part
+		if err := c.call(ctx, protocol.OpUnclaimed, piece, &some); err != nil {
+			return nil, err
+		}
+		found = append(found, some...)
+	}
+	return found, nil
 }

@@ -169,7 +169,8 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 		case <-ctx.Done():
 		}
 	})
-	leave, err := s.listen(ctx)
+	gone := make(chan struct{}, 1) // an instance of this role may have gone
+	leave, err := s.listen(ctx, gone)
 	defer leave()
 	if err != nil {
 		return err
@@ -186,6 +187,20 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 	s.ready.Store(true)
 	defer s.ready.Store(false)
 	s.takeOver(ctx)
+	select {
+	case gone <- struct{}{}:
+	default:
+	}
+	wg.Go(func() {
+		for {
+			select {
+			case <-gone:
+				s.handBackStrays(ctx)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	s.Log.Info("ready", "role", s.Role, "npu", s.NPU, "model", s.Model.Name, "kernels", s.Compute.Digest())
 
 	busy := make(chan struct{}, slots)
@@ -223,8 +238,9 @@ func enter(ctx context.Context, places chan<- struct{}) bool {
 	}
 }
 
-// listen subscribes to ends of requests and of instances until leave is called, which is never nil.
-func (s *Stage) listen(ctx context.Context) (leave func(), err error) {
+// listen subscribes to ends of requests and of instances until leave is called, which is never nil. gone gets a value, if
+// there is room, when an instance of this role has gone.
+func (s *Stage) listen(ctx context.Context, gone chan<- struct{}) (leave func(), err error) {
 	var subs []*nats.Subscription
 	leave = func() {
 		for _, sub := range subs {
@@ -237,6 +253,10 @@ func (s *Stage) listen(ctx context.Context) (leave func(), err error) {
 			var m wire.Gone
 			if wire.Unmarshal(data, &m) == nil && m.Role == s.Role {
 				s.takeOver(ctx)
+				select {
+				case gone <- struct{}{}:
+				default: // one look is due anyway
+				}
 			}
 		},
 	} {

@@ -323,6 +323,75 @@ func TestTakeOver(t *testing.T) {
 }
 
 // Done events are remembered for a request and for a choice of it.
+// A message that an instance had taken and not yet claimed when it died goes to the next instance at once; one that somebody
+// has claimed does not, and one whose request has ended leaves the queue.
+func TestStraysAreHandedBack(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	stray, claimed, over := r.Request(r.gateway.ID), r.Request(r.gateway.ID), r.Request(r.gateway.ID)
+	for _, req := range []wire.Request{stray, claimed, over} {
+		r.Publish(stage.Decode, req.ID, &wire.Decode{Request: req})
+	}
+	c, err := r.Bus.Consumer(t.Context(), stage.Decode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	replies := map[string]string{}
+	for len(replies) < 3 {
+		taken, err := c.Next(t.Context(), 3, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range taken {
+			var m wire.Decode
+			if err := wire.Unmarshal(d.Data, &m); err != nil {
+				t.Fatal(err)
+			}
+			replies[m.Request.ID] = d.Reply
+			d.Drop() // as one that dies
+		}
+	}
+	k, err := r.HBM.Claim(t.Context(), part(claimed), replies[claimed.ID])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.HBM.End(t.Context(), over.ID); err != nil {
+		t.Fatal(err)
+	}
+	var worked atomic.Value
+	s, _ := r.stage(func(_ context.Context, _ *stage.Stage, req wire.Request, _ *hbm.Claim) error {
+		if old := worked.Swap(req.ID); old != nil {
+			t.Errorf("worked on %v, then on %s", old, req.ID)
+		}
+		return nil
+	})
+	r.Until("two messages are settled", func() bool { return r.Outcomes(s, "done") == 1 && r.Outcomes(s, "ended") == 1 })
+	if worked.Load() != stray.ID || !k.Held() {
+		t.Errorf("worked on %v, want %s; the other claim holds: %v", worked.Load(), stray.ID, k.Held())
+	}
+	if waiting, taken := r.Queue(stage.Decode); waiting+taken != 1 {
+		t.Errorf("%d messages wait, %d are in work; want the claimed one", waiting, taken)
+	}
+	if gone, err := r.HBM.Gone(t.Context(), stage.Decode); gone || err != nil {
+		t.Errorf("the stage has looked, and another one is to look again: %v, %v", gone, err)
+	}
+	other, err := hbm.Dial(t.Context(), r.Stage.HMM, hbm.Hello{Instance: "other", Role: stage.Encode})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []bool{true, false} {
+		if gone, err := r.HBM.Gone(t.Context(), stage.Encode); gone != want || err != nil {
+			t.Errorf("gone: %v, %v, want %v", gone, err, want)
+		}
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if gone, err := r.HBM.Gone(t.Context(), stage.Encode); !gone || err != nil {
+		t.Errorf("after an encoder has gone: %v, %v", gone, err)
+	}
+	r.Done(claimed.ID, -1)
+}
+
 func TestEnded(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	var told atomic.Int32

@@ -176,3 +176,27 @@ func (l *Ledger) Orphans(stage string) []protocol.Orphan {
 	}
 	return out
 }
+
+// Gone reports whether an instance of a stage has gone since it was last asked, or may have before the daemon started. Each
+// is told to one caller, who looks for the messages that it had taken and not claimed yet.
+func (l *Ledger) Gone(stage string) bool {
+	if l.settled[stage] || len(stage) > maxID || len(l.settled) >= maxStages {
+		return false
+	}
+	l.settled[stage] = true
+	return true
+}
+
+// maxStages bounds the stages that clients can name.
+const maxStages = 64
+
+// Unclaimed returns the parts that nobody has claimed, whether their request goes on or not.
+func (l *Ledger) Unclaimed(parts []protocol.Part) []protocol.Part {
+	var out []protocol.Part
+	for _, p := range parts {
+		if k := l.claims[keyOf(p)]; k == nil || k.part.Attempt != p.Attempt {
+			out = append(out, p)
+		}
+	}
+	return out
+}

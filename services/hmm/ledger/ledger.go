@@ -74,6 +74,7 @@ type Ledger struct {
 
 	claims    map[claimKey]*claim
 	freeSlots []int
+	settled   map[string]bool // roles of which no instance has gone since Gone was last asked
 
 	mm     map[protocol.Key]*object   // cached MM objects
 	making map[protocol.Key]*encoding // those on their way
@@ -98,7 +99,7 @@ type conn struct {
 func New(cfg Config) *Ledger {
 	l := &Ledger{
 		cfg: cfg, gen: cfg.First,
-		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{},
+		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{}, settled: map[string]bool{},
 		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
 		copies: map[copyKey]*object{},
 	}
@@ -155,6 +156,7 @@ func (l *Ledger) Disconnect(id Conn) {
 		l.endEncoding(k.encoding)
 	}
 	c.claims = nil
+	delete(l.settled, c.role)
 }
 
 // Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited.

@@ -38,7 +38,13 @@ const (
 	OpFindPrefix  // FindPrefix, Prefix
 	OpForget      // []Object, nothing
 
-	OpInherit Op = 29 // Inherit, nothing
+)
+
+// The requests about successors.
+const (
+	OpInherit   Op = iota + 29 // Inherit, nothing
+	OpGone                     // string (stage), bool
+	OpUnclaimed                // []Part, []Part
 )
 
 // The requests about memory domains.
