@@ -57,7 +57,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
 		Cache: filepath.Join(f.Data, "cache"), AckWait: f.AckWait,
-		NPU:   npu.Options{Backend: f.Backend, Threads: f.Threads},
+		NPU: npu.Options{Backend: f.Backend, Threads: f.Threads},
 	}, e.log)
 	if err != nil {
 		return err

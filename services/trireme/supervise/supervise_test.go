@@ -56,10 +56,10 @@ func parent() {
 func TestBackoff(t *testing.T) {
 	var b supervise.Backoff
 	var got []time.Duration
-	for _, life := range []time.Duration{0, 0, time.Second, time.Minute, 0} {
+	for _, life := range []time.Duration{0, 0, 900 * time.Millisecond, 2 * time.Second, 0, time.Minute, 500 * time.Millisecond} {
 		got = append(got, b.Next(life)/time.Millisecond)
 	}
-	if s := fmt.Sprint(got); s != fmt.Sprint([]time.Duration{50, 100, 200, 50, 100}) {
+	if s := fmt.Sprint(got); s != fmt.Sprint([]time.Duration{50, 100, 200, 50, 100, 50, 50}) {
 		t.Errorf("delays are %s", s)
 	}
 	for range 20 {
