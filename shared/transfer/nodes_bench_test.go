@@ -239,6 +239,15 @@ func (n *nodes) report(bytes int, r pulled, iperf float64) {
 	n.b.ReportMetric(0, "ns/op")
 }
 
+// size is how many bytes a benchmark pulls, and for how many seconds iperf3 is run beside: less with -short, for a run that
+// shows only that it works.
+func size(bytes, seconds int) (int, int) {
+	if testing.Short() {
+		return bytes / 8, 1
+	}
+	return bytes, seconds
+}
+
 func BenchmarkNodes(b *testing.B) {
 	for _, tc := range []struct {
 		rate  string
@@ -248,8 +257,9 @@ func BenchmarkNodes(b *testing.B) {
 			for range b.N {
 				n := newNodes(b)
 				n.link(tc.rate)
-				iperf := n.iperf(3)
-				n.report(tc.bytes, n.pull(tc.bytes, 10*time.Second, nil), iperf)
+				bytes, seconds := size(tc.bytes, 3)
+				iperf := n.iperf(seconds)
+				n.report(bytes, n.pull(bytes, 10*time.Second, nil), iperf)
 			}
 		})
 	}
@@ -282,8 +292,8 @@ func BenchmarkNodesFar(b *testing.B) {
 			for range b.N {
 				n := newNodes(b)
 				n.far(10*time.Millisecond, loss)
-				iperf := n.iperf(4)
-				const bytes = 192 * mib
+				bytes, seconds := size(192*mib, 4)
+				iperf := n.iperf(seconds)
 				n.report(bytes, n.pull(bytes, 10*time.Second, nil), iperf)
 			}
 		})
