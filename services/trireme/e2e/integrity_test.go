@@ -137,15 +137,20 @@ func (r *rogue) flipKV(blocks []block, position int) {
 // newest is the last message that a stage was sent.
 func (r *rogue) newest(role string) []byte {
 	r.Helper()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, m := range slices.Backward(r.seen) {
+	for _, m := range slices.Backward(r.snapshot()) {
 		if to(role)(m) {
 			return m.Data
 		}
 	}
 	r.Fatal("no message to " + role + " was seen")
 	return nil
+}
+
+// snapshot is all messages to stages so far.
+func (r *rogue) snapshot() []*nats.Msg {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.seen)
 }
 
 // in makes t the test that the rogue works for, until the returned function is called.
@@ -243,9 +248,7 @@ func spoiled[T any](role string, harm func(r *rogue, m *T)) func(r *rogue) {
 func replayed(role string, which func(m *nats.Msg) bool) func(r *rogue) {
 	return func(r *rogue) {
 		r.message(role, nil)
-		r.mu.Lock()
-		again := slices.DeleteFunc(slices.Clone(r.seen), func(m *nats.Msg) bool { return !which(m) })
-		r.mu.Unlock()
+		again := slices.DeleteFunc(r.snapshot(), func(m *nats.Msg) bool { return !which(m) })
 		if len(again) == 0 {
 			r.Error("there is nothing to replay")
 		}
