@@ -169,6 +169,7 @@ func (d *decoder) grow(ctx context.Context, s *sequence) {
 		switch {
 		case err == nil:
 			s.objects = append(s.objects, objs...)
+			hbm.Prefault(objs...)
 			d.do(func() { d.addSlab(s, objs[0]) })
 			return
 		case ctx.Err() != nil:

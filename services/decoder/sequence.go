@@ -185,6 +185,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		return fmt.Errorf("taking memory to go on in: %w", err)
 	}
 	s.objects = append(s.objects, fresh...)
+	hbm.Prefault(fresh...)
 	log, err := kv.CreateLog(fresh[0].Bytes(), c.Shape, s.claim.Generation())
 	if err != nil {
 		return err

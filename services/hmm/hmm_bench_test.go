@@ -117,6 +117,39 @@ func BenchmarkHandOver(b *testing.B) {
 	}
 }
 
+// BenchmarkTakeBetweenDomains hands an object over to an NPU that is a memory domain of its own: the taker's Attach
+// allocates, copies, checks what is sealed, and says so. The rows of one size compare. TRIREME_BENCH_LARGE=1 adds 1 GiB.
+func BenchmarkTakeBetweenDomains(b *testing.B) {
+	sizes := []int64{1, 16, 256}
+	if os.Getenv("TRIREME_BENCH_LARGE") != "" {
+		sizes = append(sizes, 1024)
+	}
+	for _, mib := range sizes {
+		bytes := mib << 20
+		_, socket := daemon(b, perNPU, func(c *hmm.Config) { c.NPUBytes, c.CacheBytes = 2*bytes, 2*bytes })
+		giver, taker := dial(b, socket, hbm.Hello{}), dial(b, socket, hbm.Hello{Instance: "i2"})
+		objects := alloc(b, giver, kv(0, bytes), kv(0, bytes))
+		for _, o := range objects {
+			hbmbench.Fill(o.Bytes())
+		}
+		_, err := giver.Seal(b.Context(), ref("r", 1), objects[1])
+		must(b, err)
+		for i, name := range []string{"open", "sealed"} {
+			b.Run(fmt.Sprintf("%s/MiB=%d", name, mib), func(b *testing.B) {
+				bench(b, hbmbench.Take(b.Context(), taker, 1, objects[i].Handle()), nil)
+			})
+		}
+		b.Run(fmt.Sprintf("memcpy/MiB=%d", mib), func(b *testing.B) {
+			c, err := hbmbench.Memcpy(bytes)
+			bench(b, c, err)
+		})
+		free(b, giver, objects...)
+		must(b, giver.End(b.Context(), "r"))
+		must(b, giver.Close())
+		must(b, taker.Close())
+	}
+}
+
 // BenchmarkSeal is the checksum of 16 MiB and the call.
 func BenchmarkSeal(b *testing.B) {
 	const bytes = 16 << 20

@@ -162,6 +162,7 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 		return fmt.Errorf("allocating KV of %d tokens and %d choices: %w", len(s.Prompt), s.Choices, err)
 	}
 	j.memory = append(j.memory, objs...)
+	hbm.Prefault(objs...)
 	j.choices = make([]choice, s.Choices)
 	for c := range j.choices {
 		shape.Choice = c
@@ -205,7 +206,7 @@ func (p *prefill) reuse(ctx context.Context, j *job, ch *choice, prefix *stage.P
 			return err
 		}
 	}
-	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], p.Compute.Copy)
+	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], hbm.Copy)
 	n += j.shared
 	j.cached = n * model.BlockTokens
 	if errors.Is(err, mem.ErrCorrupt) { // the rest is computed

@@ -7,6 +7,7 @@ import (
 
 	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/host"
 )
 
 // take makes objects of what was granted for use on an NPU, or gives it all up: what lies in the NPU's memory domain or
@@ -62,6 +63,14 @@ func (c *Client) Far(from, to int) bool {
 // compute: on a GPU it would have a stream of its own.
 func Copy(dst, src []float32) { copy(dst, src) }
 
+// Prefault readies objects that this client has just allocated to be written, so that whoever computes with them does not
+// pay for it.
+func Prefault(objects ...*Object) {
+	for _, o := range objects {
+		host.Prefault(o.Bytes())
+	}
+}
+
 // copyAll copies what was granted in other memory domains into new objects on npu, all or none, and gives the holds that
 // came with it up. Nothing but the copies is ever mapped for writing.
 func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access mem.Access, npu int) (copies []*Object, err error) {
@@ -88,15 +97,13 @@ func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access me
 	}
 	pairs := make([]protocol.Copy, len(sources))
 	for i, s := range sources {
-		if err := copyBytes(ctx, copies[i].Bytes(), s.Bytes()); err != nil {
-			return copies, err
-		}
 		from := s.Handle()
-		if from.Sealed {
-			if crc := mem.Checksum(copies[i].Bytes()); crc != from.CRC {
-				return copies, fmt.Errorf("copying %v %d of %d bytes to NPU %d: it has checksum %08x, its handle says %08x: %w",
-					from.Kind, from.Object, from.Bytes, npu, crc, from.CRC, mem.ErrCorrupt)
-			}
+		crc, err := copyBytes(ctx, copies[i].Bytes(), s.Bytes(), from.Sealed)
+		if err == nil && from.Sealed && crc != from.CRC {
+			err = fmt.Errorf("it has checksum %08x, its handle says %08x: %w", crc, from.CRC, mem.ErrCorrupt)
+		}
+		if err != nil {
+			return copies, fmt.Errorf("copying %v %d of %d bytes to NPU %d: %w", from.Kind, from.Object, from.Bytes, npu, err)
 		}
 		copies[i].source = &from
 		pairs[i] = protocol.Copy{Source: nameOf(from), Copy: nameOf(copies[i].Handle())}
@@ -129,17 +136,26 @@ func (c *Client) readOnly(o *Object) error {
 	return c.maps.release(o.extent, mem.ReadWrite)
 }
 
-// copyPiece is how many bytes are copied between two looks at the context.
-const copyPiece = 4 << 20
+const (
+	copyReady = 4 << 20   // bytes that are readied for writing at a time
+	copyPiece = 256 << 10 // bytes that are copied at a time: still in the cache when their checksum is taken
+)
 
-// copyBytes copies from one mapping to another. It stops when ctx ends.
-func copyBytes(ctx context.Context, dst, src []byte) error {
-	for len(src) > 0 {
-		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("copying between memory domains: %w", context.Cause(ctx))
+// copyBytes copies from one mapping to another, fresh one, and returns the checksum of the copy if sum. It stops when ctx
+// ends.
+func copyBytes(ctx context.Context, dst, src []byte, sum bool) (crc uint32, err error) {
+	for at := 0; at < len(src); {
+		if at%copyReady == 0 {
+			host.Prefault(dst[at:min(at+copyReady, len(src))])
 		}
-		n := copy(dst, src[:min(len(src), copyPiece)])
-		dst, src = dst[n:], src[n:]
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
+		n := copy(dst[at:], src[at:min(at+copyPiece, len(src))])
+		if sum {
+			crc = mem.Extend(crc, dst[at:at+n])
+		}
+		at += n
 	}
-	return nil
+	return crc, nil
 }

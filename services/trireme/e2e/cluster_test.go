@@ -72,6 +72,9 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
+// domainsVariable sets --domains of all clusters that do not say it themselves.
+const domainsVariable = "TRIREME_E2E_DOMAINS"
+
 func freePort(tb testing.TB) int {
 	tb.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -89,6 +92,9 @@ func start(tb testing.TB, args ...string) *cluster {
 	path, err := binary()
 	if err != nil {
 		tb.Fatal(err)
+	}
+	if domains := os.Getenv(domainsVariable); domains != "" {
+		args = append([]string{"--domains", domains}, args...)
 	}
 	c := &cluster{data: tb.TempDir(), log: &syncBuffer{}, exited: make(chan struct{})}
 	c.nats = fmt.Sprintf("127.0.0.1:%d", freePort(tb))

@@ -126,6 +126,13 @@ func HandOver(ctx context.Context, taker *hbm.Client, h mem.Handle, touch bool) 
 	}}
 }
 
+// Take takes an object of another memory domain over to an NPU, which copies it, and checks the copy if it is sealed.
+func Take(ctx context.Context, taker *hbm.Client, npu int, h mem.Handle) Case {
+	return Case{Extents: 1, Bytes: h.Bytes, Close: nothing, Do: func() (time.Duration, error) {
+		return attach(ctx, taker, npu, []mem.Handle{h}, nil)
+	}}
+}
+
 // CopyOver takes an object over by copying it into a new one on the same NPU, which the taker has mapped the old one for.
 func CopyOver(ctx context.Context, taker *hbm.Client, h mem.Handle) (Case, error) {
 	old, err := taker.Attach(ctx, mem.ReadOnly, -1, h)
