@@ -64,6 +64,7 @@ type load struct {
 
 	mu       sync.Mutex
 	answers  int
+	of       [clients]int // answers by client
 	prompts  int64 // tokens of all answers' prompts
 	troubles []string
 	gaps     []gap
@@ -128,6 +129,7 @@ func (l *load) one(i int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.answers++
+	l.of[i]++
 	l.prompts += got.usage.PromptTokens
 	l.gaps = append(l.gaps, gaps...)
 	want := &l.want[i]
@@ -147,6 +149,31 @@ func (l *load) end(tb testing.TB) {
 	}
 	if l.answers < clients {
 		tb.Errorf("only %d answers", l.answers)
+	}
+}
+
+// waitOpen waits until all requests that are open now have ended.
+func (l *load) waitOpen(tb testing.TB) {
+	tb.Helper()
+	l.mu.Lock()
+	before := l.of
+	l.mu.Unlock()
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		l.mu.Lock()
+		now := l.of
+		l.mu.Unlock()
+		open := 0
+		for i := range now {
+			if now[i] == before[i] {
+				open++
+			}
+		}
+		if open == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("%d requests are still open", open)
+		}
 	}
 }
 
@@ -176,8 +203,9 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 func (l *load) report(tb testing.TB, what string, moments []time.Time) {
 	tb.Helper()
 	g := l.spanning(moments)
-	tb.Logf("%d %s, %d answers with %d streams open; longest token gap around each: median %v, p90 %v, p99 %v, longest %v",
-		len(moments), what, l.answers, clients, quantile(g, 0.5), quantile(g, 0.9), quantile(g, 0.99), quantile(g, 1))
+	tb.Logf("%d %s, %d answers with %d streams open, %d attempts started again; longest token gap around each: median %v, p90 %v, "+
+		"p99 %v, longest %v", len(moments), what, l.answers, clients, l.c.metric(tb, "trireme_request_restarts_total"),
+		quantile(g, 0.5), quantile(g, 0.9), quantile(g, 0.99), quantile(g, 1))
 }
 
 // pick waits for processes of a role and draws one.
@@ -277,4 +305,44 @@ func TestChaosOfStops(t *testing.T) {
 	l.end(t)
 	l.report(t, "stops", at)
 	c.expectNoMemory(t)
+}
+
+// The HMM is killed, and with it all that the requests had in memory: the gateway starts each again with the tokens that its
+// client has, every stage starts anew rather than use a map of memory that is gone, and the answers are the same.
+func TestChaosOfMemory(t *testing.T) {
+	c := start(t, "--topology", "2E1P2D", "--threads", "1")
+	l := newLoad(t, c)
+	rng := rand.New(rand.NewPCG(chaosSeed(t), 3))
+	kills, _ := disturbances(t, 1, 0.1)
+	l.begin()
+	var at []time.Time
+	for range kills {
+		time.Sleep(time.Duration(500+rng.IntN(1000)) * time.Millisecond)
+		before := c.children()
+		at = append(at, time.Now())
+		kill(t, c.pid(t, "hmm"))
+		for _, p := range before {
+			if p.role == "encoder" || p.role == "prefill" || p.role == "decoder" {
+				c.waitExit(t, p)
+			}
+		}
+		l.waitOpen(t) // a request has three attempts
+	}
+	l.end(t)
+	l.report(t, "deaths of the HMM", at)
+	if n := c.metric(t, "trireme_request_restarts_total"); n == 0 {
+		t.Error("no request was started again: the test kills nothing that matters")
+	}
+	c.waitReady(t)
+	c.expectNoMemory(t)
+}
+
+// waitExit waits until a child is gone.
+func (c *cluster) waitExit(tb testing.TB, p process) {
+	tb.Helper()
+	for deadline := time.Now().Add(30 * time.Second); slices.Contains(c.children(), p); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			tb.Fatalf("%s (%d) lives on", p.role, p.pid)
+		}
+	}
 }
