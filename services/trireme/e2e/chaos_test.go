@@ -65,7 +65,7 @@ type load struct {
 	mu       sync.Mutex
 	answers  int
 	of       [clients]int // answers by client
-	prompts  int64 // tokens of all answers' prompts
+	prompts  int64        // tokens of all answers' prompts
 	troubles []string
 	gaps     []gap
 }

@@ -220,7 +220,8 @@ func (c *cluster) waitReady(tb testing.TB) {
 }
 
 func (c *cluster) client() openai.Client {
-	return openai.NewClient(option.WithBaseURL(c.url+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
+	return openai.NewClient(option.WithBaseURL(c.url+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0),
+		option.WithHTTPClient(http.DefaultClient)) // so that its idle connections can be closed
 }
 
 // status is `trireme status --json`.
