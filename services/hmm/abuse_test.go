@@ -312,6 +312,7 @@ func TestConfig(t *testing.T) {
 		"bytes of NPU": func(c *hmm.Config) { c.NPUBytes = page - 1 },
 		"host bytes":   func(c *hmm.Config) { c.HostBytes = 0 },
 		"claims":       func(c *hmm.Config) { c.Claims = -1 },
+		"weights":      func(c *hmm.Config) { c.Weights = -page },
 	} {
 		c := good
 		change(&c)

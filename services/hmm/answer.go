@@ -84,6 +84,14 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, copies []protocol.Copy) (any, error) {
 			return l.Copied(s.id, copies)
 		})
+	case protocol.OpSealWeights:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.SealWeights) (any, error) {
+			return nil, l.SealWeights(s.id, v)
+		})
+	case protocol.OpCloseWeights:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.CloseWeights) (any, error) {
+			return nil, l.CloseWeights(s.id, v)
+		})
 	case protocol.OpStats:
 		return s.d.Stats(), nil
 	}

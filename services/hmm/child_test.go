@@ -53,6 +53,11 @@ func child(part string) int {
 			return 1
 		}
 		r.Held = k.Held()
+	case "loader": // stops in the middle of a weight set
+		if err := loadHalf(ctx, c); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	case "idle":
 	default:
 		fmt.Fprintln(os.Stderr, "no such part:", part)

@@ -38,6 +38,9 @@ type Config struct {
 	MMCache int64 // bytes of MM objects; 0: a quarter of NPUBytes, negative: no cache
 	KVCache int64 // bytes of KV slabs; 0: half of NPUBytes, negative: no cache
 
+	// Weights is the most bytes of weights in each memory domain, beside what its NPUs have; 0: half of the machine's memory.
+	Weights int64
+
 	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain; 0: 256 MiB, negative: none
 	Connections  int           // most clients at a time; 0: 256
 	Claims       int           // most claims at a time; 0: 65536
@@ -59,8 +62,8 @@ const (
 	helloTimeout    = 10 * time.Second // for a client to say hello
 	npuWait         = 2 * time.Second  // for NPUs of an instance whose connection has ended to become free
 	maxAllocs       = 8                // of one client at a time
-	maxFinds        = 64               // questions for MM objects of one client that wait at a time
-	maxFindWait     = time.Minute      // for somebody else to make an MM object
+	maxFinds        = 64               // questions for MM objects or weights of one client that wait at a time
+	maxFindWait     = time.Minute      // for somebody else to make an MM object or a weight set
 	addressRoom     = 2                // bytes of addresses a byte of memory: room against fragmentation
 	maxDomains      = 128              // a welcome carries a descriptor for each, and at most 253 (SCM_MAX_FD)
 )
@@ -95,6 +98,10 @@ func (c Config) withDefaults() Config {
 	}
 	c.MMCache = max(c.MMCache, 0)
 	c.KVCache = max(c.KVCache, 0)
+	if c.Weights == 0 {
+		c.Weights = defaultWeights()
+	}
+	c.Weights -= c.Weights % mem.HostPage
 	c.NPUBytes -= c.NPUBytes % mem.HostPage
 	c.HostBytes -= c.HostBytes % mem.HostPage
 	return c
@@ -121,6 +128,9 @@ func (c Config) Validate() error {
 	}
 	if c.HostBytes < mem.HostPage || c.HostBytes > 1<<44 {
 		wrong("%d bytes of host memory, must be %d to %d", c.HostBytes, mem.HostPage, int64(1)<<44)
+	}
+	if c.Weights < 0 || c.Weights > 1<<44 {
+		wrong("%d bytes of weights, must be 0 to %d", c.Weights, int64(1)<<44)
 	}
 	if c.Connections < 0 || c.Claims < 0 || c.Margin < 0 || c.Tombstone < 0 || c.WriteTimeout < 0 {
 		wrong("limits and times must not be negative")

@@ -73,7 +73,7 @@ func (d *Daemon) open() error {
 	npus := make([]ledger.NPU, d.cfg.NPUs)
 	for i := range npus {
 		if i == 0 || d.cfg.PerNPU { // a domain begins
-			capacities = append(capacities, 0)
+			capacities = append(capacities, d.cfg.Weights)
 			names = append(names, fmt.Sprintf("trireme-hbm-%d", i))
 		}
 		space := len(capacities) - 1
@@ -107,7 +107,7 @@ func (d *Daemon) open() error {
 		Node: d.cfg.Node, Page: d.stores[0].Page(), Spaces: spaces, Host: d.cfg.HostBytes, NPUs: npus, Slots: d.cfg.Claims, Key: key,
 		// Generations of this daemon are above those of one before it on the node, at less than one a nanosecond.
 		First:   uint64(time.Now().UnixNano()),
-		MMCache: d.cfg.MMCache, KVCache: d.cfg.KVCache,
+		MMCache: d.cfg.MMCache, KVCache: d.cfg.KVCache, Weights: d.cfg.Weights,
 		Margin: d.cfg.Margin, Tombstone: d.cfg.Tombstone, MaxTombstones: maxTombstones, Unknown: unknownDeadline,
 	}))
 	return nil
@@ -142,7 +142,7 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	bus, err := d.join()
 	if err == nil {
 		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs, "domains", len(d.stores)-1,
-			"npu_bytes", d.cfg.NPUBytes, "host_bytes", d.cfg.HostBytes)
+			"npu_bytes", d.cfg.NPUBytes, "host_bytes", d.cfg.HostBytes, "weights_bytes", d.cfg.Weights)
 		d.peers.Go(func() { d.accept(ctx) })
 		d.peers.Go(func() { d.others.serve(ctx) })
 		<-ctx.Done()

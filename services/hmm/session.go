@@ -31,6 +31,7 @@ type session struct {
 	working sync.WaitGroup // allocations, and questions that wait
 	allocs  chan struct{}
 	finds   chan struct{}
+	placing sync.Mutex // weights, one part after the other
 
 	mu      sync.Mutex // guards aborted and, until serve has set it, peer
 	aborted bool
@@ -237,15 +238,26 @@ func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err er
 				<-s.allocs
 				s.reply(id, err, out)
 			})
-		case protocol.OpFindMM: // waits for another client, so it must not keep this one's other requests waiting
+		case protocol.OpPlaceWeights: // the same
+			s.allocs <- struct{}{}
+			s.working.Go(func() {
+				out, err := s.placeWeights(body)
+				<-s.allocs
+				s.reply(id, err, out)
+			})
+		case protocol.OpFindMM, protocol.OpOpenWeights: // waits for another client, so it must not keep this one's other requests waiting
 			select {
 			case s.finds <- struct{}{}:
 			default:
-				s.reply(id, fmt.Errorf("%d questions for MM objects wait already: %w", maxFinds, mem.ErrExhausted), nil)
+				s.reply(id, fmt.Errorf("%d questions for MM objects or weights wait already: %w", maxFinds, mem.ErrExhausted), nil)
 				continue
 			}
+			find := s.findMM
+			if op == protocol.OpOpenWeights {
+				find = s.openWeights
+			}
 			s.working.Go(func() {
-				out, err := s.findMM(ctx, body)
+				out, err := find(ctx, body)
 				<-s.finds
 				s.reply(id, err, out)
 			})

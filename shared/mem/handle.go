@@ -42,6 +42,10 @@ func (k Kind) String() string {
 // HostNPU is the NPU number that stands for host memory.
 const HostNPU = -1
 
+// Shared is the NPU number of memory that belongs to all NPUs of the memory domain behind a space: weights. Of space 0,
+// host memory, it is HostNPU.
+func Shared(space int) int { return HostNPU - space }
+
 // Handle is a name for device memory that can travel: it goes on the bus, what it names never does. It is issued by
 // the HMM of Node and proves the right to attach by Capability; Generation tells a reused object id from the one meant.
 // A handle stays valid while any hold keeps its object; attaching after that fails with ErrGone.
@@ -53,7 +57,7 @@ type Handle struct {
 	Object     uint64
 	Generation uint64
 	Kind       Kind
-	NPU        int16  // NPU that the bytes are booked to, HostNPU for host memory
+	NPU        int16  // NPU that the bytes are booked to, HostNPU for host memory, Shared for what a domain shares
 	Bytes      int64  // length of the content; the extent behind it is padded to pages
 	Shape      []int  // of the content, in elements of float32; nil for plain bytes
 	Sealed     bool   // the content is final and CRC holds its CRC-32C

@@ -8,7 +8,7 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// budget is the account of one NPU, or of host memory. Bytes count whole pages.
+// budget is the account of one NPU, of host memory, or of what the NPUs of a domain share. Bytes count whole pages.
 type budget struct {
 	npu      int
 	space    int
@@ -31,9 +31,20 @@ func (l *Ledger) budget(npu int) (*budget, error) {
 	return l.budgets[npu+1], nil
 }
 
+// account is the budget that an object is booked to: of an NPU, or one of the numbers in mem that stand for others.
+func (l *Ledger) account(npu int) *budget {
+	if npu < mem.HostNPU {
+		return l.shared[mem.HostNPU-npu-1]
+	}
+	return l.budgets[npu+1]
+}
+
 func (b *budget) name() string {
-	if b.npu == mem.HostNPU {
+	switch {
+	case b.npu == mem.HostNPU:
 		return "host memory"
+	case b.npu < mem.HostNPU:
+		return fmt.Sprintf("the weights' memory of domain %d", b.space)
 	}
 	return fmt.Sprintf("NPU %d", b.npu)
 }
@@ -75,6 +86,17 @@ func (b *budget) keep(o *object, by int64) {
 	}
 }
 
+func (b *budget) stats() protocol.NPUStats {
+	n := protocol.NPUStats{NPU: b.npu, Capacity: b.capacity, Free: b.free(), Usage: b.total, Kinds: map[string]protocol.Usage{}}
+	if b.owner != nil {
+		n.Instance = b.owner.instance
+	}
+	for k, u := range b.kinds {
+		n.Kinds[k.String()] = *u
+	}
+	return n
+}
+
 // Stats describes the state; the daemon adds what it alone knows: Cached, and of Spaces all but Booked.
 func (l *Ledger) Stats() protocol.Stats {
 	s := protocol.Stats{
@@ -82,21 +104,21 @@ func (l *Ledger) Stats() protocol.Stats {
 		CachedMM: len(l.mm), CachedBlocks: len(l.prefix), Copied: l.copied,
 	}
 	for _, b := range l.budgets {
-		n := protocol.NPUStats{NPU: b.npu, Capacity: b.capacity, Free: b.free(), Usage: b.total, Kinds: map[string]protocol.Usage{}}
-		if b.owner != nil {
-			n.Instance = b.owner.instance
-		}
-		for k, u := range b.kinds {
-			n.Kinds[k.String()] = *u
-		}
-		s.Memory = append(s.Memory, n)
+		s.Memory = append(s.Memory, b.stats())
 	}
 	for i, room := range l.cfg.Spaces {
 		s.Spaces = append(s.Spaces, protocol.SpaceStats{Booked: room - l.spaces[i].Free()*l.cfg.Page})
 	}
+	for _, b := range l.shared {
+		s.Shared = append(s.Shared, b.stats())
+	}
+	s.Weights = l.weightsStats()
 	for _, o := range l.objects {
 		s.Holds += len(o.conns) + len(o.requests)
-		if o.resting != nil {
+		switch {
+		case o.set != nil:
+			s.Objects--
+		case o.resting != nil:
 			s.Resting++
 		}
 	}

@@ -10,15 +10,19 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// An object that an index names (of MM objects by content, or of KV blocks by hash) has a cache reference: when its last
+// An object that an index names (of MM objects by content, of KV blocks by hash, or of weight sets by key) has a cache reference: when its last
 // hold ends it is not freed but rests, until somebody holds it again or it is evicted. Resting objects are evicted least
 // recently held first, by slab and not by block: when the resting ones of its kind exceed what the NPU may keep of it,
 // and when an allocation on the NPU needs their room. What anybody holds is never evicted.
 
 // cached reports whether an index names the object.
-func (o *object) cached() bool { return o.key != nil || len(o.blocks) > 0 }
+func (o *object) cached() bool {
+	return o.key != nil || len(o.blocks) > 0 || o.set != nil && !o.set.forgotten
+}
 
-func (o *object) inUse() bool { return len(o.conns)+len(o.requests) > 0 }
+func (o *object) inUse() bool {
+	return len(o.conns)+len(o.requests) > 0 || o.set != nil && len(o.set.conns) > 0
+}
 
 // settle sees to an object that has lost a hold or its place in an index.
 func (l *Ledger) settle(o *object) {
@@ -33,7 +37,7 @@ func (l *Ledger) settle(o *object) {
 
 // rest keeps an object that nobody holds, as long as there is room for it.
 func (l *Ledger) rest(o *object) {
-	b, kind := l.budgets[o.handle.NPU+1], o.handle.Kind
+	b, kind := l.account(int(o.handle.NPU)), o.handle.Kind
 	if b.resting[kind] == nil {
 		b.resting[kind] = list.New()
 	}
@@ -51,13 +55,18 @@ func (l *Ledger) wake(o *object) {
 	if o.resting == nil {
 		return
 	}
-	b := l.budgets[o.handle.NPU+1]
+	b := l.account(int(o.handle.NPU))
 	b.resting[o.handle.Kind].Remove(o.resting)
 	o.resting = nil
 	b.keep(o, -1)
 }
 
+// evict frees a resting object; of a weight set, all that rest.
 func (l *Ledger) evict(o *object) {
+	if o.set != nil {
+		l.forgetSet(o.set)
+		return
+	}
 	l.wake(o)
 	l.unindex(o)
 	l.free(o)
@@ -73,6 +82,9 @@ func (l *Ledger) unindex(o *object) {
 		delete(l.prefix, blockKey{o.extent.Space, hash})
 	}
 	o.blocks = nil
+	if o.set != nil {
+		l.forgetSet(o.set)
+	}
 }
 
 func (l *Ledger) cacheLimit(k mem.Kind) int64 {
@@ -81,6 +93,8 @@ func (l *Ledger) cacheLimit(k mem.Kind) int64 {
 		return l.cfg.MMCache
 	case mem.KindKV:
 		return l.cfg.KVCache
+	case mem.KindWeights:
+		return l.cfg.Weights
 	}
 	panic(fmt.Sprintf("BUG: %v is in no cache", k))
 }
@@ -105,7 +119,8 @@ func (l *Ledger) clear(b *budget, bytes int64) {
 	}
 }
 
-// evictIn evicts one object of a space, to mend its fragmentation; false when nothing rests there.
+// evictIn evicts one object of a space, to mend its fragmentation, or, as the last, a weight set; false when nothing rests
+// there.
 func (l *Ledger) evictIn(space int) bool {
 	var first *object
 	for _, b := range l.budgets {
@@ -115,6 +130,9 @@ func (l *Ledger) evictIn(space int) bool {
 		if o := b.oldest(); o != nil && (first == nil || o.since < first.since) {
 			first = o
 		}
+	}
+	if first == nil && space > 0 {
+		first = l.account(mem.Shared(space)).oldest()
 	}
 	if first != nil {
 		l.evict(first)

@@ -25,6 +25,7 @@ type Config struct {
 
 	MMCache int64 // most bytes of MM objects, on each NPU, that only the cache keeps; 0: no cache
 	KVCache int64 // the same of KV slabs
+	Weights int64 // most bytes of weights in each memory domain, beside what its NPUs have
 
 	Margin        time.Duration // holds outlive the deadline of their request by this much
 	Tombstone     time.Duration // an ended request is remembered at least this long
@@ -46,7 +47,7 @@ type Effects struct {
 	Freed []mem.Extent // nobody holds it: drop its memory
 	Slots []Slot       // claim table words to store, in order
 
-	Settled []protocol.Key // MM objects that somebody was making: published or given up
+	Settled []protocol.Key // MM objects and weight sets that somebody was making: done or given up
 }
 
 // Slot is a word of the claim table and its new value; 0 is no claim's generation.
@@ -59,7 +60,8 @@ type Slot struct {
 type Ledger struct {
 	cfg     Config
 	spaces  []*page.Allocator
-	budgets []*budget // host memory, then the NPUs: index NPU+1
+	budgets []*budget // host memory, then the NPUs: see account
+	shared  []*budget // what the NPUs of a domain share, by space-1
 
 	objects map[uint64]*object
 	freeIDs []uint64 // object ids used before
@@ -79,7 +81,11 @@ type Ledger struct {
 	mm     map[protocol.Key]*object   // cached MM objects
 	making map[protocol.Key]*encoding // those on their way
 	prefix map[blockKey]blockAt       // cached KV blocks
-	rests  uint64                     // times that an object went to rest
+
+	weights map[weightsKey]*weightSet // those that can be opened
+	sets    map[uint64]*weightSet     // and those forgotten that somebody holds still
+
+	rests uint64 // times that an object went to rest
 
 	copies map[copyKey]*object // sealed objects' copies in other memory domains
 	copied int64               // bytes, ever
@@ -93,6 +99,7 @@ type conn struct {
 	gone           bool // the connection has ended, but the process may still have maps: see Reap
 	objects        map[*object]bool
 	claims         map[*claim]bool
+	sets           map[*weightSet]int // times opened
 }
 
 // New returns an empty ledger.
@@ -101,7 +108,8 @@ func New(cfg Config) *Ledger {
 		cfg: cfg, gen: cfg.First,
 		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{}, settled: map[string]bool{},
 		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
-		copies: map[copyKey]*object{},
+		copies:  map[copyKey]*object{},
+		weights: map[weightsKey]*weightSet{}, sets: map[uint64]*weightSet{},
 	}
 	for _, b := range cfg.Spaces {
 		l.spaces = append(l.spaces, page.New(b/cfg.Page))
@@ -109,6 +117,9 @@ func New(cfg Config) *Ledger {
 	l.budgets = append(l.budgets, newBudget(mem.HostNPU, 0, cfg.Host))
 	for i, n := range cfg.NPUs {
 		l.budgets = append(l.budgets, newBudget(i, n.Space, n.Bytes))
+	}
+	for space := 1; space < len(cfg.Spaces); space++ {
+		l.shared = append(l.shared, newBudget(mem.Shared(space), space, cfg.Weights))
 	}
 	for i := cfg.Slots - 1; i >= 0; i-- {
 		l.freeSlots = append(l.freeSlots, i)
@@ -137,7 +148,8 @@ func (l *Ledger) Connect(instance, role string, n int) (Conn, []int, error) {
 	if n > len(free) {
 		return 0, nil, fmt.Errorf("%d NPUs wanted, %d of %d are free: %w", n, len(free), len(l.cfg.NPUs), mem.ErrExhausted)
 	}
-	c := &conn{instance: instance, role: role, npus: free[:n:n], objects: map[*object]bool{}, claims: map[*claim]bool{}}
+	c := &conn{instance: instance, role: role, npus: free[:n:n], objects: map[*object]bool{}, claims: map[*claim]bool{},
+		sets: map[*weightSet]int{}}
 	for _, i := range c.npus {
 		l.budgets[i+1].owner = c
 	}
@@ -168,6 +180,9 @@ func (l *Ledger) Reap(id Conn) {
 	for _, o := range newestFirst(c.objects) {
 		delete(o.conns, c)
 		l.settle(o)
+	}
+	for s := range c.sets {
+		l.leaveSet(c, s)
 	}
 	for _, i := range c.npus {
 		l.budgets[i+1].owner = nil

@@ -23,6 +23,7 @@ type object struct {
 
 	key     *protocol.Key        // in the MM index, or nil
 	blocks  map[int]protocol.Key // in the prefix index, by number in the slab
+	set     *weightSet           // that it is part of, or nil
 	resting *list.Element        // of the budget's list, while only a cache keeps it
 	since   uint64               // order in which objects went to rest
 
@@ -117,7 +118,7 @@ func (l *Ledger) checkSpec(c *conn, s protocol.Spec) (*budget, error) {
 }
 
 func (l *Ledger) place(s protocol.Spec) (*object, error) {
-	b := l.budgets[s.NPU+1]
+	b := l.account(s.NPU)
 	bytes := mem.Padded(s.Bytes, l.cfg.Page)
 	at, err := l.spaces[b.space].Alloc(bytes / l.cfg.Page)
 	for err != nil && l.evictIn(b.space) {
@@ -185,7 +186,7 @@ func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 			o = l.nearest(o, to.space)
 		}
 		objects[i] = o
-		if to != nil && o.extent.Space == to.space && int(o.handle.NPU) != to.npu && !moves[o] {
+		if to != nil && o.handle.NPU >= 0 && o.extent.Space == to.space && int(o.handle.NPU) != to.npu && !moves[o] {
 			moves[o] = true
 			moved += o.extent.Bytes
 		}
@@ -207,7 +208,7 @@ func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 		l.clear(to, moved)
 	}
 	for o := range moves {
-		l.budgets[o.handle.NPU+1].remove(o)
+		l.account(int(o.handle.NPU)).remove(o)
 		o.handle.NPU = int16(to.npu)
 		to.add(o)
 	}
@@ -370,7 +371,7 @@ func (l *Ledger) held(id Conn, name protocol.Object) (*object, error) {
 
 func (l *Ledger) free(o *object) {
 	l.spaces[o.extent.Space].Release(o.extent.Offset / l.cfg.Page)
-	l.budgets[o.handle.NPU+1].remove(o)
+	l.account(int(o.handle.NPU)).remove(o)
 	l.forgetCopy(o)
 	delete(l.objects, o.handle.Object)
 	l.freeIDs = append(l.freeIDs, o.handle.Object)

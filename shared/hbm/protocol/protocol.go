@@ -182,9 +182,9 @@ type Orphan struct {
 // Stats is the state of a node's memory. Bytes everywhere.
 type Stats struct {
 	Node        string     `json:"node"`
-	Memory      []NPUStats `json:"memory"` // host memory (NPU -1), then the NPUs
-	Cached      int64      `json:"cached"` // freed, kept to be used again
-	Objects     int        `json:"objects"`
+	Memory      []NPUStats `json:"memory"`   // host memory (NPU -1), then the NPUs
+	Cached      int64      `json:"cached"`   // freed, kept to be used again
+	Objects     int        `json:"objects"`  // other than weights
 	Holds       int        `json:"holds"`    // objects x holders, connections and requests
 	Requests    int        `json:"requests"` // known and not ended
 	Ended       int        `json:"ended"`    // ended and remembered
@@ -200,6 +200,9 @@ type Stats struct {
 	Copied int64  `json:"copied"`         // bytes of objects that clients have copied between memory domains since the HMM started
 
 	Spaces []SpaceStats `json:"spaces"` // host memory, then the memory domains
+
+	Shared  []NPUStats     `json:"shared"`  // of each memory domain: what its NPUs share (NPU mem.Shared)
+	Weights []WeightsStats `json:"weights"` // sets, by key and domain
 }
 
 // SpaceStats is the part of Stats about one space: the memory behind the accounts of those whose memory lies there.

@@ -39,7 +39,13 @@ func bodies() []any {
 		&protocol.Unclaim{Part: part, Generation: 8},
 		&[]protocol.Orphan{{Part: part, Generation: 9, Reply: "r"}},
 		&protocol.Stats{Node: "n", Memory: []protocol.NPUStats{{NPU: -1, Capacity: 4, Free: 3, Usage: protocol.Usage{Used: 1},
-			Kinds: map[string]protocol.Usage{"kv": {Used: 1, Padded: 2, Peak: 3}}}}, Claims: 3},
+			Kinds: map[string]protocol.Usage{"kv": {Used: 1, Padded: 2, Peak: 3}}}}, Claims: 3,
+			Weights: []protocol.WeightsStats{{Key: "ab", Domain: 1, Objects: 2, Bytes: 3, Loaded: 2, Holders: 1}}},
+		&protocol.OpenWeights{Key: protocol.Key{1, 2}, NPU: 3, Objects: 6144, Bytes: 1 << 40, Wait: time.Second},
+		&protocol.OpenedWeights{Set: 1 << 63, Make: true, Sealed: 7, Loaded: 9},
+		&protocol.PlaceWeights{Set: 1, First: 1024, Sizes: []int64{1, 1 << 33}},
+		&protocol.SealWeights{Set: 1, First: 3, CRCs: []uint32{0xfedcba98}},
+		&protocol.CloseWeights{Set: 1, Wrong: true},
 	}
 }
 
@@ -108,6 +114,16 @@ func newLike(v any) any {
 		return new([]protocol.Orphan)
 	case *protocol.Stats:
 		return new(protocol.Stats)
+	case *protocol.OpenWeights:
+		return new(protocol.OpenWeights)
+	case *protocol.OpenedWeights:
+		return new(protocol.OpenedWeights)
+	case *protocol.PlaceWeights:
+		return new(protocol.PlaceWeights)
+	case *protocol.SealWeights:
+		return new(protocol.SealWeights)
+	case *protocol.CloseWeights:
+		return new(protocol.CloseWeights)
 	}
 	panic(fmt.Sprintf("no message like %T", v))
 }
