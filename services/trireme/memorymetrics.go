@@ -1,6 +1,9 @@
 package main
 
 import (
+	"slices"
+	"strconv"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"trireme.dev/shared/hbm"
@@ -35,7 +38,7 @@ var (
 
 // Of the books.
 var (
-	hmmObjects  = memoryDesc("objects", "Objects in device memory.")
+	hmmObjects  = memoryDesc("objects", "Objects in device memory, other than weights.")
 	hmmResting  = memoryDesc("objects_resting", "Objects that only a cache keeps.")
 	hmmHolds    = memoryDesc("holds", "Objects times their holders.")
 	hmmRequests = memoryDesc("requests", "Requests that have not ended.")
@@ -45,6 +48,9 @@ var (
 	hmmConns    = memoryDesc("connections", "Clients.")
 	hmmCachedMM = memoryDesc("mm_cache_objects", "Encoded pictures in the cache, held or not.")
 	hmmBlocks   = memoryDesc("prefix_cache_blocks", "KV blocks in the prefix index, held or not.")
+	hmmSets     = memoryDesc("weights_bytes", "Weight sets: bytes of content.", "set", "domain")
+	hmmLoaded   = memoryDesc("weights_loaded_bytes", "Weight sets: bytes of content that are there.", "set", "domain")
+	hmmHolders  = memoryDesc("weights_holders", "Weight sets: clients that have them open.", "set", "domain")
 	hmmCopied   = memoryDesc("copied_bytes_total", "Bytes that clients have copied between memory domains.")
 )
 
@@ -53,6 +59,7 @@ func (memoryMetrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		memUsed, memPad, memRest, memPeak, memFree, memSize, kvUsage, spaceBooked, spaceKept, spaceResident,
 		hmmObjects, hmmResting, hmmHolds, hmmRequests, hmmEnded, hmmClaims, hmmOrphans, hmmConns, hmmCachedMM, hmmBlocks, hmmCopied,
+		hmmSets, hmmLoaded, hmmHolders,
 	} {
 		c <- d
 	}
@@ -64,7 +71,7 @@ func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
 		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
 	s := m.stats()
-	for _, n := range s.Memory {
+	for _, n := range slices.Concat(s.Memory, s.Shared) {
 		npu := npuName(s.Node, n.NPU)
 		gauge(memSize, n.Capacity, npu)
 		gauge(memFree, n.Free, npu)
@@ -85,6 +92,12 @@ func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
 		gauge(spaceBooked, space.Booked, name)
 		gauge(spaceKept, space.Kept, name)
 		gauge(spaceResident, space.Resident, name)
+	}
+	for _, w := range s.Weights {
+		set, domain := w.Key[:min(16, len(w.Key))], strconv.Itoa(w.Domain)
+		gauge(hmmSets, w.Bytes, set, domain)
+		gauge(hmmLoaded, w.Loaded, set, domain)
+		gauge(hmmHolders, int64(w.Holders), set, domain)
 	}
 	for d, n := range map[*prometheus.Desc]int{
 		hmmObjects: s.Objects, hmmResting: s.Resting, hmmHolds: s.Holds, hmmRequests: s.Requests, hmmEnded: s.Ended, hmmClaims: s.Claims,

@@ -19,6 +19,7 @@ import (
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/conf"
+	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/obs"
 	"trireme.dev/shared/stage"
@@ -56,8 +57,8 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
-		Cache: filepath.Join(f.Data, "cache"), AckWait: f.AckWait,
-		NPU: npu.Options{Backend: f.Backend, Threads: f.Threads},
+		AckWait: f.AckWait,
+		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads},
 	}, e.log)
 	if err != nil {
 		return err
@@ -140,6 +141,8 @@ type hmmCmd struct {
 	domainFlags
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 
+	weightsFlags
+
 	PeerListen   string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
 	PeerAnnounce string            `help:"Address that other nodes are told to reach --peer-listen at; by default that one, and for a wildcard address the one that NATS sees." placeholder:"ADDR"`
 	Peer         map[string]string `help:"Where another node's HMM serves objects, instead of what that HMM announces on NATS; may be repeated." placeholder:"NODE=ADDR"`
@@ -165,6 +168,11 @@ func (c *hmmCmd) peers() (*hmm.Peers, error) {
 // domainFlags say which NPUs can map each other's memory.
 type domainFlags struct {
 	Domains string `help:"Memory domains of host NPUs: one for the node, in which memory changes hands by mapping, or one for each NPU, between which it is copied." default:"node" enum:"node,per-npu"`
+}
+
+// weightsFlags say how much memory weights may take.
+type weightsFlags struct {
+	WeightsMemory conf.Bytes `help:"Most memory for weights, beside that of the NPUs; by default half of the machine's." placeholder:"SIZE"`
 }
 
 // cacheFlags say how much memory the caches may keep.
@@ -206,7 +214,7 @@ func (c *hmmCmd) Run(e *env) error {
 	}
 	d, err := hmm.New(hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
-		PerNPU:  c.Domains == "per-npu",
+		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
 		Peers:   peers,
 		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
 	}, e.log)
@@ -224,10 +232,13 @@ func (c *hmmCmd) Run(e *env) error {
 	return d.Serve(e.ctx)
 }
 
-// npuName is how operators see an NPU: node/index, or node/host.
+// npuName is how operators see an NPU: node/index, node/host, or node/shared and the number of a memory domain.
 func npuName(node string, npu int) string {
-	if npu < 0 {
+	switch {
+	case npu == mem.HostNPU:
 		return node + "/host"
+	case npu < mem.HostNPU:
+		return fmt.Sprintf("%s/shared%d", node, mem.HostNPU-npu-1)
 	}
 	return fmt.Sprintf("%s/%d", node, npu)
 }

@@ -145,7 +145,7 @@ func (s *status) print(w io.Writer) error {
 	}
 	fmt.Fprintln(t, "\nMEMORY\tKIND\tUSED\tPADDED\tCACHED\tFREE\tPEAK\tCAPACITY\tINSTANCE")
 	for _, n := range s.Nodes {
-		for _, m := range n.Memory {
+		for _, m := range slices.Concat(n.Memory, n.Shared) {
 			printMemory(t, npuName(n.Node, m.NPU), m)
 		}
 	}

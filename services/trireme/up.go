@@ -47,6 +47,7 @@ type upCmd struct {
 	Threads    int        `help:"Worker threads of each host NPU; 0: one for each core."`
 	domainFlags
 	cacheFlags
+	weightsFlags
 
 	AllowMediaHost []string `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 }
@@ -303,6 +304,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		if size != nil {
 			hmm = append(hmm, flag, strconv.FormatInt(int64(*size), 10))
 		}
+	}
+	if c.WeightsMemory != 0 {
+		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
 	}
 	return [][]supervise.Child{
 		{child("gateway", "gateway", gateway...)},

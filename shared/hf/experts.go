@@ -2,70 +2,11 @@ package hf
 
 import (
 	"fmt"
-	"runtime"
 	"slices"
 	"strconv"
-	"sync"
-
-	"golang.org/x/sync/errgroup"
 
 	"trireme.dev/shared/model"
 )
-
-// copyAlign is the alignment of copied matrices, in elements: one cache line.
-const copyAlign = 32
-
-// job is a copy that is still to be made.
-type job struct {
-	name string // of the tensor it reads
-	from Tensor // what it reads
-	run  func() error
-}
-
-// alloc takes n elements from the memory for copies; a rehearsal only counts them.
-func (b *builder) alloc(n int) []model.BF16 {
-	at := b.elements
-	b.elements += (n + copyAlign - 1) / copyAlign * copyAlign
-	if b.rehearsal {
-		return nil
-	}
-	return b.memory[at : at+n : at+n]
-}
-
-// later notes a copy out of t, the named tensor or a part of it.
-func (b *builder) later(name string, t Tensor, run func() error) {
-	if !b.rehearsal {
-		b.jobs = append(b.jobs, job{name, t, run})
-	}
-}
-
-// copy makes all copies that were noted, on all processors, and reports bytes read to progress unless it is nil.
-func (b *builder) copy(progress func(done, total int64)) error {
-	var total, done int64
-	for _, j := range b.jobs {
-		total += int64(len(j.from.Data))
-	}
-	var mu sync.Mutex
-	var g errgroup.Group
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, j := range b.jobs {
-		g.Go(func() error {
-			file := b.folder.index[j.name]
-			if err := j.run(); err != nil {
-				return fmt.Errorf("%s: tensor %s: %w", file.Path(), j.name, err)
-			}
-			file.mapping.release(j.from.Data)
-			mu.Lock()
-			defer mu.Unlock()
-			done += int64(len(j.from.Data))
-			if progress != nil {
-				progress(done, total)
-			}
-			return nil
-		})
-	}
-	return g.Wait()
-}
 
 // experts returns the routed experts of one layer, whose tensors begin with prefix.
 func (b *builder) experts(prefix string) []model.Expert {
@@ -75,9 +16,18 @@ func (b *builder) experts(prefix string) []model.Expert {
 	}
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
-		out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden)
+		b.expert(func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
 	}
 	return out
+}
+
+// expert has f build one expert, in an object of its own.
+func (b *builder) expert(f func()) {
+	b.object()
+	b.apart = b.pack
+	f()
+	b.apart = false
+	b.object()
 }
 
 // fusedExperts returns the experts of a layer that lie in two tensors, gate_up_proj and down_proj. With E experts of
@@ -108,16 +58,18 @@ func (b *builder) fusedExperts(prefix string) []model.Expert {
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
 		guPart, downPart := gu.part(e, t.Experts), down.part(e, t.Experts)
-		if transposed {
-			out[e] = b.transposedExpert(nameGU, guPart, nameDown, downPart)
-			continue
-		}
-		both := b.matrixOf(nameGU, guPart, 2*t.ExpertHidden, t.Hidden)
-		if !b.rehearsal {
-			out[e].Gate = both.Rowspan(0, t.ExpertHidden)
-			out[e].Up = both.Rowspan(t.ExpertHidden, 2*t.ExpertHidden)
-		}
-		out[e].Down = b.matrixOf(nameDown, downPart, t.Hidden, t.ExpertHidden)
+		b.expert(func() {
+			if transposed {
+				out[e] = b.transposedExpert(nameGU, guPart, nameDown, downPart)
+				return
+			}
+			both := b.matrixOf(nameGU, guPart, 2*t.ExpertHidden, t.Hidden)
+			if !b.planning {
+				out[e].Gate = both.Rowspan(0, t.ExpertHidden)
+				out[e].Up = both.Rowspan(t.ExpertHidden, 2*t.ExpertHidden)
+			}
+			out[e].Down = b.matrixOf(nameDown, downPart, t.Hidden, t.ExpertHidden)
+		})
 	}
 	return out
 }
@@ -142,31 +94,34 @@ func isTransposed(down []int, t *model.Text, version int) (bool, error) {
 }
 
 // transposedExpert returns one expert whose matrices lie as in transformers 4: gu is [H, 2I], down [I, H].
-func (b *builder) transposedExpert(nameGU string, gu Tensor, nameDown string, down Tensor) model.Expert {
+func (b *builder) transposedExpert(nameGU string, gu Tensor, nameDown string, downT Tensor) model.Expert {
 	h, i := b.folder.Config.Text.Hidden, b.folder.Config.Text.ExpertHidden
-	x := model.Expert{
-		Gate: model.Matrix{Data: b.alloc(h * i), Rows: i, Cols: h},
-		Up:   model.Matrix{Data: b.alloc(h * i), Rows: i, Cols: h},
-		Down: model.Matrix{Data: b.alloc(h * i), Rows: h, Cols: i},
+	gate, up, down := b.alloc(h*i), b.alloc(h*i), b.alloc(h*i)
+	x := func(data memory) model.Expert {
+		return model.Expert{
+			Gate: model.Matrix{Data: data(gate), Rows: i, Cols: h},
+			Up:   model.Matrix{Data: data(up), Rows: i, Cols: h},
+			Down: model.Matrix{Data: data(down), Rows: h, Cols: i},
+		}
 	}
-	b.later(nameGU, gu, func() error {
+	b.later(nameGU, gu, func(data memory) error {
 		src, err := bf16s(gu)
 		if err != nil {
 			return err
 		}
-		transpose(x.Gate, src, 2*i)
-		transpose(x.Up, src[i:], 2*i)
+		transpose(x(data).Gate, src, 2*i)
+		transpose(x(data).Up, src[i:], 2*i)
 		return nil
 	})
-	b.later(nameDown, down, func() error {
-		src, err := bf16s(down)
+	b.later(nameDown, downT, func(data memory) error {
+		src, err := bf16s(downT)
 		if err != nil {
 			return err
 		}
-		transpose(x.Down, src, h)
+		transpose(x(data).Down, src, h)
 		return nil
 	})
-	return x
+	return x(b.data)
 }
 
 // part returns the i-th of n equal parts of t along its first axis.

@@ -8,10 +8,12 @@
 // Safetensors files are mapped read-only and shared: a matrix that lies in the file as the engine wants it, rows of
 // outputs in bf16, is a view into the mapping and costs no memory of its own. What lies otherwise is copied once: the
 // fused experts of transformers 4, which are transposed, and matrices in another dtype, if every value of theirs is a
-// bf16 exactly. Copies go to private memory or, with Folder.Cache, to a file that all processes of the node map.
+// bf16 exactly. Load copies experts too, each into an object of its own, into memory that the caller chooses and that the
+// processes of a node may share; Weights keeps the copies that there must be in private memory.
 package hf
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -26,23 +28,19 @@ type Folder struct {
 	Config     model.Config // with Name, the folder's last path element, and Digest
 	Generation Generation
 
-	// Cache, if not empty, is a folder in which Weights keeps its copies in a file, so that they are made once a node and
-	// all processes share the memory; it is created if need be. Empty: every process has copies of its own.
-	Cache string
-
 	// Progress, if not nil, is called by Weights while it copies: bytes copied so far and in all. Calls do not overlap
 	// and done rises to total. It is not called when nothing is copied.
 	Progress func(done, total int64)
 
-	version  int                     // major version of transformers that wrote the folder, 0 if unknown
-	files    []*Safetensors          // all weight files
-	index    map[string]*Safetensors // tensor name to the file that has it
-	elements int                     // bf16 elements that Weights has to copy
+	version int                     // major version of transformers that wrote the folder, 0 if unknown
+	files   []*Safetensors          // all weight files
+	index   map[string]*Safetensors // tensor name to the file that has it
 
 	mu      sync.Mutex
 	closed  bool
-	weights *model.Weights
-	copies  mapping
+	weights *model.Weights // of Weights
+	copies  private        // of Weights
+	views   [][]byte       // parts of the files that weights are views of
 }
 
 // Open reads the settings of the model in dir, maps its weights and checks that every tensor is there with the right
@@ -82,12 +80,9 @@ func Open(dir string) (*Folder, error) {
 		Dir: dir, Config: cfg, Generation: generation,
 		version: major(file.TransformersVersion), files: files, index: index,
 	}
-	plan := rehearse(f)
-	plan.build()
-	if plan.err != nil {
-		return nil, errors.Join(plan.err, f.Close())
+	if _, err := newPlan(f, All, false); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
-	f.elements = plan.elements
 	f.Config.Digest = digest(cfg, files, index)
 	return f, nil
 }
@@ -101,34 +96,21 @@ func ReadConfig(dir string) (model.Config, Generation, error) {
 	return f.Config, f.Generation, f.Close()
 }
 
-// Weights returns all tensors of the model. The first call copies what has to be copied, on all processors; later ones
-// return the same value. The weights are read-only and valid until Close. It returns an ErrDType for a matrix with a
-// value that bf16 does not have, and an error when there is no memory for the copies.
+// Weights returns all tensors of the model, in this process's memory. The first call copies what has to be copied, on all
+// processors; later ones return the same value. The weights are read-only and valid until Close. It returns an ErrDType
+// for a matrix with a value that bf16 does not have, and an error when there is no memory for the copies.
 func (f *Folder) Weights() (*model.Weights, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
-		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
-	}
 	if f.weights != nil {
 		return f.weights, nil
 	}
-	memory, fresh, err := f.openCopies()
+	var copies private
+	w, err := f.load(context.Background(), &copies, All, false, f.Progress)
 	if err != nil {
-		return nil, fmt.Errorf("weights of %s: %w", f.Dir, err)
+		return nil, errors.Join(err, copies.close())
 	}
-	b := newBuilder(f, memory.mapping)
-	w := b.build()
-	if b.err == nil && fresh {
-		b.err = b.copy(f.Progress)
-	}
-	if b.err == nil {
-		b.err = memory.seal()
-	}
-	if b.err != nil {
-		return nil, errors.Join(b.err, memory.discard())
-	}
-	f.weights, f.copies = w, memory.mapping
+	f.weights, f.copies = w, copies
 	return w, nil
 }
 
@@ -139,7 +121,7 @@ func (f *Folder) Close() error {
 	defer f.mu.Unlock()
 	f.closed = true
 	errs := []error{f.copies.close()}
-	f.copies, f.weights = nil, nil
+	f.weights, f.views = nil, nil
 	for _, s := range f.files {
 		errs = append(errs, s.Close())
 	}

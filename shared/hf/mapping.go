@@ -1,6 +1,7 @@
 package hf
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -11,26 +12,34 @@ import (
 // mapping is memory from mmap; nil when there is none.
 type mapping []byte
 
-// mapFile maps a whole file read-only and shared, so that all processes that map it share the page cache's copy.
-func mapFile(path string) (mapping, error) {
+// mapFile maps a whole file read-only and shared, so that all processes that map it share the page cache's copy. The file
+// stays open, unless it fails.
+func mapFile(path string) (mapping, *os.File, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer f.Close()
+	m, err := mapOpen(f)
+	if err != nil {
+		return nil, nil, errors.Join(err, f.Close())
+	}
+	return m, f, nil
+}
+
+func mapOpen(f *os.File) (mapping, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: not a regular file: %w", path, ErrDamaged)
+		return nil, fmt.Errorf("%s: not a regular file: %w", f.Name(), ErrDamaged)
 	}
 	if info.Size() == 0 {
 		return nil, nil
 	}
 	b, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
-		return nil, &fs.PathError{Op: "map", Path: path, Err: err}
+		return nil, &fs.PathError{Op: "map", Path: f.Name(), Err: err}
 	}
 	return b, nil
 }

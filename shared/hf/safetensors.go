@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -52,6 +53,7 @@ func (t Tensor) Len() int {
 // Safetensors is an open safetensors file, mapped read-only. Its methods may be called from several goroutines.
 type Safetensors struct {
 	path     string
+	file     *os.File
 	mapping  mapping
 	tensors  map[string]Tensor
 	names    []string
@@ -62,16 +64,17 @@ type Safetensors struct {
 // of the file without gap or overlap, as the format demands. Tensor data is not touched. The file must not be
 // truncated while it is open. It returns an ErrDamaged or the error of the operating system, both with the path.
 func OpenSafetensors(path string) (*Safetensors, error) {
-	m, err := mapFile(path)
+	m, file, err := mapFile(path)
 	if err != nil {
 		return nil, err
 	}
 	tensors, metadata, err := parseSafetensors(m)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), m.close())
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), m.close(), file.Close())
 	}
 	return &Safetensors{
 		path:     path,
+		file:     file,
 		mapping:  m,
 		tensors:  tensors,
 		names:    slices.Sorted(maps.Keys(tensors)),
@@ -96,9 +99,27 @@ func (s *Safetensors) Tensor(name string) (Tensor, bool) {
 
 // Close unmaps the file. Tensors that were taken from it must not be used any more. Closing twice is harmless.
 func (s *Safetensors) Close() error {
-	m := s.mapping
-	s.mapping, s.tensors, s.names = nil, nil, nil
-	return m.close()
+	m, f := s.mapping, s.file
+	s.mapping, s.file, s.tensors, s.names = nil, nil, nil, nil
+	if f == nil {
+		return nil
+	}
+	return errors.Join(m.close(), f.Close())
+}
+
+// read copies the data of t, a tensor of the file or a part of one, to dst, past the mapping: large reads need neither page
+// faults here nor addresses that will not be used again.
+func (s *Safetensors) read(dst []byte, t Tensor) error {
+	if len(dst) != len(t.Data) {
+		panic(fmt.Sprintf("BUG: %d bytes for a tensor of %d", len(dst), len(t.Data)))
+	}
+	if len(dst) == 0 {
+		return nil
+	}
+	if _, err := s.file.ReadAt(dst, int64(offset(s.mapping, t.Data))); err != nil {
+		return fmt.Errorf("reading %d bytes: %w", len(dst), err)
+	}
+	return nil
 }
 
 // entry is the header's description of one tensor.

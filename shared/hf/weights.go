@@ -6,43 +6,39 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"trireme.dev/shared/model"
 )
 
-// builder assembles a model's weights from the tensors of a folder. It makes the views and notes the copies, which copy
-// then carries out. In a rehearsal it looks up and checks every tensor and counts what must be copied, but reads no
-// data. After the first fault it goes on with empty values, and err keeps the fault.
+// builder assembles a model's weights from the tensors of a folder: views, and places in objects for what is copied.
+// It runs twice, with the same result: as a plan, to look up and check every tensor, size the objects and note the
+// copies without reading data, and again with the objects' memory. After the first fault it goes on with empty values,
+// and err keeps the fault.
 type builder struct {
-	folder    *Folder
-	text      string // prefix of the language model's tensors
-	vision    string // prefix of the vision encoder's tensors
-	used      map[string]bool
-	rehearsal bool
-	memory    []model.BF16 // room for the copies
-	elements  int          // taken from memory so far, or counted
-	jobs      []job
-	err       error
+	folder *Folder
+	parts  Parts
+	pack   bool   // experts are copied, each into an object of its own
+	text   string // prefix of the language model's tensors
+	vision string // prefix of the vision encoder's tensors
+	used   map[string]bool
+
+	planning bool
+	objects  [][]byte // their memory, unless planning
+	sizes    []int64  // bytes of the objects so far
+	within   bool     // the last object takes what comes next
+	apart    bool     // no views: it belongs to an expert that is packed
+	jobs     []job    // in order of their objects
+	views    [][]byte
+	progress func(done, total int64) // of fill, or nil
+	err      error
 }
 
-// newBuilder returns a builder of f's weights that copies into memory, which has room for all copies.
-func newBuilder(f *Folder, memory mapping) *builder {
-	b := &builder{folder: f, used: map[string]bool{}}
-	if memory != nil {
-		b.memory = unsafe.Slice((*model.BF16)(unsafe.Pointer(unsafe.SliceData(memory))), len(memory)/2)
-	}
+func newBuilder(f *Folder, parts Parts, pack bool) *builder {
+	b := &builder{folder: f, parts: parts, pack: pack, used: map[string]bool{}}
 	// transformers 4.52 and later write model.language_model and model.visual; earlier ones and some converters
 	// language_model.model and visual. A text model has plain model.
 	b.text = b.firstPrefix("embed_tokens.weight", "model.language_model.", "language_model.model.", "model.")
 	b.vision = b.firstPrefix("patch_embed.proj.weight", "model.visual.", "visual.")
-	return b
-}
-
-// rehearse returns a builder that reads no data.
-func rehearse(f *Folder) *builder {
-	b := newBuilder(f, nil)
-	b.rehearsal = true
 	return b
 }
 
@@ -56,14 +52,27 @@ func (b *builder) firstPrefix(tensor string, prefixes ...string) string {
 	return prefixes[0]
 }
 
-// build returns the weights, or what there is of them if b.err is set.
+// build returns the weights of the builder's parts, or what there is of them if b.err is set.
 func (b *builder) build() *model.Weights {
-	t := &b.folder.Config.Text
-	w := &model.Weights{
-		Embed:  b.matrix(b.text+"embed_tokens.weight", t.Vocab, t.Hidden),
-		Norm:   b.vector(b.text+"norm.weight", t.Hidden),
-		Layers: make([]model.Layer, t.Layers),
+	w := &model.Weights{}
+	if b.parts&Text != 0 {
+		b.language(w)
 	}
+	if v := b.folder.Config.Vision; v != nil && b.parts&Vision != 0 {
+		w.Vision = b.encoder(v)
+	}
+	if b.parts == All {
+		b.checkUnused()
+	}
+	return w
+}
+
+// language adds the language model.
+func (b *builder) language(w *model.Weights) {
+	t := &b.folder.Config.Text
+	b.object()
+	w.Embed = b.matrix(b.text+"embed_tokens.weight", t.Vocab, t.Hidden)
+	w.Norm = b.vector(b.text+"norm.weight", t.Hidden)
 	w.LMHead = w.Embed
 	for _, name := range []string{"lm_head.weight", "language_model.lm_head.weight"} {
 		if b.has(name) {
@@ -71,14 +80,11 @@ func (b *builder) build() *model.Weights {
 			break
 		}
 	}
+	w.Layers = make([]model.Layer, t.Layers)
 	for i := range w.Layers {
+		b.object()
 		w.Layers[i] = b.layer(b.text+"layers."+strconv.Itoa(i)+".", t.Dense[i])
 	}
-	if b.folder.Config.Vision != nil {
-		w.Vision = b.encoder(b.folder.Config.Vision)
-	}
-	b.checkUnused()
-	return w
 }
 
 // layer returns the decoder layer whose tensors begin with prefix.
@@ -120,6 +126,7 @@ func (b *builder) gated(prefix string, width int) model.Expert {
 
 // encoder returns the vision encoder.
 func (b *builder) encoder(v *model.Vision) *model.VisionWeights {
+	b.object()
 	conv := b.tensor(b.vision+"patch_embed.proj.weight", v.Hidden, v.Channels, v.Temporal, v.Patch, v.Patch)
 	w := &model.VisionWeights{
 		PatchEmbed: b.matrixOf(b.vision+"patch_embed.proj.weight", conv, v.Hidden, v.PatchDim()),
@@ -129,6 +136,7 @@ func (b *builder) encoder(v *model.Vision) *model.VisionWeights {
 		Merger:     b.merger(b.vision+"merger.", v, v.Hidden),
 	}
 	for i := range w.Blocks {
+		b.object()
 		p := b.vision + "blocks." + strconv.Itoa(i) + "."
 		blk := &w.Blocks[i]
 		blk.Norm1, blk.Norm1Bias = b.vector(p+"norm1.weight", v.Hidden), b.vector(p+"norm1.bias", v.Hidden)
@@ -139,6 +147,7 @@ func (b *builder) encoder(v *model.Vision) *model.VisionWeights {
 		blk.FC2, blk.FC2Bias = b.linear(p+"mlp.linear_fc2.", v.Hidden, v.MLP)
 	}
 	for i := range v.DeepStack {
+		b.object()
 		p := b.vision + "deepstack_merger_list." + strconv.Itoa(i) + "."
 		w.DeepStack = append(w.DeepStack, b.merger(p, v, v.Hidden*v.Merge*v.Merge))
 	}
@@ -165,7 +174,7 @@ func (b *builder) linear(prefix string, rows, cols int) (model.Matrix, []float32
 // vector returns a norm weight or bias of n elements as float32.
 func (b *builder) vector(name string, n int) []float32 {
 	t := b.tensor(name, n)
-	if b.rehearsal || b.err != nil {
+	if b.planning || b.err != nil {
 		return nil
 	}
 	v, err := t.Float32s()
@@ -186,14 +195,19 @@ func (b *builder) matrixOf(name string, t Tensor, rows, cols int) model.Matrix {
 	if b.err != nil {
 		return m
 	}
-	if t.DType == "BF16" {
-		if view, ok := viewBF16(t); ok {
-			m.Data = view
-			return m
-		}
+	if view, ok := viewBF16(t); ok && t.DType == "BF16" && !b.apart {
+		b.views = append(b.views, t.Data)
+		m.Data = view
+		return m
 	}
-	m.Data = b.alloc(rows * cols)
-	b.later(name, t, func() error { return narrow(m.Data, t) })
+	room := b.alloc(rows * cols)
+	m.Data = b.data(room)
+	b.later(name, t, func(data memory) error {
+		if t.DType == "BF16" {
+			return b.folder.index[name].read(bytesOf(data(room)), t)
+		}
+		return narrow(data(room), t)
+	})
 	return m
 }
 

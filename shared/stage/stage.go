@@ -42,9 +42,11 @@ type Config struct {
 	Model    string // Hugging Face folder
 	Instance string // instance id; "": role and a random suffix
 	Metrics  string // address that serves /metrics, for the heartbeat; "": none
-	Cache    string // folder for weights that must be rearranged, shared by the node's processes; "": private memory
 	NPU      npu.Options
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+
+	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
+	Loading func(done, total int64)
 }
 
 // Stage is a connected stage process.
@@ -54,7 +56,7 @@ type Stage struct {
 	Bus     *bus.Bus
 	HBM     *hbm.Client
 	Model   model.Config
-	Weights *model.Weights
+	Weights *model.Weights // of the role: the vision encoder's for encode, else the language model's
 	Compute kernel.Compute
 	NPU     int // the NPU on this node that the HMM granted
 	Log     *slog.Logger
@@ -63,6 +65,7 @@ type Stage struct {
 	dir       string
 	processor [32]byte // digest of the image processor
 	folder    *hf.Folder
+	weights   *weights
 	instances *bus.Instances
 	ready     atomic.Bool
 	running   atomic.Int64
@@ -71,7 +74,8 @@ type Stage struct {
 	address   string
 }
 
-// Open loads the model, then connects to NATS and to the HMM and takes one NPU. Nothing is announced before Serve.
+// Open checks the model folder, connects to NATS and to the HMM, takes one NPU, and loads the weights or attaches those that
+// another process of the node has loaded. Nothing is announced before Serve.
 func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *Stage, err error) {
 	s := &Stage{ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics, Metrics: newMetrics(role)}
 	if s.ID == "" {
@@ -87,16 +91,12 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.Model = s.folder.Config
-	s.folder.Cache = cfg.Cache
 	if s.Model.Vision != nil {
 		prep, err := imageprep.LoadConfig(cfg.Model)
 		if err != nil {
 			return nil, err
 		}
 		s.processor = prep.Digest()
-	}
-	if s.Weights, err = s.folder.Weights(); err != nil {
-		return nil, err
 	}
 	if s.Compute, err = npu.Open(cfg.NPU); err != nil {
 		return nil, err
@@ -111,6 +111,9 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.NPU = s.HBM.NPUs()[0]
+	if err := s.loadWeights(ctx, cfg.Loading); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -131,6 +134,9 @@ func (s *Stage) Dir() string { return s.dir }
 
 // Close gives everything back. Work that is still claimed is succeeded by others.
 func (s *Stage) Close() {
+	if s.weights != nil {
+		s.weights.close()
+	}
 	if s.HBM != nil {
 		s.HBM.Close()
 	}
@@ -184,6 +190,7 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 			s.Log.Error("heartbeat ended", "error", err)
 		}
 	})
+	s.weights.wait(ctx)
 	s.ready.Store(true)
 	defer s.ready.Store(false)
 	s.takeOver(ctx)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -426,9 +427,10 @@ func TestEnded(t *testing.T) {
 func TestOpen(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	cfg := r.Stage
-	cfg.Cache = t.TempDir()
 	var npus []int
-	for range 3 {
+	var told atomic.Int64
+	cfg.Loading = func(done, _ int64) { told.Store(done) }
+	for i := range 3 {
 		s, err := stage.Open(t.Context(), stage.Prefill, cfg, r.Rig.Log)
 		if err != nil {
 			t.Fatal(err)
@@ -437,6 +439,14 @@ func TestOpen(t *testing.T) {
 		npus = append(npus, s.NPU)
 		if s.Model.Digest != r.Model.Config.Digest || s.ID == "" || s.Ready() {
 			t.Errorf("stage %q of model %s, ready %v", s.ID, s.Model.Name, s.Ready())
+		}
+		// Its weights are those of the first one, and the same as in a process alone.
+		stats := r.Stats()
+		if len(stats.Weights) != 1 || stats.Weights[0].Holders != i+1 || stats.Shared[0].Used != told.Load() || told.Load() == 0 {
+			t.Errorf("with %d stages %+v and %+v; %d bytes were loaded", i+1, stats.Shared, stats.Weights, told.Load())
+		}
+		if !reflect.DeepEqual(s.Weights.Layers, r.Model.Weights.Layers) {
+			t.Error("the stage has other weights than the folder")
 		}
 	}
 	slices.Sort(npus)

@@ -1,0 +1,246 @@
+package hf
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sync/errgroup"
+
+	"trireme.dev/shared/mem/host"
+	"trireme.dev/shared/model"
+)
+
+// Memory is where Load keeps what is no view of the files: device memory that the processes of a node share, so that it
+// is filled once.
+type Memory interface {
+	// Weights returns the memory of the objects of a set, whose sizes are given in bytes. Content that is there for the key
+	// is used as it is; what is missing fill writes first, in parts: objects from number first on. The memory stays valid
+	// as long as the weights are in use, and must not be written any more.
+	Weights(ctx context.Context, key [32]byte, sizes []int64,
+		fill func(ctx context.Context, first int, objects [][]byte) error) ([][]byte, error)
+}
+
+// Parts are the parts of a model that a stage needs. Each part is a set of objects of its own.
+type Parts uint8
+
+// The parts, which can be joined.
+const (
+	Text   Parts = 1 << iota // the language model
+	Vision                   // the vision encoder
+	All    = Text | Vision
+)
+
+// layoutVersion is part of the keys of sets; it is raised when what the objects hold changes, or their order.
+const layoutVersion = 1
+
+// objectAlign is the alignment of matrices in an object, in elements: one cache line.
+const objectAlign = 32
+
+// Load returns the tensors of some parts of the model; the other fields stay empty. Each routed expert lies in an object of
+// m of its own: gate, up and down projection. So do other matrices that need a copy, together by layer; the rest are views
+// of the files. The weights are read-only, valid until Close and as long as m keeps its objects. Files are read on all
+// processors. It returns an ErrDType for a matrix with a value that bf16 does not have, or m's error.
+func (f *Folder) Load(ctx context.Context, m Memory, parts Parts) (*model.Weights, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	w := &model.Weights{}
+	if parts&Text != 0 {
+		text, err := f.load(ctx, m, Text, true, nil)
+		if err != nil {
+			return nil, err
+		}
+		*w = *text
+	}
+	if parts&Vision != 0 && f.Config.Vision != nil {
+		vision, err := f.load(ctx, m, Vision, true, nil)
+		if err != nil {
+			return nil, err
+		}
+		w.Vision = vision.Vision
+	}
+	return w, nil
+}
+
+// load returns the tensors of parts, with copies in one set of m. f.mu is held. progress, if not nil, is told of bytes
+// read so far and in all, for each part that m has filled.
+func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, progress func(done, total int64)) (*model.Weights, error) {
+	if f.closed {
+		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
+	}
+	plan, err := newPlan(f, parts, pack)
+	if err != nil {
+		return nil, err
+	}
+	plan.progress = progress
+	b := newBuilder(f, parts, pack)
+	if len(plan.sizes) > 0 {
+		if b.objects, err = m.Weights(ctx, f.setKey(parts), plan.sizes, plan.fill); err != nil {
+			return nil, fmt.Errorf("weights of %s: %w", f.Dir, err)
+		}
+	}
+	w := b.build()
+	if b.err != nil {
+		return nil, b.err
+	}
+	f.views = append(f.views, b.views...)
+	return w, nil
+}
+
+// setKey names the objects of parts by the model's content and their layout.
+func (f *Folder) setKey(parts Parts) [32]byte {
+	h := sha256.New()
+	writeSized(h, []byte("trireme weights"))
+	writeNumber(h, layoutVersion)
+	writeNumber(h, int(parts))
+	h.Write(f.Config.Digest[:])
+	return [32]byte(h.Sum(nil))
+}
+
+// Populate brings the parts of the files into memory that weights handed out are views of, and fills this process's page
+// tables for them, so that first reads do not fault. It stops when ctx ends.
+func (f *Folder) Populate(ctx context.Context) error {
+	f.mu.Lock()
+	views := slices.Clone(f.views)
+	f.mu.Unlock()
+	for _, v := range views {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := host.Populate(v); err != nil {
+			return fmt.Errorf("weights of %s: %w", f.Dir, err)
+		}
+	}
+	return nil
+}
+
+// newPlan returns a builder that has looked everything up: it knows the sizes of the objects and how to fill them.
+func newPlan(f *Folder, parts Parts, pack bool) (*builder, error) {
+	b := newBuilder(f, parts, pack)
+	b.planning = true
+	b.build()
+	return b, b.err
+}
+
+// room is a place for elements in an object.
+type room struct{ object, at, n int }
+
+// memory finds the elements of a room.
+type memory func(room) []model.BF16
+
+// job is a copy that is still to be made.
+type job struct {
+	name string // of the tensor it reads
+	from Tensor // what it reads
+	to   int    // the object that it writes
+	run  func(memory) error
+}
+
+// object ends an object: what is copied next begins another.
+func (b *builder) object() { b.within = false }
+
+// alloc takes room for n elements in the present object.
+func (b *builder) alloc(n int) room {
+	if !b.within {
+		b.sizes = append(b.sizes, 0)
+		b.within = true
+	}
+	last := len(b.sizes) - 1
+	r := room{last, int(b.sizes[last] / 2), n}
+	b.sizes[last] += 2 * int64((n+objectAlign-1)/objectAlign*objectAlign)
+	return r
+}
+
+// data is the memory of a room, or nil while planning.
+func (b *builder) data(r room) []model.BF16 {
+	if b.planning {
+		return nil
+	}
+	return in(b.objects[r.object], r)
+}
+
+// in returns the elements of a room of an object.
+func in(object []byte, r room) []model.BF16 {
+	all := unsafe.Slice((*model.BF16)(unsafe.Pointer(unsafe.SliceData(object))), len(object)/2)
+	return all[r.at : r.at+r.n : r.at+r.n]
+}
+
+// bytesOf is the memory of elements.
+func bytesOf(e []model.BF16) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(e))), 2*len(e))
+}
+
+// later notes a copy out of t, the named tensor or a part of it, into the present object.
+func (b *builder) later(name string, t Tensor, run func(memory) error) {
+	if b.planning {
+		b.jobs = append(b.jobs, job{name, t, len(b.sizes) - 1, run})
+	}
+}
+
+// fill makes the copies of the objects from number first on, on all processors. It implements the fill of Memory.
+func (b *builder) fill(ctx context.Context, first int, objects [][]byte) error {
+	from, _ := slices.BinarySearchFunc(b.jobs, first, func(j job, object int) int { return j.to - object })
+	to, _ := slices.BinarySearchFunc(b.jobs, first+len(objects), func(j job, object int) int { return j.to - object })
+	jobs := b.jobs[from:to]
+	var total, done int64
+	for _, j := range jobs {
+		total += int64(len(j.from.Data))
+	}
+	data := func(r room) []model.BF16 { return in(objects[r.object-first], r) }
+	var mu sync.Mutex
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, j := range jobs {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			file := b.folder.index[j.name]
+			if err := j.run(data); err != nil {
+				return fmt.Errorf("%s: tensor %s: %w", file.Path(), j.name, err)
+			}
+			file.mapping.release(j.from.Data)
+			mu.Lock()
+			defer mu.Unlock()
+			done += int64(len(j.from.Data))
+			if b.progress != nil {
+				b.progress(done, total)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// private is a Memory of this process alone.
+type private struct{ mapping mapping }
+
+// Weights implements Memory.
+func (p *private) Weights(ctx context.Context, _ [32]byte, sizes []int64,
+	fill func(ctx context.Context, first int, objects [][]byte) error,
+) ([][]byte, error) {
+	var total int64
+	for _, n := range sizes {
+		total += n
+	}
+	var err error
+	if p.mapping, err = mapZeroed(int(total)); err != nil {
+		return nil, err
+	}
+	objects := make([][]byte, len(sizes))
+	rest := []byte(p.mapping)
+	for i, n := range sizes {
+		objects[i], rest = rest[:n:n], rest[n:]
+	}
+	return objects, fill(ctx, 0, objects)
+}
+
+func (p *private) close() error {
+	err := p.mapping.close()
+	p.mapping = nil
+	return err
+}

@@ -1,0 +1,146 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/hf"
+	"trireme.dev/shared/mem"
+)
+
+// weights is how a stage came by its weights: they lie in the HMM's memory, where the first stage of the node has loaded
+// them, and in the mapped files.
+type weights struct {
+	stage *Stage
+	told  func(done, total int64) // Config.Loading
+	sets  []*hbm.Weights
+
+	stop      context.CancelFunc // of the populating
+	populated chan struct{}      // closed when it has ended
+	faults    int64              // of this process when it was ready
+}
+
+// loadWeights loads or attaches what the role needs, and begins to populate it in the background.
+func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (err error) {
+	parts := hf.Text
+	if s.Role == Encode {
+		parts = hf.Vision
+	}
+	w := &weights{stage: s, told: told, populated: make(chan struct{})}
+	if s.Weights, err = s.folder.Load(ctx, w, parts); err != nil {
+		return err
+	}
+	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
+	s.weights = w
+	s.Metrics.stepped.tell = w.firstStep
+	go w.populate(ctx)
+	return nil
+}
+
+// Weights implements hf.Memory with the HMM's, in the domain of the stage's NPU.
+func (w *weights) Weights(ctx context.Context, key [32]byte, sizes []int64,
+	fill func(ctx context.Context, first int, objects [][]byte) error,
+) ([][]byte, error) {
+	s := w.stage
+	began := time.Now()
+	var filling time.Duration // of it, in fill
+	set, err := s.HBM.OpenWeights(ctx, s.NPU, hbm.WeightSet{Key: key, Sizes: sizes},
+		func(ctx context.Context, first int, objects [][]byte) error {
+			start := time.Now()
+			defer func() { filling += time.Since(start) }()
+			return fill(ctx, first, objects)
+		}, w.loading())
+	if errors.Is(err, mem.ErrExhausted) {
+		return nil, fmt.Errorf("%w (weights lie beside the NPUs' own memory: give the HMM more of it with --weights-memory, "+
+			"or use a smaller model)", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.sets = append(w.sets, set)
+	took := time.Since(began) - set.Attaching
+	s.Metrics.weights("attach", set.Attaching)
+	log := s.Log.With("objects", len(set.Objects), "bytes", set.Bytes, "attach", set.Attaching.Round(time.Microsecond))
+	switch {
+	case set.Filled > 0:
+		s.Metrics.weights("load", took)
+		log.Info("weights loaded", "made", set.Filled, "seconds", took.Seconds(), "reading", filling.Seconds(),
+			"GB/s", float64(set.FilledBytes)/1e9/took.Seconds())
+	default:
+		s.Metrics.weights("wait", took)
+		log.Info("weights attached", "waited", took.Round(time.Microsecond))
+	}
+	return set.Objects, nil
+}
+
+// tellEvery is the time between two lines about weights that are being loaded.
+const tellEvery = 10 * time.Second
+
+// loading tells how far the loading is, whoever does it.
+func (w *weights) loading() func(done, total int64) {
+	last := time.Now()
+	return func(done, total int64) {
+		if w.told != nil {
+			w.told(done, total)
+		}
+		if time.Since(last) >= tellEvery {
+			last = time.Now()
+			w.stage.Log.Info("loading weights", "bytes", done, "of", total)
+		}
+	}
+}
+
+// populate fills the page tables, so that the first step does not have to.
+func (w *weights) populate(ctx context.Context) {
+	defer close(w.populated)
+	s := w.stage
+	began := time.Now()
+	err := s.folder.Populate(ctx)
+	for _, set := range w.sets {
+		err = errors.Join(err, set.Populate(ctx))
+	}
+	if err != nil { // pages come as they are touched
+		if ctx.Err() == nil {
+			s.Log.Warn("populating weights", "error", err)
+		}
+		return
+	}
+	took := time.Since(began)
+	s.Metrics.weights("populate", took)
+	s.Log.Info("weights populated", "seconds", took.Seconds())
+}
+
+// wait returns when the weights are populated, or ctx ends.
+func (w *weights) wait(ctx context.Context) {
+	select {
+	case <-w.populated:
+	case <-ctx.Done():
+	}
+	w.faults = pageFaults()
+}
+
+// firstStep reports the first step apart: what populating did not do shows there.
+func (w *weights) firstStep(seconds float64) {
+	w.stage.Metrics.weights("first_step", time.Duration(seconds*float64(time.Second)))
+	w.stage.Log.Info("first step", "seconds", seconds, "page_faults", pageFaults()-w.faults)
+}
+
+// close ends the populating; the memory goes with the client and the folder.
+func (w *weights) close() {
+	w.stop()
+	<-w.populated
+}
+
+// pageFaults is the number of page faults of this process so far that needed no disk.
+func pageFaults() int64 {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return int64(u.Minflt)
+}
