@@ -83,16 +83,36 @@ func checkText(t *model.Text, w *model.Weights) error {
 			s.expert("mlp", i, l.Dense, t.Hidden, t.DenseHidden)
 			continue
 		}
-		if len(l.Experts) != t.Experts {
-			s.fail("layer %d has %d experts, want %d", i, len(l.Experts), t.Experts)
-			continue
-		}
 		s.matrix("router", i, l.Router, t.Experts, t.Hidden)
-		for j := range l.Experts {
-			s.expert(fmt.Sprintf("expert %d", j), i, &l.Experts[j], t.Hidden, t.ExpertHidden)
+		s.experts(t, i, l.Experts)
+	}
+	return s.err
+}
+
+// checkExperts returns ErrModel when a table of experts does not have the shapes of t.
+func checkExperts(t *model.Text, table [][]model.Expert) error {
+	var s shapes
+	if len(table) != t.Layers {
+		s.fail("experts of %d layers, want %d", len(table), t.Layers)
+		return s.err
+	}
+	for i, experts := range table {
+		if !t.Dense[i] {
+			s.experts(t, i, experts)
 		}
 	}
 	return s.err
+}
+
+// experts checks those of one layer.
+func (s *shapes) experts(t *model.Text, layer int, experts []model.Expert) {
+	if len(experts) != t.Experts {
+		s.fail("layer %d has %d experts, want %d", layer, len(experts), t.Experts)
+		return
+	}
+	for j := range experts {
+		s.expert(fmt.Sprintf("expert %d", j), layer, &experts[j], t.Hidden, t.ExpertHidden)
+	}
 }
 
 // checkVision returns the side of the learned position square, or ErrModel when w does not have the shapes of v.

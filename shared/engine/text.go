@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"sync/atomic"
 
 	"trireme.dev/shared/kernel"
 	"trireme.dev/shared/model"
@@ -16,6 +17,9 @@ type Text struct {
 	lim    Limits
 	shape  kernel.AttnShape
 	rotary rotary
+
+	table  atomic.Pointer[[][]model.Expert] // where the experts lie: [Layers][Experts]
+	placed [][]model.Expert                 // the table of the batch being computed
 
 	// Device scratch for lim.Rows rows.
 	hidden []float32 // [rows, Hidden]: the residual stream
@@ -92,7 +96,24 @@ func NewText(cfg model.Config, w *model.Weights, c kernel.Compute, lim Limits) (
 		t.experts = make([]int32, lim.Rows*m.TopK)
 		t.weights = make([]float32, lim.Rows*m.TopK)
 	}
+	table := make([][]model.Expert, m.Layers)
+	for i := range w.Layers {
+		table[i] = w.Layers[i].Experts
+	}
+	t.table.Store(&table)
 	return t, nil
+}
+
+// SetExperts has batches from the next Forward on find the experts in other memory: table[layer] has one entry for each
+// expert, none in a dense layer. A Forward that runs meanwhile ends with the table that it began with, and the memory of
+// that must stay as long. It keeps table, may be called from any goroutine, and returns ErrModel, changing nothing, when the
+// shapes are not the model's.
+func (t *Text) SetExperts(table [][]model.Expert) error {
+	if err := checkExperts(&t.cfg, table); err != nil {
+		return fmt.Errorf("other experts: %w", err)
+	}
+	t.table.Store(&table)
+	return nil
 }
 
 // Limits returns the limits the Text was made for.
@@ -123,6 +144,7 @@ func (t *Text) Forward(seqs []Seq) (logits [][]float32, err error) {
 	if t.rows == 0 {
 		return t.out, nil
 	}
+	t.placed = *t.table.Load()
 	t.embed(seqs)
 	last := t.cfg.Layers - 1
 	for i := range last {
@@ -209,7 +231,7 @@ func (t *Text) feed(layer int) {
 		t.observe(layer, host)
 	}
 	c.Route(router, n, t.cfg.Experts, k, t.cfg.NormTopK, ids, weights)
-	c.Experts(slots, normed, n, k, ids, l.Experts)
+	c.Experts(slots, normed, n, k, ids, t.placed[layer])
 	c.Combine(hidden, slots, n, k, weights)
 }
 
