@@ -38,7 +38,8 @@ type Config struct {
 	MMCache int64 // bytes of MM objects; 0: a quarter of NPUBytes, negative: no cache
 	KVCache int64 // bytes of KV slabs; 0: half of NPUBytes, negative: no cache
 
-	// Weights is the most bytes of weights in each memory domain, beside what its NPUs have; 0: half of the machine's memory.
+	// Weights is the most bytes of weights in each memory domain, beside what its NPUs have; 0: half of the machine's memory,
+	// for all domains together.
 	Weights int64
 
 	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain; 0: 256 MiB, negative: none
@@ -100,6 +101,9 @@ func (c Config) withDefaults() Config {
 	c.KVCache = max(c.KVCache, 0)
 	if c.Weights == 0 {
 		c.Weights = defaultWeights()
+		if c.PerNPU {
+			c.Weights /= int64(max(c.NPUs, 1)) // each domain has its own
+		}
 	}
 	c.Weights -= c.Weights % mem.HostPage
 	c.NPUBytes -= c.NPUBytes % mem.HostPage

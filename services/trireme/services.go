@@ -172,7 +172,7 @@ type domainFlags struct {
 
 // weightsFlags say how much memory weights may take.
 type weightsFlags struct {
-	WeightsMemory conf.Bytes `help:"Most memory for weights, beside that of the NPUs; by default half of the machine's." placeholder:"SIZE"`
+	WeightsMemory conf.Bytes `help:"Most memory for weights in each memory domain, beside that of the NPUs; by default half of the machine's for all." placeholder:"SIZE"`
 }
 
 // cacheFlags say how much memory the caches may keep.
