@@ -94,7 +94,7 @@ func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
 		gauge(spaceResident, space.Resident, name)
 	}
 	for _, w := range s.Weights {
-		set, domain := w.Key[:min(16, len(w.Key))], strconv.Itoa(w.Domain)
+		set, domain := setName(w), strconv.Itoa(w.Domain)
 		gauge(hmmSets, w.Bytes, set, domain)
 		gauge(hmmLoaded, w.Loaded, set, domain)
 		gauge(hmmHolders, int64(w.Holders), set, domain)

@@ -155,6 +155,13 @@ func (s *status) print(w io.Writer) error {
 			fmt.Fprintf(t, "%s/%s\t%v\t%v\t%v\n", n.Node, x.Name, conf.Bytes(x.Booked), conf.Bytes(x.Kept), conf.Bytes(x.Resident))
 		}
 	}
+	fmt.Fprintln(t, "\nWEIGHTS\tDOMAIN\tOBJECTS\tBYTES\tLOADED\tHOLDERS")
+	for _, n := range s.Nodes {
+		for _, x := range n.Weights {
+			fmt.Fprintf(t, "%s/%s\t%d\t%d\t%v\t%v\t%d\n", n.Node, setName(x), x.Domain, x.Objects, conf.Bytes(x.Bytes),
+				conf.Bytes(x.Loaded), x.Holders)
+		}
+	}
 	if err := t.Flush(); err != nil {
 		return err
 	}
@@ -175,6 +182,9 @@ func printMemory(w io.Writer, name string, m hbm.NPUStats) {
 		line(kind, "-", "-", m.Kinds[kind], "")
 	}
 }
+
+// setName is how operators see a weight set: the beginning of its key.
+func setName(w hbm.WeightsStats) string { return w.Key[:min(16, len(w.Key))] }
 
 func dash(s string) string {
 	if s == "" {

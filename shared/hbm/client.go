@@ -39,6 +39,9 @@ type Stats = protocol.Stats
 // NPUStats is the part of Stats about one NPU.
 type NPUStats = protocol.NPUStats
 
+// WeightsStats is the part of Stats about one weight set.
+type WeightsStats = protocol.WeightsStats
+
 // Usage is memory in use.
 type Usage = protocol.Usage
 

@@ -139,7 +139,7 @@ func (n *node) series(t *testing.T) map[string]float64 {
 func consistent(t *testing.T, s hbm.Stats) {
 	t.Helper()
 	booked := int64(0)
-	for _, m := range s.Memory {
+	for _, m := range slices.Concat(s.Memory, s.Shared) {
 		sum := hbm.Usage{}
 		for kind, u := range m.Kinds {
 			sum.Used += u.Used
@@ -191,10 +191,13 @@ func (n *node) agree(t *testing.T) hbm.Stats {
 		t.Errorf("the table has no line %q:\n%s", cells, table)
 	}
 	size := func(n int64) string { return conf.Bytes(n).String() }
-	for _, m := range s.Memory {
+	for _, m := range slices.Concat(s.Memory, s.Shared) {
 		npu := fmt.Sprintf("n/%d", m.NPU)
-		if m.NPU < 0 {
+		switch m.NPU {
+		case -1:
 			npu = "n/host"
+		case -2: // what the domain shares
+			npu = "n/shared0"
 		}
 		instance := "-"
 		if m.Instance != "" {
@@ -225,6 +228,13 @@ func (n *node) agree(t *testing.T) hbm.Stats {
 		"requests_ended": s.Ended, "claims": s.Claims, "claims_orphaned": s.Orphans, "connections": s.Connections,
 		"mm_cache_objects": s.CachedMM, "prefix_cache_blocks": s.CachedBlocks} {
 		metric(int64(v), "%s", name)
+	}
+	for _, w := range s.Weights {
+		label := fmt.Sprintf(`{domain="%d",set="%s"}`, w.Domain, w.Key[:16])
+		metric(w.Bytes, "weights_bytes%s", label)
+		metric(w.Loaded, "weights_loaded_bytes%s", label)
+		metric(int64(w.Holders), "weights_holders%s", label)
+		line("n/"+w.Key[:16], strconv.Itoa(w.Domain), strconv.Itoa(w.Objects), size(w.Bytes), size(w.Loaded), strconv.Itoa(w.Holders))
 	}
 	// And nothing but what was compared: figures of NPUs and kinds that status does not know.
 	for name := range metrics {
@@ -344,6 +354,10 @@ func TestAccountsAgree(t *testing.T) {
 	for i := range 3 {
 		c := n.dial(t, fmt.Sprint("user", i), 0)
 		clients = append(clients, c)
+		if _, err := c.OpenWeights(t.Context(), i%2, hbm.WeightSet{Key: hbm.Key{byte(i / 2)}, Sizes: []int64{100_000, 1}},
+			func(context.Context, int, [][]byte) error { return nil }, nil); err != nil {
+			t.Fatal(err)
+		}
 		for j := range 3 {
 			u := &user{c: c, name: fmt.Sprint("r", i, "-", j, "-"), r: rand.New(rand.NewPCG(uint64(i), uint64(j)))}
 			users.Go(func() {
@@ -375,8 +389,8 @@ func TestAccountsAgree(t *testing.T) {
 		busy.Lock()
 		s := n.agree(t)
 		busy.Unlock()
-		if s.Objects == 0 {
-			t.Error("no load")
+		if s.Objects == 0 || len(s.Weights) != 2 || s.Weights[0].Holders != 2 || s.Shared[0].Cached != 0 {
+			t.Errorf("no load: %+v", s)
 		}
 		cached += s.Memory[1].Cached + s.Memory[2].Cached
 	}
@@ -394,7 +408,7 @@ func TestAccountsAgree(t *testing.T) {
 	if after.Objects != after.Resting || after.Holds != 0 || after.Claims != 0 || after.Requests != 0 || after.Connections != 1 {
 		t.Errorf("after: %+v", after)
 	}
-	for _, m := range after.Memory {
+	for _, m := range slices.Concat(after.Memory, after.Shared) {
 		if m.Used+m.Padded != m.Cached || m.Peak == 0 {
 			t.Errorf("after: NPU %d: %+v", m.NPU, m)
 		}
