@@ -136,19 +136,19 @@ func (q *query) runAll(ctx context.Context, r responder) error {
 			return causeOr(ctx, err)
 		}
 	}
-	var need int64
+	var need admission.Bytes
 	for _, j := range q.jobs {
 		if err := g.bound(j, q.params); err != nil {
 			return err
 		}
-		need += g.need(j)
+		need = need.Plus(g.need(j))
 	}
 	waiting := time.Now()
 	credit, err := g.gate.Acquire(ctx, len(q.jobs), need)
 	var refusal *admission.Refusal
 	switch {
 	case errors.As(err, &refusal):
-		return openai.Overloaded(refusal.RetryAfter)
+		return overloaded(refusal)
 	case err != nil:
 		return causeOr(ctx, err)
 	}

@@ -147,8 +147,9 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 // stopWait is how long requests may take to end once they were told to.
 const stopWait = 2 * time.Second
 
-// refresh asks the HMM how much memory there is for KV: that of the decoders' NPUs, where KV lies for most of its life,
-// or of all NPUs while no decoder is known.
+// refresh asks the HMM how much memory there is: for KV that of the decoders' NPUs, where KV lies for most of its life, and
+// for MM objects, which lie with the encoders and then with prefill, the lesser of the two. For a role that no instance is
+// known of, all NPUs count.
 func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -157,33 +158,28 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 		g.log.Warn("asking the HMM for its capacity", "error", err)
 		return
 	}
-	decoder := make(map[string]bool)
-	for _, i := range g.instances.Role("decode") {
-		decoder[i.ID] = true
-	}
-	prefill := make(map[string]bool)
-	for _, i := range g.instances.Role("prefill") {
-		prefill[i.ID] = true
-	}
-	var all, decoders, smallest int64
-	var r rooms
-	for _, n := range npus {
-		all += n.Bytes
-		smallest = smaller(smallest, n.Bytes)
-		switch {
-		case decoder[n.Instance]:
-			decoders += n.Bytes
-			r.decode = smaller(r.decode, n.Bytes)
-		case prefill[n.Instance]:
-			r.prefill = smaller(r.prefill, n.Bytes)
+	of := func(role string) (sum, smallest int64) {
+		instances := make(map[string]bool)
+		for _, i := range g.instances.Role(role) {
+			instances[i.ID] = true
 		}
+		var all, least int64
+		for _, n := range npus {
+			all, least = all+n.Bytes, smaller(least, n.Bytes)
+			if instances[n.Instance] {
+				sum, smallest = sum+n.Bytes, smaller(smallest, n.Bytes)
+			}
+		}
+		if sum == 0 {
+			return all, least
+		}
+		return sum, smallest
 	}
-	if decoders == 0 {
-		decoders, r.decode = all, smallest
-	}
-	if r.prefill == 0 {
-		r.prefill = smallest
-	}
+	var r rooms
+	var encode, prefill, decode int64
+	encode, r.encode = of("encode")
+	prefill, r.prefill = of("prefill")
+	decode, r.decode = of("decode")
 	g.rooms.Store(&r)
-	g.gate.SetCapacity(decoders)
+	g.gate.SetCapacity(admission.Bytes{KV: decode, MM: min(encode, prefill)})
 }

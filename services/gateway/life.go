@@ -164,7 +164,7 @@ func (l *life) take(e *event) {
 func (l *life) growCredit(from, to int) {
 	prompt := len(l.job.spec.Prompt)
 	if slabs := kv.Slabs(prompt+to) - kv.Slabs(prompt+from); slabs > 0 {
-		l.credit.Grow(int64(slabs) * kv.SlabBytes(&l.g.model.Config.Text))
+		l.credit.Grow(admission.Bytes{KV: int64(slabs) * kv.SlabBytes(&l.g.model.Config.Text)})
 	}
 }
 
@@ -241,7 +241,7 @@ func (l *life) start(ctx context.Context) error {
 		case errors.Is(err, mem.ErrLost): // nothing was published yet: the same attempt goes to the next connection
 		case errors.Is(err, mem.ErrExhausted):
 			if exhausted >= l.g.cfg.QueueWait {
-				return openai.Overloaded(time.Second)
+				return openai.Overloaded(time.Second, "no room for its pictures: %v", err)
 			}
 			exhausted += exhaustedWait
 			select {

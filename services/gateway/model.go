@@ -123,10 +123,10 @@ func (m *Model) logs(prompt, maxTokens, choices, top int) int64 {
 	return int64(choices) * mem.Padded(shape.Bytes(), mem.HostPage)
 }
 
-// mm is the device memory of a request's MM objects, in bytes.
-func (m *Model) mm(pictureTokens int) int64 {
+// mm is the device memory of one picture's MM object, in bytes; with what is lost to pages.
+func (m *Model) mm(tokens int) int64 {
 	if v := m.Config.Vision; v != nil {
-		return int64(pictureTokens) * int64(v.Levels()*v.Out*4)
+		return mem.Padded(int64(tokens)*int64(v.Levels()*v.Out*4), mem.HostPage)
 	}
 	return 0
 }

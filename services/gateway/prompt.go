@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"trireme.dev/services/gateway/admission"
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/services/gateway/openai"
 	"trireme.dev/shared/chat"
@@ -117,8 +118,10 @@ func (g *Gateway) finish(j *job, p *openai.Params, param string) error {
 	return err
 }
 
-// need is the device memory that the job is expected to use, in bytes.
-func (g *Gateway) need(j *job) int64 { return g.kv(j, j.expected) + g.mm(j) }
+// need is the device memory that the job is expected to use.
+func (g *Gateway) need(j *job) admission.Bytes {
+	return admission.Bytes{KV: g.kv(j, j.expected), MM: g.mm(j)}
+}
 
 // kv is the device memory for KV and token logs of the job when each choice gets that many tokens, in bytes.
 func (g *Gateway) kv(j *job, tokens int) int64 {
@@ -126,13 +129,12 @@ func (g *Gateway) kv(j *job, tokens int) int64 {
 	return g.model.need(prompt, tokens, s.Choices) + g.model.logs(prompt, s.Sampling.MaxTokens, s.Choices, s.Sampling.Logprobs)
 }
 
-// mm is the device memory of the job's pictures, in bytes.
-func (g *Gateway) mm(j *job) int64 {
-	tokens := 0
+// mm is the device memory of the job's pictures, in bytes: each is an object of its own, unless it is cached.
+func (g *Gateway) mm(j *job) (bytes int64) {
 	for _, p := range j.pictures {
-		tokens += p.tokens
+		bytes += g.model.mm(p.tokens)
 	}
-	return g.model.mm(tokens)
+	return bytes
 }
 
 // render runs the chat template.

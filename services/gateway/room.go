@@ -5,17 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"sort"
+	"strings"
 	"time"
 
+	"trireme.dev/services/gateway/admission"
 	"trireme.dev/services/gateway/openai"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/mem"
 )
 
 // rooms is how much one request can have at most, in bytes: what the smallest NPU of a role has beside weights, as any
-// of them may get the request. 0: not known.
+// of them may get the request. What only a cache keeps is free. 0: not known.
 type rooms struct {
-	decode, prefill int64
+	encode, prefill, decode int64
 }
 
 // smaller is the smaller of two sizes; a is 0 before the first.
@@ -32,6 +34,11 @@ func (g *Gateway) bound(j *job, p *openai.Params) error {
 	r := g.rooms.Load()
 	if r == nil { // the HMM could not be asked; its memory is not counted either
 		return nil
+	}
+	if mm := g.mm(j); mm > min(r.encode, r.prefill) {
+		return openai.TooLong("messages", "The %s of this request need %v of NPU memory, and each NPU that encodes or takes pictures "+
+			"has %v for them: send fewer or smaller ones, or start the server with a larger --npu-memory.",
+			count(len(j.pictures), "picture"), conf.Bytes(mm), conf.Bytes(min(r.encode, r.prefill)))
 	}
 	most := &j.spec.Sampling.MaxTokens
 	fits := func(tokens int) bool {
@@ -54,6 +61,25 @@ func (g *Gateway) bound(j *job, p *openai.Params) error {
 	return openai.TooLong("max_tokens", "A prompt of %d tokens with %d choices of up to %d tokens needs %v of NPU memory, and each "+
 		"NPU of this server has %v for it: ask for fewer tokens, or start the server with a larger --npu-memory.",
 		len(j.spec.Prompt), j.spec.Choices, *most, conf.Bytes(g.kv(j, *most)+g.mm(j)), conf.Bytes(min(r.decode, r.prefill)))
+}
+
+// overloaded is the 429 of a request that admission refused.
+func overloaded(r *admission.Refusal) *openai.Error {
+	var needs []string
+	for _, k := range []struct {
+		what                 string
+		need, used, capacity int64
+	}{{"KV", r.Need.KV, r.Used.KV, r.Capacity.KV}, {"pictures", r.Need.MM, r.Used.MM, r.Capacity.MM}} {
+		if k.need > 0 && k.capacity > 0 {
+			needs = append(needs, fmt.Sprintf("%v for %s (%v of %v are taken)",
+				conf.Bytes(k.need), k.what, conf.Bytes(k.used), conf.Bytes(k.capacity)))
+		}
+	}
+	why := fmt.Sprintf("%s in work, %d waiting", count(r.Open, "request"), r.Waiting)
+	if len(needs) > 0 {
+		why += "; this one needs " + strings.Join(needs, " and ")
+	}
+	return openai.Overloaded(r.RetryAfter, "%s", why)
 }
 
 // yield ends an attempt that found no room for its KV and begins the next when there is room for all of it. The answer

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"image/color"
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/openai/openai-go/v3"
 
@@ -143,4 +145,55 @@ func TestWhatNeverFits(t *testing.T) {
 	if n := f.asked[0].Spec.Sampling.MaxTokens; n < 1000 || n > 1600 { // 6 slabs of 256 tokens and a log
 		t.Errorf("an answer of unbounded length was bounded to %d tokens", n)
 	}
+}
+
+// withPictures is the body of a request with so many different pictures of 256x256: 64 tokens, 256 KiB each.
+func withPictures(t *testing.T, n, first int) string {
+	t.Helper()
+	var parts []string
+	for i := range n {
+		parts = append(parts, `{"type":"image_url","image_url":{"url":"`+dataURL(pngOf(t, 256, 256, color.Gray{Y: uint8(first + i)}))+`"}}`)
+	}
+	return `{"max_tokens":20,"messages":[{"role":"user","content":[` + strings.Join(parts, ",") + `]}]}`
+}
+
+// Pictures take credit of their own kind: too many for an NPU are refused at once with the sizes, and those that would fit
+// if others had ended wait for it, in vain with a 429 that has the sizes, while requests without pictures go on.
+func TestRoomForPictures(t *testing.T) {
+	release := make(chan struct{})
+	f := start(t, func(cfg *gateway.Config, s *stages) {
+		cfg.QueueWait = 100 * time.Millisecond
+		s.memory.capacity = 16 << 20
+		s.prefill = func(m *wire.Prefill, _ question) bool {
+			if len(m.MM) > 0 {
+				<-release
+			}
+			return false
+		}
+	})
+	f.await("the capacity is known", f.healthy)
+	status, _, answer := f.post("/v1/chat/completions", withPictures(t, 65, 0))
+	if e := parseError(t, answer); status != http.StatusBadRequest || e.Error.Code == nil || *e.Error.Code != "context_length_exceeded" ||
+		!strings.Contains(e.Error.Message, "65 pictures") || !strings.Contains(e.Error.Message, "has 16 MiB") {
+		t.Errorf("more pictures than fit: %d %s", status, answer)
+	}
+	first := make(chan int)
+	go func() {
+		status, _, _ := f.post("/v1/chat/completions", withPictures(t, 33, 0))
+		first <- status
+	}()
+	f.await("it is at work", func() bool { return len(f.asked) == 1 })
+	status, header, answer := f.post("/v1/chat/completions", withPictures(t, 33, 100))
+	if e := parseError(t, answer); status != http.StatusTooManyRequests || header.Get("Retry-After") == "" ||
+		!strings.Contains(e.Error.Message, "and 8.2 MiB for pictures (8.2 MiB of 16 MiB are taken)") {
+		t.Errorf("no room for pictures: %d %s", status, answer)
+	}
+	if got, err := f.chat(openai.ChatCompletionNewParams{MaxTokens: openai.Int(20)}); err != nil || got != "Hello, world!" {
+		t.Errorf("without pictures: %q %v", got, err)
+	}
+	close(release)
+	if got := <-first; got != http.StatusOK {
+		t.Errorf("the first got %d", got)
+	}
+	f.settled()
 }

@@ -5,7 +5,7 @@
 // (Exchange), and is in nobody's debt from then on.
 //
 // It estimates nothing itself and knows no memory: the gateway says how many bytes a request may need and how many
-// there are.
+// there are, of each kind.
 package admission
 
 import (
@@ -20,14 +20,37 @@ import (
 // ErrFull is what a *Refusal wraps.
 var ErrFull = errors.New("all capacity is in use")
 
+// Bytes is an amount of device memory, by what it is for: the two lie on NPUs of different stages.
+type Bytes struct {
+	KV int64 // keys, values and token logs
+	MM int64 // encoded pictures
+}
+
+// Plus is the sum of both kinds.
+func (b Bytes) Plus(o Bytes) Bytes { return Bytes{b.KV + o.KV, b.MM + o.MM} }
+
+// Minus is the difference of both kinds.
+func (b Bytes) Minus(o Bytes) Bytes { return Bytes{b.KV - o.KV, b.MM - o.MM} }
+
+// within reports whether b is no more than a capacity, of which what is 0 is not known and does not count.
+func (b Bytes) within(capacity Bytes) bool {
+	return (capacity.KV == 0 || b.KV <= capacity.KV) && (capacity.MM == 0 || b.MM <= capacity.MM)
+}
+
 // Refusal is returned by Acquire for a request that found no room in time or no place in the queue.
 type Refusal struct {
 	RetryAfter time.Duration // whole seconds, at least one: when the queue is likely to have moved on
+	Need       Bytes         // what was asked for
+	Used       Bytes         // what others had credit for in this moment
+	Capacity   Bytes         // what there was; what is 0 was not known
+	Open       int           // requests that were let in
+	Waiting    int           // requests that waited for credit
 }
 
 // Error says what happened and when to come again.
 func (r *Refusal) Error() string {
-	return fmt.Sprintf("%v, retry in %v", ErrFull, r.RetryAfter)
+	return fmt.Sprintf("%v: %+v wanted, %+v of %+v taken by %d requests, %d waiting; retry in %v",
+		ErrFull, r.Need, r.Used, r.Capacity, r.Open, r.Waiting, r.RetryAfter)
 }
 
 // Unwrap returns ErrFull.
@@ -46,8 +69,8 @@ type Gate struct {
 	now    func() time.Time
 
 	mu       sync.Mutex
-	capacity int64 // bytes; 0: not known, bytes are not counted
-	used     int64
+	capacity Bytes // what is 0 is not known, and not counted
+	used     Bytes
 	open     int
 	waiting  list.List // of *waiter, oldest first
 
@@ -56,7 +79,7 @@ type Gate struct {
 }
 
 type waiter struct {
-	bytes   int64
+	bytes   Bytes
 	n       int
 	granted chan struct{} // closed under Gate.mu when the credit is given
 }
@@ -66,8 +89,8 @@ func New(limits Limits, now func() time.Time) *Gate {
 	return &Gate{limits: limits, now: now}
 }
 
-// SetCapacity sets how many bytes there are; 0 when that is not known. It may let waiting requests in.
-func (g *Gate) SetCapacity(bytes int64) {
+// SetCapacity sets how many bytes there are; 0 of a kind when that is not known. It may let waiting requests in.
+func (g *Gate) SetCapacity(bytes Bytes) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.capacity = bytes
@@ -76,7 +99,7 @@ func (g *Gate) SetCapacity(bytes int64) {
 
 // Acquire takes a credit for n requests that may need bytes of device memory together, waiting for it if it must. One
 // that needs more than there is runs alone. The error is a *Refusal or ctx's.
-func (g *Gate) Acquire(ctx context.Context, n int, bytes int64) (*Credit, error) {
+func (g *Gate) Acquire(ctx context.Context, n int, bytes Bytes) (*Credit, error) {
 	g.mu.Lock()
 	if g.waiting.Len() == 0 && g.fits(n, bytes) {
 		g.take(n, bytes)
@@ -85,7 +108,7 @@ func (g *Gate) Acquire(ctx context.Context, n int, bytes int64) (*Credit, error)
 	}
 	if g.waiting.Len() >= g.limits.Queue {
 		defer g.mu.Unlock()
-		return nil, g.refusal()
+		return nil, g.refusal(bytes)
 	}
 	w := &waiter{bytes: bytes, n: n, granted: make(chan struct{})}
 	at := g.waiting.PushBack(w)
@@ -122,7 +145,7 @@ func (g *Gate) await(ctx context.Context, w *waiter, at *list.Element, timeout <
 	g.waiting.Remove(at)
 	g.grant() // those behind may be smaller
 	if err == nil {
-		err = g.refusal()
+		err = g.refusal(w.bytes)
 	}
 	return err
 }
@@ -140,25 +163,25 @@ type Credit struct {
 
 	// Under gate.mu.
 	n        int
-	bytes    int64
+	bytes    Bytes
 	released bool
 }
 
 // Split takes n requests and bytes out of c and makes them a credit of their own.
-func (c *Credit) Split(n int, bytes int64) *Credit {
+func (c *Credit) Split(n int, bytes Bytes) *Credit {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
-	if c.released || n > c.n || bytes > c.bytes {
-		panic(fmt.Sprintf("BUG: splitting %d requests and %d bytes off a credit for %d and %d", n, bytes, c.n, c.bytes))
+	if c.released || n > c.n || bytes.KV > c.bytes.KV || bytes.MM > c.bytes.MM {
+		panic(fmt.Sprintf("BUG: splitting %d requests and %+v bytes off a credit for %d and %+v", n, bytes, c.n, c.bytes))
 	}
 	c.n -= n
-	c.bytes -= bytes
+	c.bytes = c.bytes.Minus(bytes)
 	return &Credit{gate: c.gate, n: n, bytes: bytes}
 }
 
 // Exchange gives c's bytes back and waits for the given number instead, in line with everyone and for as long as ctx
 // lasts. Meanwhile c counts as waiting and holds nothing. On error, which is ctx's, it is as released.
-func (c *Credit) Exchange(ctx context.Context, bytes int64) error {
+func (c *Credit) Exchange(ctx context.Context, bytes Bytes) error {
 	g := c.gate
 	g.mu.Lock()
 	if c.released {
@@ -168,7 +191,7 @@ func (c *Credit) Exchange(ctx context.Context, bytes int64) error {
 	w := &waiter{bytes: bytes, n: c.n, granted: make(chan struct{})}
 	at := g.waiting.PushBack(w)
 	g.open -= c.n
-	g.used -= c.bytes
+	g.used = g.used.Minus(c.bytes)
 	g.grant()
 	g.mu.Unlock()
 	if err := g.await(ctx, w, at, nil); err != nil {
@@ -183,12 +206,12 @@ func (c *Credit) Exchange(ctx context.Context, bytes int64) error {
 // Grow adds bytes that the request turned out to need beyond its estimate. It never waits: the memory is taken as the
 // answer grows, whatever is counted here. Until credits come back there may be less than nothing left, and nobody else
 // is let in.
-func (c *Credit) Grow(bytes int64) {
+func (c *Credit) Grow(bytes Bytes) {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
 	if !c.released {
-		c.bytes += bytes
-		c.gate.used += bytes
+		c.bytes = c.bytes.Plus(bytes)
+		c.gate.used = c.gate.used.Plus(bytes)
 	}
 }
 
@@ -203,24 +226,24 @@ func (c *Credit) Release() {
 }
 
 // fits reports whether a request can be let in now. An empty gate lets anything in. The caller holds mu.
-func (g *Gate) fits(n int, bytes int64) bool {
+func (g *Gate) fits(n int, bytes Bytes) bool {
 	if g.open == 0 {
 		return true
 	}
-	return g.open+n <= g.limits.Requests && (g.capacity == 0 || g.used+bytes <= g.capacity)
+	return g.open+n <= g.limits.Requests && g.used.Plus(bytes).within(g.capacity)
 }
 
-func (g *Gate) take(n int, bytes int64) {
+func (g *Gate) take(n int, bytes Bytes) {
 	if g.open == 0 {
 		g.returned = g.now() // time without load says nothing about how fast credits come back
 	}
 	g.open += n
-	g.used += bytes
+	g.used = g.used.Plus(bytes)
 }
 
-func (g *Gate) give(n int, bytes int64) {
+func (g *Gate) give(n int, bytes Bytes) {
 	g.open -= n
-	g.used -= bytes
+	g.used = g.used.Minus(bytes)
 	now := g.now()
 	if took := now.Sub(g.returned) / time.Duration(n); g.interval == 0 {
 		g.interval = took
@@ -246,7 +269,10 @@ func (g *Gate) grant() {
 
 // refusal estimates when a new request would be let in: as many credits as wait, and one, have to come back, at the rate
 // at which they did lately.
-func (g *Gate) refusal() *Refusal {
+func (g *Gate) refusal(need Bytes) *Refusal {
 	wait := time.Duration(g.waiting.Len()+1) * max(g.interval, g.now().Sub(g.returned)/2)
-	return &Refusal{RetryAfter: min(max(wait.Round(time.Second), time.Second), 10*time.Minute)}
+	return &Refusal{
+		RetryAfter: min(max(wait.Round(time.Second), time.Second), 10*time.Minute),
+		Need:       need, Used: g.used, Capacity: g.capacity, Open: g.open, Waiting: g.waiting.Len(),
+	}
 }

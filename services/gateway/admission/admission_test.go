@@ -14,8 +14,8 @@ import (
 func TestCreditsAndOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(100)
-		first, err := g.Acquire(t.Context(), 1, 80)
+		g.SetCapacity(Bytes{KV: 100})
+		first, err := g.Acquire(t.Context(), 1, Bytes{KV: 80})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -24,7 +24,7 @@ func TestCreditsAndOrder(t *testing.T) {
 		releases := make(chan *Credit, 3)
 		for i, bytes := range []int64{50, 10, 500} { // the small one must not overtake, the huge one runs alone
 			go func() {
-				credit, err := g.Acquire(t.Context(), 1, bytes)
+				credit, err := g.Acquire(t.Context(), 1, Bytes{KV: bytes})
 				if err != nil {
 					t.Error(err)
 					return
@@ -58,15 +58,15 @@ func TestCreditsAndOrder(t *testing.T) {
 func TestCreditsGrow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(100)
-		first, err := g.Acquire(t.Context(), 1, 50)
+		g.SetCapacity(Bytes{KV: 100})
+		first, err := g.Acquire(t.Context(), 1, Bytes{KV: 50})
 		if err != nil {
 			t.Fatal(err)
 		}
-		first.Grow(60)
+		first.Grow(Bytes{KV: 60})
 		let := make(chan *Credit)
 		go func() {
-			credit, err := g.Acquire(t.Context(), 1, 50)
+			credit, err := g.Acquire(t.Context(), 1, Bytes{KV: 50})
 			if err != nil {
 				t.Error(err)
 			}
@@ -77,11 +77,11 @@ func TestCreditsGrow(t *testing.T) {
 			t.Fatal("let in although the first has grown over all there is")
 		}
 		first.Release()
-		first.Grow(1000) // too late to count
+		first.Grow(Bytes{KV: 1000}) // too late to count
 		second := <-let
 		second.Release()
-		if g.used != 0 {
-			t.Errorf("%d bytes left behind", g.used)
+		if g.used != (Bytes{}) {
+			t.Errorf("%+v bytes left behind", g.used)
 		}
 	})
 }
@@ -91,24 +91,24 @@ func TestCreditsGrow(t *testing.T) {
 func TestExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(100)
+		g.SetCapacity(Bytes{KV: 100})
 		acquire := func(bytes int64) *Credit {
-			c, err := g.Acquire(t.Context(), 1, bytes)
+			c, err := g.Acquire(t.Context(), 1, Bytes{KV: bytes})
 			if err != nil {
 				t.Error(err)
 			}
 			return c
 		}
 		a, b := acquire(40), acquire(40)
-		a.Grow(20)
+		a.Grow(Bytes{KV: 20})
 		early := make(chan *Credit, 1)
 		go func() { early <- acquire(30) }() // was there first
 		synctest.Wait()
 		exchanged := make(chan error, 1)
-		go func() { exchanged <- b.Exchange(t.Context(), 90) }()
+		go func() { exchanged <- b.Exchange(t.Context(), Bytes{KV: 90}) }()
 		synctest.Wait()
-		if open, waiting := g.Load(); open != 2 || waiting != 1 || g.used != 90 {
-			t.Fatalf("open %d, waiting %d, %d bytes; want the early one let in, the other waiting", open, waiting, g.used)
+		if open, waiting := g.Load(); open != 2 || waiting != 1 || g.used != (Bytes{KV: 90}) {
+			t.Fatalf("open %d, waiting %d, %+v bytes; want the early one let in, the other waiting", open, waiting, g.used)
 		}
 		time.Sleep(10 * time.Minute) // longer than any new request waits
 		late := make(chan *Credit, 1)
@@ -124,13 +124,13 @@ func TestExchange(t *testing.T) {
 			t.Fatal(err)
 		}
 		l := <-late
-		if g.used != 95 {
-			t.Errorf("%d bytes in use", g.used)
+		if g.used != (Bytes{KV: 95}) {
+			t.Errorf("%+v bytes in use", g.used)
 		}
 		b.Release()
 		l.Release()
-		if open, _ := g.Load(); open != 0 || g.used != 0 {
-			t.Errorf("%d open, %d bytes at the end", open, g.used)
+		if open, _ := g.Load(); open != 0 || g.used != (Bytes{}) {
+			t.Errorf("%d open, %+v bytes at the end", open, g.used)
 		}
 	})
 }
@@ -138,24 +138,24 @@ func TestExchange(t *testing.T) {
 func TestExchangeGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(100)
-		both, err := g.Acquire(t.Context(), 2, 100)
+		g.SetCapacity(Bytes{KV: 100})
+		both, err := g.Acquire(t.Context(), 2, Bytes{KV: 100})
 		if err != nil {
 			t.Fatal(err)
 		}
-		half := both.Split(1, 30)
+		half := both.Split(1, Bytes{KV: 30})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
-		if err := half.Exchange(ctx, 60); !errors.Is(err, context.DeadlineExceeded) {
+		if err := half.Exchange(ctx, Bytes{KV: 60}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
 		half.Release() // holds nothing any more
-		if open, waiting := g.Load(); open != 1 || waiting != 0 || g.used != 70 {
-			t.Errorf("open %d, waiting %d, %d bytes", open, waiting, g.used)
+		if open, waiting := g.Load(); open != 1 || waiting != 0 || g.used != (Bytes{KV: 70}) {
+			t.Errorf("open %d, waiting %d, %+v bytes", open, waiting, g.used)
 		}
 		both.Release()
-		if open, _ := g.Load(); open != 0 || g.used != 0 {
-			t.Errorf("%d open, %d bytes at the end", open, g.used)
+		if open, _ := g.Load(); open != 0 || g.used != (Bytes{}) {
+			t.Errorf("%d open, %+v bytes at the end", open, g.used)
 		}
 	})
 }
@@ -164,26 +164,27 @@ func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 1, Queue: 1, Wait: 30 * time.Second}, time.Now)
 		for range 20 { // credits come back every four seconds
-			credit, err := g.Acquire(t.Context(), 1, 0)
+			credit, err := g.Acquire(t.Context(), 1, Bytes{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(4 * time.Second)
 			credit.Release()
 		}
-		credit, err := g.Acquire(t.Context(), 1, 0)
+		credit, err := g.Acquire(t.Context(), 1, Bytes{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		began := time.Now()
 		waited := make(chan error)
 		go func() {
-			_, err := g.Acquire(t.Context(), 1, 0)
+			_, err := g.Acquire(t.Context(), 1, Bytes{})
 			waited <- err
 		}()
 		synctest.Wait()
 		var refusal *Refusal
-		if _, err := g.Acquire(t.Context(), 1, 0); !errors.As(err, &refusal) || refusal.RetryAfter != 8*time.Second {
+		if _, err := g.Acquire(t.Context(), 1, Bytes{}); !errors.As(err, &refusal) || refusal.RetryAfter != 8*time.Second ||
+			refusal.Open != 1 || refusal.Waiting != 1 {
 			t.Errorf("queue is full: %v", err)
 		}
 		if err := <-waited; !errors.Is(err, ErrFull) || time.Since(began) != 30*time.Second {
@@ -191,7 +192,7 @@ func TestRefusals(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
-			_, err := g.Acquire(ctx, 1, 0)
+			_, err := g.Acquire(ctx, 1, Bytes{})
 			waited <- err
 		}()
 		synctest.Wait()
@@ -209,14 +210,17 @@ func TestRefusals(t *testing.T) {
 // TestNeverOverCommits lets requests of any size come, go and give up, and checks what is let in at each moment.
 func TestNeverOverCommits(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		const capacity, requests = 100, 4
-		sizes := rapid.SliceOfN(rapid.Int64Range(0, 150), 1, 12).Draw(rt, "sizes")
+		const requests = 4
+		capacity := Bytes{KV: 100, MM: rapid.SampledFrom([]int64{0, 60}).Draw(rt, "MM")} // 0: not known
+		sizes := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) Bytes {
+			return Bytes{KV: rapid.Int64Range(0, 150).Draw(t, "KV"), MM: max(0, rapid.Int64Range(-50, 90).Draw(t, "MM"))}
+		}), 1, 12).Draw(rt, "sizes")
 		patience := rapid.SliceOfN(rapid.IntRange(1, 50), len(sizes), len(sizes)).Draw(rt, "patience")
 		synctest.Test(t, func(t *testing.T) {
 			g := New(Limits{Requests: requests, Queue: len(sizes), Wait: time.Hour}, time.Now)
 			g.SetCapacity(capacity)
 			var mu sync.Mutex
-			var used int64
+			var kv, mm int64
 			open := 0
 			var wg sync.WaitGroup
 			for i, bytes := range sizes {
@@ -228,21 +232,21 @@ func TestNeverOverCommits(t *testing.T) {
 						return
 					}
 					mu.Lock()
-					used, open = used+bytes, open+1
-					if open > requests || (used > capacity && open > 1) {
-						t.Errorf("%d open with %d bytes", open, used)
+					kv, mm, open = kv+bytes.KV, mm+bytes.MM, open+1
+					if open > requests || open > 1 && (kv > capacity.KV || capacity.MM > 0 && mm > capacity.MM) {
+						t.Errorf("%d open with %d and %d bytes", open, kv, mm)
 					}
 					mu.Unlock()
-					time.Sleep(time.Duration(bytes%7+1) * time.Second)
+					time.Sleep(time.Duration(bytes.KV%7+1) * time.Second)
 					mu.Lock()
-					used, open = used-bytes, open-1
+					kv, mm, open = kv-bytes.KV, mm-bytes.MM, open-1
 					mu.Unlock()
 					credit.Release()
 				})
 			}
 			wg.Wait()
-			if open, waiting := g.Load(); open != 0 || waiting != 0 {
-				t.Errorf("at the end %d open, %d waiting", open, waiting)
+			if open, waiting := g.Load(); open != 0 || waiting != 0 || g.used != (Bytes{}) {
+				t.Errorf("at the end %d open, %d waiting, %+v bytes", open, waiting, g.used)
 			}
 		})
 	})

@@ -52,10 +52,10 @@ func TooLarge(limit int64) *Error {
 		Message: fmt.Sprintf("The request body is larger than %d bytes.", limit)}
 }
 
-// Overloaded is the 429 for a request that finds no room.
-func Overloaded(after time.Duration) *Error {
+// Overloaded is the 429 for a request that finds no room; the rest says why, in numbers.
+func Overloaded(after time.Duration, why string, args ...any) *Error {
 	return &Error{Status: http.StatusTooManyRequests, Type: TypeLimit, Code: "overloaded", RetryAfter: after,
-		Message: fmt.Sprintf("All capacity is in use; please try again in %d s.", int(after.Seconds()))}
+		Message: fmt.Sprintf("All capacity is in use: %s. Please try again in %d s.", fmt.Sprintf(why, args...), int(after.Seconds()))}
 }
 
 // Server is an error that is not the client's fault.
