@@ -455,17 +455,23 @@ func TestRoomIsWaitedFor(t *testing.T) {
 				free = n.Free
 			}
 		}
-		objs, err := r.HBM.Alloc(t.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPU, Bytes: free})
+		objs, err := s.HBM.Alloc(t.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPU, Bytes: free})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return objs[0]
 	}
+	drain := func(o *hbm.Object) {
+		t.Helper()
+		if err := s.HBM.Free(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
 	full := fill()
 	spec := r.Model.Greedy(prompt(t, "case01"), 400) // 428 positions: a slab more than prefill took
 	req := r.start(spec)
 	r.Until("it was handed back", func() bool { return r.Outcomes(s, "no memory") > 0 })
-	r.Free(full)
+	drain(full)
 	r.gateway.Tokens(req.ID, 0, 20)
 	full = fill()
 	at := 256 - len(spec.Prompt) + 1 // tokens that the first slab has room for, and the one behind
@@ -473,7 +479,7 @@ func TestRoomIsWaitedFor(t *testing.T) {
 	if n := len(r.gateway.Answer(req.ID, 0).IDs); n != at {
 		t.Errorf("%d tokens without a second slab, want %d", n, at)
 	}
-	r.Free(full)
+	drain(full)
 	r.same(spec, 0, r.gateway.Ended(req.ID, 0))
 	r.end(req)
 }

@@ -25,6 +25,8 @@ type report struct {
 	Handles []mem.Handle
 	NPUs    []int
 	Held    bool
+
+	Refusals []string // of a hog: what each of its wants ended with
 }
 
 func child(part string) int {
@@ -58,6 +60,18 @@ func child(part string) int {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+	case "hog": // takes all that it is given and never frees
+		for npu := mem.HostNPU; npu < 2; npu++ {
+			for err == nil {
+				_, err = c.Alloc(ctx, hbm.Spec{Kind: mem.KindPixels, NPU: npu, Bytes: page})
+			}
+			r.Refusals = append(r.Refusals, err.Error())
+			err = nil
+		}
+		for i := 0; err == nil; i++ {
+			_, err = c.Claim(ctx, decodePart("hog", 1, i), "")
+		}
+		r.Refusals = append(r.Refusals, err.Error())
 	case "idle":
 	default:
 		fmt.Fprintln(os.Stderr, "no such part:", part)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/mem"
 	"trireme.dev/shared/mem/host"
 	"trireme.dev/shared/wire"
 
@@ -192,23 +193,34 @@ func (d *Daemon) accept(ctx context.Context) {
 	}
 }
 
-// start serves a connection, or refuses it when there are too many.
+// start serves a connection, or refuses it: one of another user, or when there are too many, of all clients or of one
+// process, which needs one only.
 func (d *Daemon) start(conn *net.UnixConn) {
 	s := &session{
 		d: d, conn: conn, allocs: make(chan struct{}, maxAllocs), finds: make(chan struct{}, maxFinds),
 	}
+	var err error
+	if s.peer, err = peerOf(conn); err == nil {
+		err = s.peer.allowed()
+	}
+	if err != nil {
+		d.log.Warn("client refused", "error", err)
+		s.refuse(fmt.Errorf("%w: %w", mem.ErrDenied, err))
+		return
+	}
 	d.mu.Lock()
-	full := len(d.sessions) >= d.cfg.Connections
 	stopping := d.stopping
-	if !full && !stopping {
-		d.sessions[s] = true
+	if !stopping {
+		if err = d.room(s.peer); err == nil {
+			d.sessions[s] = true
+		}
 	}
 	d.mu.Unlock()
 	switch {
 	case stopping:
-		_ = conn.Close()
-	case full:
-		s.refuse(errTooMany(d.cfg.Connections))
+		s.abort()
+	case err != nil:
+		s.refuse(err)
 	default:
 		d.peers.Go(func() {
 			s.serve()
@@ -218,6 +230,29 @@ func (d *Daemon) start(conn *net.UnixConn) {
 			d.mu.Unlock()
 		})
 	}
+}
+
+// room reports with ErrExhausted that there are as many connections as there may be. Those that have ended count for their
+// process while it lives, as long as it may have maps. d.mu is held.
+func (d *Daemon) room(p *peer) error {
+	if n := d.cfg.Connections; len(d.sessions) >= n {
+		return fmt.Errorf("the HMM has %d connections, as many as it takes: %w", n, mem.ErrExhausted)
+	}
+	if p.pid == 0 {
+		return nil // of another container: the kernel does not tell which
+	}
+	own, most := 0, max(1, d.cfg.Connections/2)
+	for _, all := range []map[*session]bool{d.sessions, d.watched} {
+		for s := range all {
+			if s.peer.pid == p.pid {
+				own++
+			}
+		}
+	}
+	if own >= most {
+		return fmt.Errorf("process %d has %d connections, as many as one may have: %w", p.pid, own, mem.ErrExhausted)
+	}
+	return nil
 }
 
 // stop ends all sessions and watchers.

@@ -22,7 +22,7 @@ import (
 type session struct {
 	d    *Daemon
 	conn *net.UnixConn
-	peer *peer
+	peer *peer // nil: the kernel does not tell who it is
 
 	id             ledger.Conn
 	instance, role string
@@ -32,51 +32,27 @@ type session struct {
 	allocs  chan struct{}
 	finds   chan struct{}
 	placing sync.Mutex // weights, one part after the other
-
-	mu      sync.Mutex // guards aborted and, until serve has set it, peer
-	aborted bool
-}
-
-func errTooMany(n int) error {
-	return fmt.Errorf("the HMM has %d connections, as many as it takes: %w", n, mem.ErrExhausted)
 }
 
 // refuse says why and closes.
 func (s *session) refuse(why error) {
 	s.reply(0, why, nil)
 	_ = s.conn.Close()
-}
-
-// abort ends the session from outside.
-func (s *session) abort() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.aborted = true
-	_ = s.conn.Close()
 	if s.peer != nil {
 		s.peer.close()
 	}
 }
 
+// abort ends the session from outside.
+func (s *session) abort() {
+	_ = s.conn.Close()
+	s.peer.close()
+}
+
 // serve runs the session to its end, and on until the client's process has no maps any more.
 func (s *session) serve() {
-	p, err := peerOf(s.conn)
-	if err == nil {
-		defer p.close()
-		err = p.allowed()
-	}
-	if err != nil {
-		s.d.log.Warn("client refused", "error", err)
-		s.refuse(fmt.Errorf("%w: %w", mem.ErrDenied, err))
-		return
-	}
-	s.mu.Lock()
-	s.peer = p
-	aborted := s.aborted
-	s.mu.Unlock()
-	if aborted {
-		return
-	}
+	p := s.peer
+	defer p.close()
 	r := bufio.NewReaderSize(s.conn, 64<<10)
 	if err := s.hello(r); err != nil {
 		s.d.log.Info("client refused", "pid", p.pid, "error", err)

@@ -6,8 +6,9 @@ import "errors"
 var (
 	// ErrGone is returned by attach when the object was freed or its id now names another generation.
 	ErrGone = errors.New("object is gone")
-	// ErrDenied is returned by attach when the handle's capability does not match.
-	ErrDenied = errors.New("capability does not match the handle")
+	// ErrDenied is returned by attach when the handle's capability does not match, and for what a client's role, or the
+	// instance that an NPU is granted to, rules out.
+	ErrDenied = errors.New("capability does not match, or it is not for this client")
 	// ErrExhausted is returned by alloc when the NPU has no room; the error that wraps it carries the sizes.
 	ErrExhausted = errors.New("out of device memory")
 	// ErrCorrupt is returned when content does not match its checksum or header.

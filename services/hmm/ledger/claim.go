@@ -42,6 +42,10 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 	}
 	k, ok := l.claims[keyOf(p)]
 	if !ok {
+		if most := l.cfg.Slots - l.cfg.Slots/4; len(l.conn(id).claims) >= most {
+			return protocol.Claimed{}, fmt.Errorf("claiming: %q has %d claims, as many as one may have of %d: %w",
+				l.conn(id).instance, most, l.cfg.Slots, mem.ErrExhausted)
+		}
 		n := len(l.freeSlots)
 		if n == 0 {
 			return protocol.Claimed{}, fmt.Errorf("claiming: all %d claims are in use: %w", l.cfg.Slots, mem.ErrExhausted)

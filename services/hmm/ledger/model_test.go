@@ -110,6 +110,16 @@ func (w *world) used(npu int) (n int64) {
 	return n
 }
 
+// host is the host memory that a client holds itself, which may be three quarters.
+func (w *world) host(id ledger.Conn) (n int64) {
+	for _, o := range w.objs {
+		if o.npu == mem.HostNPU && o.conns[id] > 0 {
+			n += o.grant.Extent.Bytes
+		}
+	}
+	return n
+}
+
 func (w *world) check(t *rapid.T) {
 	e := w.l.Effects()
 	for _, s := range e.Slots {
@@ -233,7 +243,8 @@ func TestAgainstModel(t *testing.T) {
 					spec.Ref = anyRef(t)
 				}
 				n := rapid.IntRange(1, 3).Draw(t, "objects")
-				room := w.used(npu)+int64(n)*mem.Padded(spec.Bytes, page) <= 20*page
+				need := int64(n) * mem.Padded(spec.Bytes, page)
+				room := w.used(npu)+need <= 20*page && (npu >= 0 || w.host(id)+need <= 15*page)
 				grants, err := w.l.Alloc(w.now, id, slices.Repeat([]protocol.Spec{spec}, n))
 				if !room {
 					if !errors.Is(err, mem.ErrExhausted) {

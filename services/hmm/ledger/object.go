@@ -49,7 +49,11 @@ func (l *Ledger) Alloc(now time.Time, id Conn, specs []protocol.Spec) ([]protoco
 		need[b] += mem.Padded(s.Bytes, l.cfg.Page)
 	}
 	for b, n := range need {
-		if err := b.fits(n); err != nil {
+		err := b.fits(n)
+		if err == nil && b.npu == mem.HostNPU {
+			err = l.share(c, n)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("allocating %d objects: %w", len(specs), err)
 		}
 	}
@@ -89,8 +93,34 @@ func (l *Ledger) Alloc(now time.Time, id Conn, specs []protocol.Spec) ([]protoco
 	return grants, nil
 }
 
+// share reports with ErrExhausted that a client would itself hold more of the host memory, which all share, than it may,
+// whatever is free: three quarters.
+func (l *Ledger) share(c *conn, bytes int64) error {
+	held, most := int64(0), mem.Padded(l.cfg.Host-l.cfg.Host/4, l.cfg.Page)
+	for o := range c.objects {
+		if o.handle.NPU == mem.HostNPU {
+			held += o.extent.Bytes
+		}
+	}
+	if held+bytes > most {
+		return fmt.Errorf("%d bytes of host memory wanted, %q holds %d and may hold %d of %d: %w", bytes, c.instance, held, most, l.cfg.Host, mem.ErrExhausted)
+	}
+	return nil
+}
+
+// admits reports with ErrDenied that an NPU is granted to another client, which alone may book memory there.
+func (b *budget) admits(c *conn) error {
+	if b.owner != nil && b.owner != c {
+		return fmt.Errorf("NPU %d is granted to %q: %w", b.npu, b.owner.instance, mem.ErrDenied)
+	}
+	return nil
+}
+
 func (l *Ledger) checkSpec(c *conn, s protocol.Spec) (*budget, error) {
 	b, err := l.budget(s.NPU)
+	if err == nil {
+		err = b.admits(c)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -167,7 +197,10 @@ func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 	to := (*budget)(nil)
 	if a.NPU >= 0 {
 		var err error
-		if to, err = l.budget(a.NPU); err != nil {
+		if to, err = l.budget(a.NPU); err == nil {
+			err = to.admits(c)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("attaching: %w", err)
 		}
 	}

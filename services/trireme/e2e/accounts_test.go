@@ -275,7 +275,7 @@ func (u *user) do(ctx context.Context) error {
 	switch u.r.IntN(10) {
 	case 0, 1, 2, 3:
 		kind := []mem.Kind{mem.KindKV, mem.KindLog, mem.KindSpec}[u.r.IntN(3)]
-		spec := hbm.Spec{Kind: kind, NPU: u.r.IntN(3) - 1, Bytes: 1 + u.r.Int64N(400_000)}
+		spec := hbm.Spec{Kind: kind, NPU: []int{mem.HostNPU, 1, 2}[u.r.IntN(3)], Bytes: 1 + u.r.Int64N(400_000)}
 		if u.r.IntN(3) == 0 {
 			spec.Ref = u.ref()
 		}
@@ -289,7 +289,7 @@ func (u *user) do(ctx context.Context) error {
 		if len(u.held) == 0 {
 			return nil
 		}
-		o, err := u.c.Attach(ctx, mem.ReadOnly, u.r.IntN(2), u.held[u.r.IntN(len(u.held))].Handle())
+		o, err := u.c.Attach(ctx, mem.ReadOnly, 1+u.r.IntN(2), u.held[u.r.IntN(len(u.held))].Handle())
 		if errors.Is(err, mem.ErrExhausted) {
 			return nil
 		}
@@ -322,7 +322,7 @@ func (u *user) cache(ctx context.Context) error {
 	if err != nil || ticket == nil {
 		return err
 	}
-	o, err := u.c.Alloc(ctx, hbm.Spec{Kind: mem.KindMM, NPU: u.r.IntN(2), Bytes: 1 + u.r.Int64N(200_000)})
+	o, err := u.c.Alloc(ctx, hbm.Spec{Kind: mem.KindMM, NPU: 1 + u.r.IntN(2), Bytes: 1 + u.r.Int64N(200_000)})
 	if err != nil {
 		if errors.Is(err, mem.ErrExhausted) {
 			err = nil
@@ -338,7 +338,7 @@ func (u *user) cache(ctx context.Context) error {
 // TestAccountsAgree compares `status`, `status --json`, /metrics and the kernel's books of the HMM's files: at rest, in
 // moments of a load, and after it.
 func TestAccountsAgree(t *testing.T) {
-	n := startNode(t, "--npus", "2", "--npu-memory", "16MiB", "--host-memory", "8MiB", "--mm-cache", "1MiB", "--kv-cache", "1MiB")
+	n := startNode(t, "--npus", "3", "--npu-memory", "16MiB", "--host-memory", "8MiB", "--mm-cache", "1MiB", "--kv-cache", "1MiB")
 	n.dial(t, "watcher", 1)
 	rest := n.agree(t)
 	if rest.Objects != 0 || rest.Memory[1].Instance != "watcher" {
@@ -392,7 +392,7 @@ func TestAccountsAgree(t *testing.T) {
 		if s.Objects == 0 || len(s.Weights) != 2 || s.Weights[0].Holders != 2 || s.Shared[0].Cached != 0 {
 			t.Errorf("no load: %+v", s)
 		}
-		cached += s.Memory[1].Cached + s.Memory[2].Cached
+		cached += s.Memory[2].Cached + s.Memory[3].Cached
 	}
 	if cached == 0 {
 		t.Error("nothing was ever cached")
@@ -409,7 +409,7 @@ func TestAccountsAgree(t *testing.T) {
 		t.Errorf("after: %+v", after)
 	}
 	for _, m := range slices.Concat(after.Memory, after.Shared) {
-		if m.Used+m.Padded != m.Cached || m.Peak == 0 {
+		if m.Used+m.Padded != m.Cached || (m.Peak == 0) != (m.NPU == 0) {
 			t.Errorf("after: NPU %d: %+v", m.NPU, m)
 		}
 	}
