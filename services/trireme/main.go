@@ -140,6 +140,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once, and its children with it
 	inherit := []string{"--log-level", c.LogLevel, "--log-format", c.LogFormat}
 	if c.Config != "" {
 		inherit = append(inherit, "--config", string(c.Config))

@@ -61,7 +61,8 @@ func (upCmd) Help() string {
                                                       beside another one, on free ports (give it its own --data)
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
 
-When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order.`
+When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
+second one at once.`
 }
 
 // stopGrace is how long the processes of one layer get to stop before they are killed.

@@ -52,6 +52,7 @@ type cluster struct {
 	cmd       *exec.Cmd
 	log       *syncBuffer
 	exited    chan struct{}
+	killed    bool // by the test: it need not stop in order
 }
 
 // syncBuffer collects output of a process while tests read it.
@@ -134,6 +135,9 @@ func start(tb testing.TB, args ...string) *cluster {
 
 func (c *cluster) stop(tb testing.TB) {
 	tb.Helper()
+	if c.killed {
+		return
+	}
 	children := c.children()
 	_ = c.cmd.Process.Signal(os.Interrupt)
 	select {

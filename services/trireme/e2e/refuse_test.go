@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -187,5 +188,47 @@ func TestChatAndStatus(t *testing.T) {
 	}
 	if n := len(s["nodes"].([]any)); n != 1 {
 		t.Errorf("status lists %d nodes, want 1", n)
+	}
+}
+
+// A second Ctrl-C does not wait for open requests.
+func TestSecondInterruptStopsAtOnce(t *testing.T) {
+	c := start(t)
+	p := openai.ChatCompletionNewParams{
+		Model: "shapes-vl-moe", Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage("Hello!")},
+	}
+	p.SetExtraFields(map[string]any{"ignore_eos": true}) // thousands of tokens
+	client := c.client()
+	stream := client.Chat.Completions.NewStreaming(t.Context(), p)
+	defer stream.Close()
+	if !stream.Next() {
+		t.Fatal(stream.Err())
+	}
+	children := c.children()
+	c.killed = true
+	_ = c.cmd.Process.Signal(os.Interrupt)
+	for !strings.Contains(c.log.String(), "stopping  gateway") && t.Context().Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	for gone := false; !gone; {
+		_ = c.cmd.Process.Signal(os.Interrupt)
+		select {
+		case <-c.exited:
+			gone = true
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if s := c.cmd.ProcessState.Sys().(syscall.WaitStatus); !s.Signaled() || s.Signal() != syscall.SIGINT {
+		t.Errorf("up ended with %v:\n%s", c.cmd.ProcessState, c.log)
+	}
+	for _, p := range children { // a dead one that nobody has waited for has an empty command line
+		for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			if line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid)); len(line) == 0 {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("child %d (%s) outlived up", p.pid, p.role)
+			}
+		}
 	}
 }
