@@ -182,6 +182,9 @@ func (q *query) run(ctx context.Context, r responder, i int, credit *admission.C
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.usage.Add(len(j.spec.Prompt), l.answer.Generated(), min(cached, len(j.spec.Prompt)))
+	if len(j.pictures) > 0 {
+		q.usage.AddPictures(min(l.answer.Hits(), len(j.pictures)))
+	}
 	return nil
 }
 

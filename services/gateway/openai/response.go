@@ -15,7 +15,8 @@ type Usage struct {
 
 // PromptDetails says where prompt tokens came from.
 type PromptDetails struct {
-	CachedTokens int `json:"cached_tokens"` // taken from the prefix cache, not computed
+	CachedTokens int  `json:"cached_tokens"`           // taken from the prefix cache, not computed
+	CachedImages *int `json:"cached_images,omitempty"` // taken from the cache, not encoded; nil for a prompt without pictures
 }
 
 // Add adds another prompt's tokens.
@@ -24,6 +25,14 @@ func (u *Usage) Add(prompt, completion, cached int) {
 	u.CompletionTokens += completion
 	u.TotalTokens += prompt + completion
 	u.PromptDetails.CachedTokens += cached
+}
+
+// AddPictures adds the pictures of a prompt, of which so many were cached.
+func (u *Usage) AddPictures(cached int) {
+	if u.PromptDetails.CachedImages != nil {
+		cached += *u.PromptDetails.CachedImages
+	}
+	u.PromptDetails.CachedImages = &cached
 }
 
 // ChatCompletion is the answer to a request that does not stream.

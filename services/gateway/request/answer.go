@@ -65,6 +65,7 @@ type Answer struct {
 	open    int // choices that have not ended
 
 	cached, computed int // of the newest attempt's prompt
+	hits             int // of its pictures: not encoded for it
 }
 
 type choice struct {
@@ -118,6 +119,9 @@ func (a *Answer) Tokens(choice int) int { return len(a.choices[choice].ids) }
 // Prompt returns how many prompt tokens the newest attempt took from the prefix cache and how many it computed.
 func (a *Answer) Prompt() (cached, computed int) { return a.cached, a.computed }
 
+// Hits returns how many pictures were not encoded for the newest attempt, as they had been for another request.
+func (a *Answer) Hits() int { return a.hits }
+
 // Restart begins the next attempt: whatever older ones still send is dropped from now on. It returns the tokens of each
 // choice so far, for the new attempt to go on from; they are the caller's.
 func (a *Answer) Restart() [][]int32 {
@@ -162,6 +166,7 @@ func (a *Answer) Take(instance string, run *wire.Run, emit func(*Piece)) {
 	}
 	if run.Cached > 0 || run.Computed > 0 {
 		a.cached, a.computed = max(0, run.Cached), max(0, run.Computed)
+		a.hits = max(0, run.Hits)
 	}
 	a.append(run, next-run.Index, emit)
 }

@@ -266,3 +266,107 @@ func TestSharedPrefixesAtOnce(t *testing.T) {
 	}
 	c.expectNoMemory(t)
 }
+
+// Usage says what came from the caches, on each endpoint, streaming or not, and the answer is the same with it.
+func TestUsageTellsWhatWasCached(t *testing.T) {
+	c := start(t)
+	client := c.client()
+	type answer struct {
+		text  string
+		usage openai.CompletionUsage
+	}
+	chat := func(salt string, pictures ...string) openai.ChatCompletionNewParams {
+		p := ask(t, "Describe the image. Where is the star? How many shapes are in the image?", pictures...)
+		if salt != "" {
+			p.SetExtraFields(map[string]any{"cache_salt": salt})
+		}
+		return p
+	}
+	text := func(salt string) openai.CompletionNewParams {
+		p := openai.CompletionNewParams{
+			Model: "shapes-vl-moe", Temperature: openai.Float(0), MaxTokens: openai.Int(30),
+			Prompt: openai.CompletionNewParamsPromptUnion{OfString: openai.String("Count from 1 to 20. " + strings.Repeat("1 2 3 4 5 6 ", 9))},
+		}
+		if salt != "" {
+			p.SetExtraFields(map[string]any{"cache_salt": salt})
+		}
+		return p
+	}
+	for _, x := range []struct {
+		name   string
+		images int // of the prompt
+		ask    func(salt string) (answer, error)
+	}{
+		{"chat", 0, func(salt string) (answer, error) {
+			r, err := client.Chat.Completions.New(t.Context(), chat(salt))
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{r.Choices[0].Message.Content, r.Usage}, nil
+		}},
+		{"chat with pictures", 2, func(salt string) (answer, error) {
+			r, err := client.Chat.Completions.New(t.Context(), chat(salt, "case15_0.png", "case16_0.png"))
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{r.Choices[0].Message.Content, r.Usage}, nil
+		}},
+		{"chat with pictures, streaming", 1, func(salt string) (answer, error) {
+			s, err := c.stream(t.Context(), chat(salt, "case14_0.png"), nil)
+			return answer{s.text, s.usage}, err
+		}},
+		{"completions", 0, func(salt string) (answer, error) {
+			r, err := client.Completions.New(t.Context(), text(salt))
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{r.Choices[0].Text, r.Usage}, nil
+		}},
+		{"completions, streaming", 0, func(salt string) (a answer, err error) {
+			p := text(salt + " streaming")
+			p.StreamOptions.IncludeUsage = openai.Bool(true)
+			s := client.Completions.NewStreaming(t.Context(), p)
+			defer s.Close()
+			for s.Next() {
+				chunk := s.Current()
+				if chunk.Usage.TotalTokens > 0 {
+					a.usage = chunk.Usage
+				}
+				for _, ch := range chunk.Choices {
+					a.text += ch.Text
+				}
+			}
+			return a, s.Err()
+		}},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			var first answer
+			for i, salt := range []string{"", "", "tenant", "tenant", "another"} {
+				a, err := x.ask(salt)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if i == 0 {
+					first = a
+				}
+				tokens, images := 0, 0
+				if i == 1 || i == 3 { // the same prompt and salt once more: all but the block of the last token
+					tokens, images = int(a.usage.PromptTokens-1)/16*16, x.images
+				}
+				if got := int(a.usage.PromptTokensDetails.CachedTokens); got != tokens || a.usage.PromptTokens < 17 {
+					t.Errorf("request %d with salt %q: %d of %d tokens cached, want %d", i, salt, got, a.usage.PromptTokens, tokens)
+				}
+				got, want := a.usage.PromptTokensDetails.JSON.ExtraFields["cached_images"].Raw(), ""
+				if x.images > 0 {
+					want = strconv.Itoa(images)
+				}
+				if got != want {
+					t.Errorf("request %d with salt %q: %q pictures cached, want %q", i, salt, got, want)
+				}
+				if a.text != first.text {
+					t.Errorf("request %d with salt %q: %q, at first %q", i, salt, a.text, first.text)
+				}
+			}
+		})
+	}
+}
