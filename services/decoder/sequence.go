@@ -3,6 +3,7 @@ package decoder
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -158,17 +159,36 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err := d.check(s, before); err != nil {
 		return err
 	}
-	c, err := before.Continuation(func(slab mem.Handle) bool { return place < 0 && d.HBM.Far(int(slab.NPU), d.NPU) })
+	var known stage.Prefix
+	var keys []hbm.Key
+	far := d.far(last)
+	if far {
+		keys = d.BlockKeys(s.spec, s.spec.Prompt)
+		if known, err = d.Known(ctx, s.spec, keys); err != nil {
+			return err
+		}
+		s.objects = append(s.objects, known.Slabs...)
+	}
+	c, err := before.Continuation(kv.Known{Slabs: asSlabs(known.Slabs), Blocks: known.Blocks}, func(slab mem.Handle) bool {
+		return place < 0 && d.HBM.Far(int(slab.NPU), d.NPU)
+	})
 	if err != nil {
 		return err
 	}
 	slabs, err := d.slabs(ctx, before, last.Node, func(i int, _ bool) (mem.Access, int) {
-		if slices.Contains(c.Share, i) {
+		switch {
+		case slices.Contains(c.Share, i):
 			return mem.ReadOnly, d.NPU
+		case slices.Contains(c.Skip, i):
+			return mem.ReadOnly, absent
 		}
 		return mem.ReadOnly, place
 	})
-	s.objects = append(s.objects, slabs...)
+	for _, o := range slabs {
+		if o != nil {
+			s.objects = append(s.objects, o)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -194,7 +214,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		return err
 	}
 	old, drop := slices.Clone(objs), []mem.Handle{last}
-	keep := slices.Clone(fresh[1:])
+	keep := append(slices.Clone(fresh[1:]), known.Slabs...)
 	for i, o := range slabs {
 		if slices.Contains(c.Share, i) {
 			keep = append(keep, o)
@@ -202,13 +222,21 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		}
 		old = append(old, o)
 		if s.spec.Choices == 1 { // other choices may have blocks in it
-			drop = append(drop, o.Handle())
+			h, _, err := before.Slab(i)
+			if err != nil {
+				return err
+			}
+			h.Node = last.Node
+			drop = append(drop, h)
 		}
 	}
 	if err := d.HBM.Inherit(ctx, s.claim, fresh[0], keep, drop); err != nil {
 		return err
 	}
 	d.Free(ctx, old...)
+	if far { // who takes another one that begins alike need not copy it again
+		d.CacheBlocks(ctx, s.kv, keys, len(known.Blocks))
+	}
 	return nil
 }
 
@@ -231,8 +259,11 @@ func (d *decoder) check(s *sequence, log *kv.Log) error {
 	return nil
 }
 
-// slabs attaches the slabs of a log, in its order; how says in which way, by number and whether they are the log's own.
-// With an error it returns those that it has attached, in any order.
+// absent stands for the NPU of a slab that is not to be attached.
+const absent = math.MinInt
+
+// slabs attaches the slabs of a log, in its order; how says in which way, by number and whether they are the log's own;
+// absent leaves nil in the slab's place. With an error it returns those that it has attached, in any order.
 func (d *decoder) slabs(ctx context.Context, log *kv.Log, node string, how func(i int, own bool) (mem.Access, int)) ([]*hbm.Object, error) {
 	type way struct {
 		access mem.Access
@@ -248,7 +279,9 @@ func (d *decoder) slabs(ctx context.Context, log *kv.Log, node string, how func(
 		}
 		h.Node = node
 		var w way
-		w.access, w.npu = how(i, own)
+		if w.access, w.npu = how(i, own); w.npu == absent {
+			continue
+		}
 		at[w], handles[w] = append(at[w], i), append(handles[w], h)
 	}
 	for w, numbers := range at {
@@ -266,7 +299,9 @@ func (d *decoder) slabs(ctx context.Context, log *kv.Log, node string, how func(
 func asSlabs(objs []*hbm.Object) []kv.Slab {
 	slabs := make([]kv.Slab, len(objs))
 	for i, o := range objs {
-		slabs[i] = o
+		if o != nil {
+			slabs[i] = o
+		}
 	}
 	return slabs
 }

@@ -132,7 +132,7 @@ func (r *rig) written(m *wire.Decode) []*hbm.Object {
 	if err != nil {
 		r.Fatal(err)
 	}
-	c, err := log.Continuation(func(mem.Handle) bool { return false })
+	c, err := log.Continuation(kv.Known{}, func(mem.Handle) bool { return false })
 	if err != nil {
 		r.Fatal(err)
 	}

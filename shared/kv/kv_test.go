@@ -354,7 +354,7 @@ func TestSuccessorsShareNothingWritable(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c, err := before.Continuation(func(mem.Handle) bool { return false })
+			c, err := before.Continuation(kv.Known{}, func(mem.Handle) bool { return false })
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -68,7 +68,7 @@ func TestAnyChangeToKVIsFound(t *testing.T) {
 			must(seq.Append(kv.Record{Index: n, Token: int32(n)}))
 		}
 		if rapid.Bool().Draw(t, "succeed") {
-			c, err := log.Continuation(func(mem.Handle) bool { return false })
+			c, err := log.Continuation(kv.Known{}, func(mem.Handle) bool { return false })
 			must(err)
 			shape = c.Shape
 			_, nextLog := newSequence()
@@ -112,7 +112,7 @@ func TestWrongCopyOfTheOpenBlock(t *testing.T) {
 	if err := seq.Append(kv.Record{Token: 1}); err != nil {
 		t.Fatal(err)
 	}
-	c, err := log.Continuation(func(mem.Handle) bool { return false })
+	c, err := log.Continuation(kv.Known{}, func(mem.Handle) bool { return false })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,7 +46,7 @@ func NewSequence(t *model.Text, log *Log) *Sequence {
 
 // OpenSequence rebuilds a sequence from its log and its mapped slabs, given in the order of the log's table. Every full
 // block must be sealed and is checked against its CRC, and the open one against the records; an error then wraps
-// mem.ErrCorrupt.
+// mem.ErrCorrupt. A slab that a Continuation has no need of may be nil: its blocks are then nil, and not checked.
 func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 	s := NewSequence(t, log)
 	if len(slabs) != log.SlabCount() {
@@ -54,6 +54,9 @@ func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 	}
 	s.slabs = slabs
 	for i := range slabs {
+		if slabs[i] == nil {
+			continue
+		}
 		if got, want := int64(len(slabs[i].Bytes())), SlabBytes(t); got < want {
 			return nil, fmt.Errorf("opening slab %d: %d bytes, want %d: %w", i, got, want, mem.ErrCorrupt)
 		}
@@ -68,6 +71,10 @@ func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 		if err != nil {
 			return nil, err
 		}
+		if slabs[ref.Slab] == nil {
+			s.Blocks = append(s.Blocks, nil)
+			continue
+		}
 		block := s.block(ref)
 		if full := i < written/model.BlockTokens; full && !ref.Sealed || ref.Sealed && mem.Checksum(bytesOf(block)) != ref.CRC {
 			return nil, fmt.Errorf("KV block %d of %s/%d: %w", i, log.shape.Request, log.shape.Choice, mem.ErrCorrupt)
@@ -80,7 +87,7 @@ func OpenSequence(t *model.Text, log *Log, slabs []Slab) (*Sequence, error) {
 		if err != nil {
 			return nil, err
 		}
-		for b := next[i]; own && b < SlabBlocks; b++ {
+		for b := next[i]; own && slabs[i] != nil && b < SlabBlocks; b++ {
 			s.free = append(s.free, BlockRef{Slab: i, Block: b})
 		}
 	}

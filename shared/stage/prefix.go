@@ -3,6 +3,7 @@ package stage
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
@@ -52,6 +53,19 @@ type Prefix struct {
 	Slabs  []*hbm.Object // in order of their first block, mapped for reading; perhaps of other memory domains
 	Blocks []kv.BlockRef // by number in the sequence
 	Shared int           // the first of Blocks, which may be shared (see kv.Whole); the others are to be copied
+}
+
+// Known looks for the first blocks of a prompt in the index of this NPU's memory domain, those that can be shared as whole
+// slabs.
+func (s *Stage) Known(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
+	p, err := s.Prefix(ctx, spec, keys)
+	if err != nil {
+		return Prefix{}, fmt.Errorf("looking for the prompt in the cache: %w", err)
+	}
+	whole := p.Shared / kv.SlabBlocks
+	s.Free(ctx, p.Slabs[whole:]...)
+	p.Slabs, p.Blocks = p.Slabs[:whole:whole], p.Blocks[:p.Shared]
+	return p, nil
 }
 
 // Prefix looks for the longest cached beginning of a prompt, of whole blocks, at least one token short of it: the last

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -197,7 +198,12 @@ func TestConversationIsCached(t *testing.T) {
 		}
 		t.Logf("turn %d: %d of %d prompt tokens cached, %d answered", i+1, cached, tokens, got.usage.CompletionTokens)
 		before = tokens + int(got.usage.CompletionTokens) - 1
-		c.expectMemory(t, "the turn's blocks cached", func(s hbm.Stats) bool { return s.CachedBlocks == before/16 })
+		c.expectMemory(t, "the turn's blocks cached", func(s hbm.Stats) bool {
+			if os.Getenv(domainsVariable) == "per-npu" { // some in two domains
+				return s.CachedBlocks >= before/16 && s.Claims == 0
+			}
+			return s.CachedBlocks == before/16
+		})
 		p.Messages = append(p.Messages, openai.AssistantMessage(got.text))
 	}
 	if n := c.metric(t, "trireme_mm_cache_hits_total"); n != 3 {
