@@ -241,7 +241,7 @@ func TestConversationIsCached(t *testing.T) {
 // it, by pictures that are cut by a block's end too, are those of a system without caches.
 func TestSharedPrefixesAtOnce(t *testing.T) {
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
-	c := start(t, "--topology", "1E2P2D", "--npu-memory", "64MiB", "--kv-cache", "32MiB")
+	c := start(t, "--topology", "1E2P2D", "--npu-memory", "12MiB")
 	var wg sync.WaitGroup
 	const requests = 20
 	want := make([]streamed, requests)
