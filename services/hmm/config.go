@@ -100,10 +100,11 @@ func (c Config) withDefaults() Config {
 	c.MMCache = max(c.MMCache, 0)
 	c.KVCache = max(c.KVCache, 0)
 	if c.Weights == 0 {
-		c.Weights = defaultWeights()
+		domains := 1
 		if c.PerNPU {
-			c.Weights /= int64(max(c.NPUs, 1)) // each domain has its own
+			domains = c.NPUs
 		}
+		c.Weights = DefaultWeights(domains)
 	}
 	c.Weights -= c.Weights % mem.HostPage
 	c.NPUBytes -= c.NPUBytes % mem.HostPage

@@ -16,13 +16,15 @@ import (
 	"trireme.dev/services/hmm/ledger"
 )
 
-// defaultWeights is half of the machine's memory, in whole pages.
-func defaultWeights() int64 {
+// DefaultWeights is Config.Weights where nothing else is said: half of the machine's memory, shared out evenly to the
+// domains, in whole pages.
+func DefaultWeights(domains int) int64 {
+	half := int64(64 << 30) // it is an upper bound, pages are taken as they are used
 	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return 64 << 30 // it is an upper bound, pages are taken as they are used
+	if err := unix.Sysinfo(&info); err == nil {
+		half = int64(uint64(info.Totalram) * uint64(info.Unit) / 2)
 	}
-	half := int64(uint64(info.Totalram) * uint64(info.Unit) / 2)
+	half /= int64(max(domains, 1))
 	return half - half%mem.HostPage
 }
 

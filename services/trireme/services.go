@@ -18,6 +18,7 @@ import (
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
+	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
@@ -59,6 +60,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait,
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads},
+		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {
 		return err

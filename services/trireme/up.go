@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,9 +25,11 @@ import (
 	"trireme.dev/models"
 	"trireme.dev/services/gateway"
 	"trireme.dev/services/gateway/media"
+	"trireme.dev/services/hmm"
 	"trireme.dev/services/trireme/supervise"
 	"trireme.dev/shared/bus/embedded"
 	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hf"
 	"trireme.dev/shared/imageprep"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
@@ -87,6 +90,9 @@ func (c *upCmd) Run(e *env) error {
 		return err
 	}
 	if err := checkMemory(&cfg.Text, p.memory); err != nil {
+		return err
+	}
+	if err := c.checkWeights(p); err != nil {
 		return err
 	}
 	if c.NATSURL != "" {
@@ -196,6 +202,41 @@ func checkMemory(cfg *model.Text, memory conf.Bytes) error {
 		return fmt.Errorf("%w--npu-memory %v is too small: a request of %d tokens with this model takes %v, and the whole "+
 			"context of %d tokens about %v", errUsage, memory, tokens, least, cfg.Context,
 			conf.Bytes(slab)*conf.Bytes(kv.Slabs(cfg.Context)))
+	}
+	return nil
+}
+
+// checkWeights refuses a model whose weights do not fit into what a memory domain may have of them. The encoders' and the
+// others' are two sets, in one domain or in several.
+func (c *upCmd) checkWeights(p *plan) error {
+	f, err := hf.Open(p.model)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	domains := 1
+	if c.Domains == "per-npu" {
+		domains = p.topology.NPUs()
+	}
+	room := cmp.Or(c.WeightsMemory, conf.Bytes(hmm.DefaultWeights(domains)))
+	var most, all conf.Bytes
+	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
+		sizes, err := f.Needs(part)
+		if err != nil {
+			return err
+		}
+		var need conf.Bytes
+		for _, n := range sizes {
+			need += conf.Bytes(mem.Padded(n, mem.HostPage))
+		}
+		most, all = max(most, need), all+need
+	}
+	if domains > 1 {
+		all = most
+	}
+	if all > room {
+		return fmt.Errorf("%wthe weights of %s take %v of shared memory in each memory domain, which has %v for them: give more with "+
+			"--weights-memory, if the machine has it, or choose a smaller model", errUsage, p.model, all, room)
 	}
 	return nil
 }
@@ -341,7 +382,10 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	fmt.Fprintf(e.err, "model     %s\ntopology  %s, %v for each NPU\n", p.model, p.topology, p.memory)
 
 	address := "http://" + p.http
-	if err := waitHealthy(ctx, address, e.err); err == nil {
+	loaded := watchLoading(ctx, p.natsURL, e.err)
+	err = waitHealthy(ctx, address, e.err)
+	loaded()
+	if err == nil {
 		ready.Store(true)
 		fmt.Fprintln(e.out, "ready", address)
 		<-ctx.Done()

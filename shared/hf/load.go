@@ -91,6 +91,20 @@ func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, pro
 	return w, nil
 }
 
+// Needs lists the sizes of the objects that Load would keep in a Memory for one part of the model, in bytes.
+func (f *Folder) Needs(part Parts) ([]int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
+	}
+	plan, err := newPlan(f, part, true)
+	if err != nil {
+		return nil, err
+	}
+	return plan.sizes, nil
+}
+
 // setKey names the objects of parts by the model's content and their layout.
 func (f *Folder) setKey(parts Parts) [32]byte {
 	h := sha256.New()

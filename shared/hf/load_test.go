@@ -144,6 +144,13 @@ func TestLoadParts(t *testing.T) {
 		t.Errorf("the language model came with vision %v and %d sets", w.Vision, len(s.sets))
 	}
 
+	if need, err := f.Needs(hf.Text); err != nil || len(need) != layers*experts || need[0] != 3*24*hidden*2 {
+		t.Errorf("the language model needs %d, %v", need, err)
+	}
+	if need, err := f.Needs(hf.Vision); err != nil || len(need) != 0 {
+		t.Errorf("the vision encoder needs %d, %v", need, err)
+	}
+
 	// Another model's weights are another set, and so are those of another part.
 	if _, err := open(t, newTiny(16).write(t, form{shards: 2})).Load(t.Context(), s, hf.Text); err != nil || len(s.sets) != 2 {
 		t.Errorf("two models have %d sets, %v", len(s.sets), err)

@@ -110,6 +110,7 @@ func TestUpRefuses(t *testing.T) {
 		"no NATS there":        {with(freePorts[:2], "--nats-url", "nats://127.0.0.1:1"), "nats://127.0.0.1:1"},
 		"no NATS URL":          {with(freePorts[:2], "--nats-url", "nats://[::1"), "nats://[::1"},
 		"no encoder":           {with(freePorts, "--topology", "1P1D"), "role E"},
+		"no room for weights":  {with(freePorts, "--weights-memory", "17MiB"), "--weights-memory"},
 		"no folder":            {with(freePorts, "--model", "/does/not/exist"), "/does/not/exist"},
 		"topology":             {with(freePorts, "--topology", "1E1P"), "role D"},
 		"topology notation":    {with(freePorts, "--topology", "many"), "many"},

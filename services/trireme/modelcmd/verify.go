@@ -38,9 +38,7 @@ func (c *Verify) Run(s Streams) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if isTerminal(s.Err) {
-		f.Progress = loadProgress(s.Err)
-	}
+	f.Progress = LoadProgress(s.Err)
 	compute, err := npu.Open(npu.Options{Backend: c.Backend, Threads: c.Threads})
 	if err != nil {
 		return err
@@ -88,11 +86,15 @@ func (c *Verify) Run(s Streams) (err error) {
 	return nil
 }
 
-// loadProgress shows the copying of weights on a terminal.
-func loadProgress(w io.Writer) func(done, total int64) {
+// LoadProgress shows the loading of weights to a person at a terminal: bytes, bytes a second and the time left. It is nil
+// where w is no terminal.
+func LoadProgress(w io.Writer) func(done, total int64) {
+	if !isTerminal(w) {
+		return nil
+	}
 	var bar *progressbar.ProgressBar
 	return func(done, total int64) {
-		if bar == nil {
+		if bar == nil || bar.GetMax64() != total {
 			bar = newBar(w, total, "loading weights", true)
 		}
 		_ = bar.Set64(done)
