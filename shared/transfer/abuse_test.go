@@ -1,23 +1,16 @@
 package transfer_test
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/transfer"
+	"trireme.dev/shared/transfer/transfertest"
 )
 
 func TestThousandConnections(t *testing.T) {
@@ -136,52 +129,12 @@ func TestAnotherVersion(t *testing.T) {
 	<-done
 }
 
-// issue writes a certificate and its key, signed by parent or by itself, to files in dir.
-func issue(t *testing.T, dir, name string, parent *x509.Certificate, parentKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true, IsCA: parent == nil, KeyUsage: x509.KeyUsageDigitalSignature,
-	}
-	if parent == nil {
-		template.KeyUsage |= x509.KeyUsageCertSign
-		template.ExtKeyUsage = nil
-		parent, parentKey = template, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, parentKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for file, block := range map[string]*pem.Block{
-		name + ".crt": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: secret},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return cert, key
-}
-
 func TestMutualTLS(t *testing.T) {
 	dir := t.TempDir()
-	ca, caKey := issue(t, dir, "ca", nil, nil)
-	issue(t, dir, "n1", ca, caKey)
-	issue(t, dir, "n2", ca, caKey)
-	issue(t, dir, "stranger", nil, nil)
+	ca, caKey := transfertest.Issue(t, dir, "ca", nil, nil)
+	transfertest.Issue(t, dir, "n1", ca, caKey)
+	transfertest.Issue(t, dir, "n2", ca, caKey)
+	transfertest.Issue(t, dir, "stranger", nil, nil)
 	load := func(name string) (cfg transfer.ClientConfig) {
 		t.Helper()
 		secure, err := transfer.MutualTLS(filepath.Join(dir, name+".crt"), filepath.Join(dir, name+".key"), filepath.Join(dir, "ca.crt"))

@@ -18,6 +18,7 @@ import (
 	"trireme.dev/services/trireme/supervise"
 	"trireme.dev/shared/bus/bustest"
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/transfer/transfertest"
 )
 
 // Two nodes on this machine: two HMMs, each with a socket of its own, which know of each other by NATS alone, or by what
@@ -28,8 +29,8 @@ type nodes struct {
 }
 
 // startNodes runs the services of two nodes under a supervisor for the length of the test. proxy, if not nil, is given the
-// address where node a serves, and returns the one that node b is to use.
-func startNodes(t *testing.T, proxy func(addr string) string) *nodes {
+// address where node a serves, and returns the one that node b is to use. secure: the nodes speak TLS.
+func startNodes(t *testing.T, proxy func(addr string) string, secure bool) *nodes {
 	t.Helper()
 	path, err := binary()
 	if err != nil {
@@ -64,11 +65,21 @@ func startNodes(t *testing.T, proxy func(addr string) string) *nodes {
 		serves[name] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 		stage[c] = []string{"--hmm", filepath.Join(c.data, "hmm.sock"), "--data", c.data, "--model", root + "/models/shapes-vl-moe"}
 	}
+	certificates := t.TempDir()
+	if secure {
+		ca, key := transfertest.Issue(t, certificates, "ca", nil, nil)
+		transfertest.Issue(t, certificates, "a", ca, key)
+		transfertest.Issue(t, certificates, "b", ca, key)
+	}
 	for name, c := range map[string]*cluster{"a": n.cluster, "b": n.b} {
 		args := []string{"hmm", "--node", name, "--socket", filepath.Join(c.data, "hmm.sock"), "--peer-listen", serves[name],
 			"--npus", "2", "--npu-memory", "256MiB", "--host-memory", "128MiB"}
 		if proxy != nil && name == "b" {
 			args = append(args, "--peer", "a="+proxy(serves["a"]))
+		}
+		if secure {
+			file := func(name string) string { return filepath.Join(certificates, name) }
+			args = append(args, "--peer-cert", file(name+".crt"), "--peer-key", file(name+".key"), "--peer-ca", file("ca.crt"))
 		}
 		run("hmm-"+name, args...)
 	}
@@ -112,7 +123,7 @@ func (n *nodes) gone(tb testing.TB) {
 // Encoder and prefill on one node, the decoder on another: answers are the reference's, pictures and all, and whoever is
 // killed, HMMs included, the client sees one undisturbed answer.
 func TestTwoNodes(t *testing.T) {
-	n := startNodes(t, nil)
+	n := startNodes(t, nil, false)
 	t.Run("goldens", func(t *testing.T) {
 		var wg sync.WaitGroup
 		for _, g := range loadGoldens(t) {
@@ -163,10 +174,10 @@ func TestTwoNodes(t *testing.T) {
 	n.gone(t)
 }
 
-// A link that is cut in the middle of a transfer, and comes back: the rest is pulled, and nobody sees it.
+// A link that is cut in the middle of a transfer, and comes back: the rest is pulled, over TLS, and nobody sees it.
 func TestLinkBetweenNodesIsCut(t *testing.T) {
 	c := &cut{t: t, at: 300 << 10}
-	n := startNodes(t, c.proxy)
+	n := startNodes(t, c.proxy, true)
 	var g goldenCase
 	for _, x := range loadGoldens(t) {
 		if len(x.Images) == 10 {
