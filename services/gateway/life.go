@@ -287,7 +287,12 @@ func (l *life) publish(ctx context.Context) error {
 	key := wire.JoinKey(l.id, l.answer.Attempt())
 	l.joins = append(l.joins, key)
 	m.MM = make([]mem.Handle, len(spec.Pictures))
-	if err := l.g.bus.CreateJoin(ctx, key, &wire.Join{Prefill: m, Have: make([]bool, len(spec.Pictures))}); err != nil {
+	// Whatever becomes of the client, the record is not given up while it is being made: it would be stored after it was
+	// deleted.
+	making, cancel := context.WithTimeout(context.WithoutCancel(ctx), endWait)
+	err = l.g.bus.CreateJoin(making, key, &wire.Join{Prefill: m, Have: make([]bool, len(spec.Pictures))})
+	cancel()
+	if err != nil {
 		return err
 	}
 	for i := range spec.Pictures {

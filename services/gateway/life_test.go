@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/openai/openai-go/v3"
 	"github.com/openai/openai-go/v3/packages/param"
 
@@ -186,6 +187,37 @@ func (f *fixture) metricOf(name string) string {
 		}
 	}
 	return ""
+}
+
+// A client that goes away at any moment of a request's start leaves no join record: one that is being made is deleted after
+// it was made.
+func TestCancelLeavesNoJoinRecord(t *testing.T) {
+	f := start(t, func(_ *gateway.Config, s *stages) { s.prefill = func(*wire.Prefill, question) bool { return true } })
+	picture := dataURL(pngOf(t, 64, 64, color.White))
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		wg.Go(func() {
+			for i := range 40 {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(500+(i*8+worker)*20)*time.Microsecond)
+				_, _ = f.client.Chat.Completions.New(ctx, openai.ChatCompletionNewParams{Messages: []openai.ChatCompletionMessageParamUnion{
+					openai.UserMessage([]openai.ChatCompletionContentPartUnionParam{
+						openai.ImageContentPart(openai.ChatCompletionContentPartImageImageURLParam{URL: picture}),
+					}),
+				}}) // that it fails is the point
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	f.settled()
+	joins, err := f.bus.JetStream().KeyValue(t.Context(), wire.BucketJoin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.await("no join record", func() bool {
+		_, err := joins.Keys(t.Context())
+		return errors.Is(err, jetstream.ErrNoKeysFound)
+	})
 }
 
 func TestClientDoesNotRead(t *testing.T) {
