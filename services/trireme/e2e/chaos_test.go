@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -73,12 +74,15 @@ type load struct {
 // gap is a time between two pieces of one stream.
 type gap struct{ from, to time.Time }
 
-// disturbed makes requests for a load: 0 to 4 pictures, greedy and seeded, long enough to be hit.
+// disturbed makes requests for a load: 0 to 4 pictures, greedy and seeded, one or two choices, long enough to be hit.
 func disturbed(tb testing.TB, i int) openai.ChatCompletionNewParams {
 	tb.Helper()
 	p := mixed(tb, i)
 	p.MaxTokens = openai.Int(int64(100 + 37*i%200))
 	p.SetExtraFields(map[string]any{"ignore_eos": true})
+	if i%5 == 3 {
+		p.N = openai.Int(2)
+	}
 	return p
 }
 
@@ -193,11 +197,12 @@ func (l *load) spanning(moments []time.Time) []time.Duration {
 	return longest
 }
 
+// quantile is the smallest value that so large a part of them does not exceed.
 func quantile(sorted []time.Duration, q float64) time.Duration {
 	if len(sorted) == 0 {
 		return 0
 	}
-	return sorted[min(len(sorted)-1, int(q*float64(len(sorted))))].Round(time.Millisecond)
+	return sorted[int(math.Ceil(q*float64(len(sorted))))-1].Round(time.Millisecond)
 }
 
 func (l *load) report(tb testing.TB, what string, moments []time.Time) {

@@ -342,7 +342,7 @@ func (c *cluster) post(tb testing.TB, path, body string) (int, string) {
 
 // streamed is what a streaming request returned.
 type streamed struct {
-	text     string
+	text     string // of all choices, one behind the other
 	finish   string
 	usage    openai.CompletionUsage
 	first    time.Duration // to the first content
@@ -360,6 +360,7 @@ func (c *cluster) stream(ctx context.Context, p openai.ChatCompletionNewParams, 
 	s := client.Chat.Completions.NewStreaming(ctx, p)
 	defer s.Close()
 	var r streamed
+	var texts []string // by choice
 	for s.Next() {
 		chunk := s.Current()
 		if chunk.Usage.TotalTokens > 0 {
@@ -380,12 +381,16 @@ func (c *cluster) stream(ctx context.Context, p openai.ChatCompletionNewParams, 
 			}
 			last = now
 			r.contents++
-			r.text += ch.Delta.Content
+			for len(texts) <= int(ch.Index) {
+				texts = append(texts, "")
+			}
+			texts[ch.Index] += ch.Delta.Content
 			if onPiece != nil {
 				onPiece(r.contents)
 			}
 		}
 	}
+	r.text = strings.Join(texts, "")
 	r.total = time.Since(begin)
 	return r, s.Err()
 }
