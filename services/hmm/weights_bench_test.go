@@ -257,7 +257,6 @@ func BenchmarkFirstStep(b *testing.B) {
 				var steps [3]time.Duration
 				var faults [3]int64
 				for b.Loop() {
-					began := time.Now()
 					m := &shelve{c: dial(b, socket, hbm.Hello{})}
 					folder, err := hf.Open(dir)
 					if err != nil {
@@ -268,7 +267,7 @@ func BenchmarkFirstStep(b *testing.B) {
 						b.Fatal(err)
 					}
 					attach += m.sets[0].Attaching
-					began = time.Now()
+					began := time.Now()
 					if populated {
 						if err := folder.Populate(b.Context()); err != nil {
 							b.Fatal(err)
