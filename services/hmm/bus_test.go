@@ -16,7 +16,7 @@ import (
 )
 
 // natsServer starts a real server on a free port and returns a connection for the daemon and one for the test.
-func natsServer(t *testing.T) (daemon, test *nats.Conn) {
+func natsServer(t testing.TB) (daemon, test *nats.Conn) {
 	t.Helper()
 	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
 	must(t, err)

@@ -63,6 +63,7 @@ const (
 	helloTimeout    = 10 * time.Second // for a client to say hello
 	npuWait         = 2 * time.Second  // for NPUs of an instance whose connection has ended to become free
 	maxAllocs       = 8                // of one client at a time
+	maxPulls        = 8                // of the objects of one Attach at a time: small ones take a round trip each
 	maxFinds        = 64               // questions for MM objects or weights of one client that wait at a time
 	maxFindWait     = time.Minute      // for somebody else to make an MM object or a weight set
 	addressRoom     = 2                // bytes of addresses a byte of memory: room against fragmentation

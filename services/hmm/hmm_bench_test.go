@@ -150,6 +150,17 @@ func BenchmarkTakeBetweenDomains(b *testing.B) {
 	}
 }
 
+// BenchmarkAttachFromNode takes a sealed object of another node over: two HMMs in this process, on loopback.
+func BenchmarkAttachFromNode(b *testing.B) {
+	const bytes = 64 << 20
+	_, one, two := twoNodes(b, func(c *hmm.Config) { c.NPUBytes = 2 * bytes })
+	o := alloc(b, one, kv(0, bytes))[0]
+	hbmbench.Fill(o.Bytes())
+	_, err := one.Seal(b.Context(), ref("r", 1), o)
+	must(b, err)
+	bench(b, hbmbench.Take(b.Context(), two, 0, o.Handle()), nil)
+}
+
 // BenchmarkSeal is the checksum of 16 MiB and the call.
 func BenchmarkSeal(b *testing.B) {
 	const bytes = 16 << 20

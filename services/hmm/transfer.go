@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"trireme.dev/shared/hbm/protocol"
@@ -230,18 +231,24 @@ func (s *session) attachCopies(ctx context.Context, a protocol.Attach) (grants [
 		return nil, err
 	}
 	own = append(own[:len(own):len(own)], copies...)
-	for _, h := range a.Handles {
+	grants = make([]protocol.Grant, len(a.Handles))
+	pulls, pulling := errgroup.WithContext(ctx)
+	pulls.SetLimit(maxPulls)
+	for i, h := range a.Handles {
+		g := &grants[i]
 		if h.Node == s.d.cfg.Node {
-			grants, here = append(grants, here[0]), here[1:]
+			*g, here = here[0], here[1:]
 			continue
 		}
-		g := copies[0]
+		*g, copies = copies[0], copies[1:]
 		g.Pulled = true
-		copies = copies[1:]
-		if g.Handle, err = s.fill(ctx, g, h); err != nil {
-			return nil, err
-		}
-		grants = append(grants, g)
+		pulls.Go(func() (err error) {
+			g.Handle, err = s.fill(pulling, *g, h)
+			return err
+		})
+	}
+	if err := pulls.Wait(); err != nil {
+		return nil, err
 	}
 	return grants, nil
 }

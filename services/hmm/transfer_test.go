@@ -14,15 +14,15 @@ import (
 )
 
 // twoNodes runs the HMMs n1 and n2, which know each other, and returns a client of each with one NPU.
-func twoNodes(t *testing.T) (daemons map[string]*hmm.Daemon, one, two *hbm.Client) {
+func twoNodes(t testing.TB, change ...func(*hmm.Config)) (daemons map[string]*hmm.Daemon, one, two *hbm.Client) {
 	t.Helper()
 	daemons = map[string]*hmm.Daemon{}
 	theirs, _ := natsServer(t)
 	sockets := map[string]string{}
 	for _, node := range []string{"n1", "n2"} {
-		daemons[node], sockets[node] = daemon(t, func(c *hmm.Config) {
+		daemons[node], sockets[node] = daemon(t, append(change, func(c *hmm.Config) {
 			c.Node, c.NATS, c.Peers = node, theirs, &hmm.Peers{Listen: "127.0.0.1:0"}
-		})
+		})...)
 	}
 	return daemons, dial(t, sockets["n1"], hbm.Hello{Instance: "one", Role: "decode", NPUs: 1}),
 		dial(t, sockets["n2"], hbm.Hello{Instance: "two", Role: "decode", NPUs: 1})
@@ -143,4 +143,34 @@ func TestAnnouncedAddress(t *testing.T) {
 			t.Errorf("listening at %q with %q it announces %q, want %q", listen, tc.announce, got, want)
 		}
 	}
+}
+
+// Many objects of one Attach, pulled some at a time, each come to their place.
+func TestAttachPullsMany(t *testing.T) {
+	daemons, one, two := twoNodes(t)
+	var specs []hbm.Spec
+	for i := range 40 {
+		specs = append(specs, kv(0, int64(1+i*977)))
+	}
+	var handles []mem.Handle
+	theirs := alloc(t, one, specs...)
+	for i, o := range theirs {
+		fill(o, byte(i))
+		handles = append(handles, o.Handle())
+	}
+	mine := attach(t, two, mem.ReadOnly, 0, handles...)
+	for i, o := range mine {
+		if from, ok := o.Source(); !bytes.Equal(o.Bytes(), filled(specs[i].Bytes, byte(i))) || !ok || from.Object != handles[i].Object {
+			t.Errorf("object %d is another one, or has other content", i)
+		}
+	}
+	free(t, two, mine...)
+	handles[33].Generation++
+	if _, err := two.Attach(t.Context(), mem.ReadOnly, 0, handles...); !errors.Is(err, mem.ErrGone) {
+		t.Errorf("with one that is gone: %v", err)
+	}
+	if s := daemons["n2"].Stats(); s.Objects != 0 {
+		t.Errorf("%d objects are left", s.Objects)
+	}
+	free(t, one, theirs...)
 }
