@@ -12,13 +12,9 @@ import (
 	"trireme.dev/services/hmm/ledger"
 )
 
-// answer does what a request asks for.
+// answer does what a request asks for: one of those that are answered at once, but Attach.
 func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 	switch op {
-	case protocol.OpAttach:
-		return with(s, body, func(l *ledger.Ledger, _ time.Time, a protocol.Attach) (any, error) {
-			return l.Attach(s.id, a)
-		})
 	case protocol.OpSeal:
 		return with(s, body, func(l *ledger.Ledger, now time.Time, v protocol.Seal) (any, error) {
 			return l.Seal(now, s.id, v)
@@ -96,6 +92,14 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return s.d.Stats(), nil
 	}
 	return nil, fmt.Errorf("op %d: %w", op, mem.ErrInvalid)
+}
+
+// attach gives objects of this node.
+func (s *session) attach(a protocol.Attach) (out []protocol.Grant, err error) {
+	if !s.d.books.do(func(l *ledger.Ledger, _ time.Time) { out, err = l.Attach(s.id, a) }) {
+		return nil, mem.ErrLost
+	}
+	return out, err
 }
 
 // with decodes a body and calls f on the books.

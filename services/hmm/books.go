@@ -1,6 +1,7 @@
 package hmm
 
 import (
+	"sync"
 	"time"
 
 	"trireme.dev/shared/hbm/protocol"
@@ -8,14 +9,16 @@ import (
 	"trireme.dev/services/hmm/ledger"
 )
 
-// books is the one goroutine that touches the ledger. It lets deadlines pass in time and does what the ledger's effects
+// books is the ledger behind a lock: one call at a time. It lets deadlines pass in time and does what the ledger's effects
 // ask for before anybody hears the result.
 type books struct {
-	d     *Daemon
-	l     *ledger.Ledger
-	calls chan func()
-	quit  chan struct{}
-	ended chan struct{}
+	d *Daemon
+
+	mu     sync.Mutex // guards the rest
+	l      *ledger.Ledger
+	closed bool
+	timer  *time.Timer // calls tick at due
+	due    time.Time   // zero: the timer is not set
 
 	reaped chan struct{} // closed and replaced when a client's holds and NPUs have become free
 
@@ -23,55 +26,50 @@ type books struct {
 }
 
 func newBooks(d *Daemon, l *ledger.Ledger) *books {
-	return &books{
-		d: d, l: l, calls: make(chan func()), quit: make(chan struct{}), ended: make(chan struct{}), reaped: make(chan struct{}),
-		making: map[protocol.Key]chan struct{}{},
-	}
+	b := &books{d: d, l: l, reaped: make(chan struct{}), making: map[protocol.Key]chan struct{}{}}
+	b.timer = time.AfterFunc(time.Hour, b.tick)
+	return b
 }
 
-func (b *books) run() {
-	defer close(b.ended)
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
-	for {
-		wait := time.Hour
-		if t, ok := b.l.Next(); ok {
-			wait = time.Until(t)
-		}
-		timer.Reset(wait)
-		select {
-		case f := <-b.calls:
-			f()
-		case <-timer.C:
-			b.l.Tick(time.Now())
-			b.settle()
-		case <-b.quit:
-			return
-		}
-	}
+// close ends the books: calls of do return false from now on.
+func (b *books) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	b.timer.Stop()
 }
 
-// stop ends run; calls of do return false from then on.
-func (b *books) stop() {
-	close(b.quit)
-	<-b.ended
-}
-
-// do runs f in the goroutine of the books and returns when it and its effects are done; false when the books are closed
-// and it was not run. f must not block.
+// do runs f on the ledger and returns when it and its effects are done; false when the books are closed and it was not
+// run. f must not block, nor call do.
 func (b *books) do(f func(l *ledger.Ledger, now time.Time)) bool {
-	done := make(chan struct{})
-	call := func() {
-		defer close(done)
-		f(b.l, time.Now())
-		b.settle()
-	}
-	select {
-	case b.calls <- call:
-		<-done
-		return true
-	case <-b.ended:
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
 		return false
+	}
+	f(b.l, time.Now())
+	b.settle()
+	b.wind()
+	return true
+}
+
+func (b *books) tick() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return
+	}
+	b.due = time.Time{}
+	b.l.Tick(time.Now())
+	b.settle()
+	b.wind()
+}
+
+// wind sets the timer to the next deadline, if that is sooner than what it is set to: most deadlines never pass.
+func (b *books) wind() {
+	if next, ok := b.l.Next(); ok && (b.due.IsZero() || next.Before(b.due)) {
+		b.due = next
+		b.timer.Reset(time.Until(next))
 	}
 }
 

@@ -139,7 +139,6 @@ func listen(path string) (*net.UnixListener, error) {
 
 // Serve answers clients until ctx ends and returns nil, or an error when it cannot go on. A daemon serves once.
 func (d *Daemon) Serve(ctx context.Context) error {
-	go d.books.run()
 	bus, err := d.join()
 	if err == nil {
 		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs, "domains", len(d.stores)-1,
@@ -152,7 +151,7 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	d.stop()
 	d.others.hangUp()
 	d.peers.Wait()
-	d.books.stop()
+	d.books.close()
 	return errors.Join(err, d.close())
 }
 

@@ -3,6 +3,7 @@ package hmm
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,10 @@ type session struct {
 	id             ledger.Conn
 	instance, role string
 
-	writing sync.Mutex     // one frame at a time
+	writing sync.Mutex // one write at a time
+	queued  sync.Mutex // guards out
+	out     []byte     // replies that are not written yet, whole frames
+
 	working sync.WaitGroup // allocations, and questions that wait
 	allocs  chan struct{}
 	finds   chan struct{}
@@ -194,7 +198,7 @@ func (s *session) welcome(id uint64, npus []int) error {
 
 // requests answers one request after the other until the client leaves: bye is then the id of its last request, which
 // is still to be answered. It returns an error when the connection ends otherwise.
-func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err error) {
+func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, err error) {
 	for {
 		payload, err := protocol.ReadFrame(r)
 		if err != nil {
@@ -203,6 +207,24 @@ func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err er
 		id, op, body, err := protocol.ParseRequest(payload)
 		if err != nil {
 			return 0, err
+		}
+		var a protocol.Attach
+		if op == protocol.OpAttach {
+			if err := protocol.Decode(body, &a); err != nil {
+				s.reply(id, err, nil)
+				continue
+			}
+		}
+		plain := false // answered at once
+		switch op {
+		case protocol.OpAlloc, protocol.OpPlaceWeights, protocol.OpFindMM, protocol.OpOpenWeights:
+		case protocol.OpAttach:
+			plain = !s.d.pulls(a)
+		default:
+			plain = true
+		}
+		if !plain {
+			s.flush() // nobody waits for what this may take
 		}
 		switch op {
 		case protocol.OpBye:
@@ -237,9 +259,8 @@ func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err er
 				<-s.finds
 				s.reply(id, err, out)
 			})
-		default:
-			var a protocol.Attach
-			if op == protocol.OpAttach && protocol.Decode(body, &a) == nil && s.d.pulls(a) {
+		case protocol.OpAttach:
+			if !plain {
 				s.allocs <- struct{}{}
 				s.working.Go(func() {
 					out, err := s.attachCopies(ctx, a)
@@ -248,26 +269,69 @@ func (s *session) requests(ctx context.Context, r io.Reader) (bye uint64, err er
 				})
 				continue
 			}
+			out, err := s.attach(a)
+			s.answered(id, err, out, r)
+		default:
 			out, err := s.answer(op, body)
-			s.reply(id, err, out)
+			s.answered(id, err, out, r)
 		}
 	}
 }
 
-// reply answers a request. A client that does not take it in time is dropped.
+// maxQueued is the most bytes of replies that wait for others, to be written together.
+const maxQueued = 64 << 10
+
+// answered queues a reply, and writes all that are queued unless another request is here already.
+func (s *session) answered(id uint64, failure error, body any, r *bufio.Reader) {
+	if s.queue(id, failure, body) > maxQueued || !another(r) {
+		s.flush()
+	}
+}
+
+// another reports whether the reader has a whole frame.
+func another(r *bufio.Reader) bool {
+	if r.Buffered() < 4 {
+		return false
+	}
+	head, err := r.Peek(4)
+	return err == nil && r.Buffered()-4 >= int(binary.BigEndian.Uint32(head))
+}
+
+// reply answers a request now.
 func (s *session) reply(id uint64, failure error, body any) {
+	s.queue(id, failure, body)
+	s.flush()
+}
+
+// queue encodes a reply for the next flush and returns how many bytes wait for it.
+func (s *session) queue(id uint64, failure error, body any) int {
 	frame, err := protocol.Reply(id, failure, body)
 	if err != nil {
 		if frame, err = protocol.Reply(id, err, nil); err != nil {
 			panic(fmt.Sprintf("BUG: an error that cannot be encoded: %v", err))
 		}
 	}
+	s.queued.Lock()
+	defer s.queued.Unlock()
+	s.out = append(s.out, frame...)
+	return len(s.out)
+}
+
+// flush writes the replies that are queued. A client that does not take them in time is dropped.
+func (s *session) flush() {
 	s.writing.Lock()
 	defer s.writing.Unlock()
+	s.queued.Lock()
+	out := s.out
+	s.out = nil
+	s.queued.Unlock()
+	if len(out) == 0 {
+		return
+	}
 	if err := s.conn.SetWriteDeadline(time.Now().Add(s.d.cfg.WriteTimeout)); err != nil {
 		return // closed
 	}
-	if _, err := s.conn.Write(frame); err != nil {
+	if _, err := s.conn.Write(out); err != nil {
 		_ = s.conn.Close() // requests finds out
 	}
 }

@@ -57,9 +57,10 @@ type Client struct {
 	table atomic.Pointer[host.View] // of claims; nil once the connection has ended
 	maps  maps
 
-	writing sync.Mutex // one frame at a time
+	writing sync.Mutex // one write at a time
 
 	mu      sync.Mutex
+	out     []byte // requests that are not written yet, whole frames
 	lastID  uint64
 	pending map[uint64]chan reply
 	cause   error // why the connection ended; nil while it lives
@@ -312,17 +313,33 @@ func (c *Client) send(op protocol.Op, body any) (<-chan reply, error) {
 		c.mu.Unlock()
 		return nil, err
 	}
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	err = c.conn.SetWriteDeadline(time.Now().Add(maxWrite))
-	if err == nil {
-		_, err = c.conn.Write(frame)
-	}
-	if err != nil {
+	c.mu.Lock()
+	c.out = append(c.out, frame...)
+	c.mu.Unlock()
+	if err := c.flush(); err != nil {
 		c.end(err)
 		return nil, c.lostError()
 	}
 	return answer, nil
+}
+
+// flush writes the requests that wait, its caller's among them, unless another caller's flush has done so: many callers
+// at once share writes. Who was served by one that failed learns it from the end of the connection.
+func (c *Client) flush() error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	c.mu.Lock()
+	out := c.out
+	c.out = nil
+	c.mu.Unlock()
+	if len(out) == 0 {
+		return nil
+	}
+	if err := c.conn.SetWriteDeadline(time.Now().Add(maxWrite)); err != nil {
+		return err
+	}
+	_, err := c.conn.Write(out)
+	return err
 }
 
 // call sends a request and waits for its answer, which it decodes into out unless that is nil.

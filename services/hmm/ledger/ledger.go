@@ -1,10 +1,13 @@
 // Package ledger is the HMM's book of who holds what: objects, holds, requests, claims, the budgets of the NPUs, and the
 // caches of MM objects and KV blocks. It is a pure state machine: no I/O, no clock, no goroutine; the time is an argument, which never goes back, and what has
-// to happen outside is read from Effects after every call. The daemon (services/hmm) drives it from one goroutine.
+// to happen outside is read from Effects after every call. The daemon (services/hmm) makes one call at a time.
 package ledger
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
 	"fmt"
+	"hash"
 	"time"
 
 	"trireme.dev/shared/hbm/protocol"
@@ -63,6 +66,7 @@ type Ledger struct {
 	budgets []*budget // host memory, then the NPUs: see account
 	shared  []*budget // what the NPUs of a domain share, by space-1
 
+	mac     hash.Hash // HMAC with the key for capabilities
 	objects map[uint64]*object
 	freeIDs []uint64 // object ids used before
 	gen     uint64   // last generation given
@@ -105,7 +109,7 @@ type conn struct {
 // New returns an empty ledger.
 func New(cfg Config) *Ledger {
 	l := &Ledger{
-		cfg: cfg, gen: cfg.First,
+		cfg: cfg, gen: cfg.First, mac: hmac.New(sha256.New, cfg.Key),
 		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{}, settled: map[string]bool{},
 		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
 		copies:  map[copyKey]*object{},

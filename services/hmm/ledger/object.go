@@ -3,7 +3,6 @@ package ledger
 import (
 	"container/list"
 	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -287,7 +286,7 @@ func (o *object) admits(c *conn, a mem.Access) error {
 // capability proves that a handle was issued here. The NPU is not covered: it changes when the object is handed over,
 // and handles that are under way stay good.
 func (l *Ledger) capability(h mem.Handle) []byte {
-	b := binary.AppendUvarint(nil, uint64(len(h.Node)))
+	b := binary.AppendUvarint(make([]byte, 0, 128), uint64(len(h.Node)))
 	b = append(b, h.Node...)
 	b = binary.BigEndian.AppendUint64(b, h.Object)
 	b = binary.BigEndian.AppendUint64(b, h.Generation)
@@ -301,9 +300,9 @@ func (l *Ledger) capability(h mem.Handle) []byte {
 	for _, d := range h.Shape {
 		b = binary.BigEndian.AppendUint64(b, uint64(d))
 	}
-	m := hmac.New(sha256.New, l.cfg.Key)
-	m.Write(b)
-	return m.Sum(nil)[:16]
+	l.mac.Reset()
+	l.mac.Write(b)
+	return l.mac.Sum(nil)[:16]
 }
 
 // Seal makes objects that the client holds final and adds the request hold, all or none.

@@ -93,6 +93,7 @@ func ParseRequest(p []byte) (id uint64, op Op, body []byte, err error) {
 	if err != nil {
 		return 0, 0, nil, err
 	}
+	defer msgpack.PutDecoder(d)
 	id, err = d.DecodeUint64()
 	if err != nil {
 		return 0, 0, nil, fmt.Errorf("request id: %w: %w", ErrFrame, err)
@@ -111,6 +112,7 @@ func ParseReply(p []byte) (id uint64, body []byte, failure, err error) {
 	if err != nil {
 		return 0, nil, nil, err
 	}
+	defer msgpack.PutDecoder(d)
 	id, err = d.DecodeUint64()
 	if err != nil {
 		return 0, nil, nil, fmt.Errorf("reply id: %w: %w", ErrFrame, err)
@@ -126,21 +128,23 @@ func ParseReply(p []byte) (id uint64, body []byte, failure, err error) {
 	return id, p[len(p)-r.Len():], decodeError(Code(code), text), nil
 }
 
-// open checks the whole frame and starts to decode its array of n parts.
+// open checks the whole frame and starts to decode its array of n parts. The caller gives the decoder back.
 func open(p []byte, n int) (*bytes.Reader, *msgpack.Decoder, error) {
 	if err := wellformed.Msgpack(p, maxElements); err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrFrame, err)
 	}
 	r := bytes.NewReader(p)
-	d := msgpack.NewDecoder(r)
+	d := msgpack.GetDecoder()
+	d.Reset(r)
 	got, err := d.DecodeArrayLen()
+	if err == nil && got == n {
+		return r, d, nil
+	}
+	msgpack.PutDecoder(d)
 	if err != nil {
 		return nil, nil, fmt.Errorf("frame's head: %w: %w", ErrFrame, err)
 	}
-	if got != n {
-		return nil, nil, fmt.Errorf("frame of %d parts, want %d: %w", got, n, ErrFrame)
-	}
-	return r, d, nil
+	return nil, nil, fmt.Errorf("frame of %d parts, want %d: %w", got, n, ErrFrame)
 }
 
 // Decode decodes a body, as the Parse functions return it, into v, a pointer: ErrInvalid when it is another message.
