@@ -17,6 +17,7 @@ import (
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/imageprep"
+	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
@@ -97,7 +98,7 @@ func (e *Encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) 
 		return fmt.Errorf("picture %d of a request of %d", m.Part, len(join.Have))
 	}
 	if !join.Have[m.Part] { // else an earlier holder of the claim died between its mark and its ack
-		handle, hit, err := e.object(ctx, m, claim)
+		handle, hit, err := e.object(ctx, m, &join.Prefill, claim)
 		if err != nil {
 			return err
 		}
@@ -129,8 +130,9 @@ func (e *Encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) 
 const maxWait = 20 * time.Second
 
 // object returns the picture's sealed MM object, held by the request: the cached one (hit), or a new one, which is then
-// cached. While another encoder makes it, it is waited for; if that one fails, one of those who wait makes it.
-func (e *Encoder) object(ctx context.Context, m *wire.Encode, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
+// cached. While another encoder makes it, it is waited for; if that one fails, one of those who wait makes it. There is
+// none (a hit, with a zero handle) when prefill will find the picture's KV in the cache.
+func (e *Encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
 	grid, err := e.grid(m)
 	if err != nil {
 		return mem.Handle{}, false, err
@@ -142,12 +144,38 @@ func (e *Encoder) object(ctx context.Context, m *wire.Encode, claim *hbm.Claim) 
 	if found != nil {
 		return *found, true, nil
 	}
+	if e.needless(ctx, m, p) {
+		if ticket != nil {
+			e.settleTicket(ctx, ticket, nil)
+		}
+		return mem.Handle{}, true, nil
+	}
 	obj, handle, err := e.produce(ctx, m, grid, claim)
 	defer e.Free(ctx, obj)
 	if ticket != nil {
 		e.settleTicket(ctx, ticket, obj)
 	}
 	return handle, false, err
+}
+
+// needless reports whether the KV of the whole picture is in the cache, in the prefix that prefill will find. Nothing holds
+// it until then: if it is evicted, prefill loses the attempt, so at a second one every picture is encoded. What is wrong
+// with the spec is for prefill to say.
+func (e *Encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill) bool {
+	if m.Request.Attempt > 1 {
+		return false
+	}
+	spec, err := e.Spec(ctx, p.Inline, p.Spec)
+	if err != nil || m.Part >= len(spec.Pictures) {
+		return false
+	}
+	pic := &spec.Pictures[m.Part]
+	end := kv.Blocks(pic.Offset + e.Tokens(pic.Grid)) // the first block behind the picture
+	if end > stage.Reusable(spec) {
+		return false
+	}
+	n, err := e.HBM.CountPrefix(ctx, e.NPU, e.BlockKeys(spec, spec.Prompt)[:end])
+	return err == nil && n == end
 }
 
 // settleTicket publishes obj under the ticket, or gives the ticket back when there is none. Failing to do so costs only

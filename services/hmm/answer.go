@@ -72,6 +72,10 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, f protocol.FindPrefix) (any, error) {
 			return l.FindPrefix(s.id, f)
 		})
+	case protocol.OpCountPrefix:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, f protocol.FindPrefix) (any, error) {
+			return l.CountPrefix(s.id, f)
+		})
 	case protocol.OpForget:
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, objects []protocol.Object) (any, error) {
 			return nil, l.Forget(s.id, objects)

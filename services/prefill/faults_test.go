@@ -27,6 +27,7 @@ func TestFaults(t *testing.T) {
 		"another picture": {false, func(m *wire.Prefill, _ *wire.Spec, mm [][]float32) {
 			m.MM[0] = r.Put(m.Request, mem.KindMM, stagetest.Bytes(mm[0][:512]))
 		}},
+		"picture left out": {false, func(m *wire.Prefill, _ *wire.Spec, _ [][]float32) { m.MM[0] = mem.Handle{} }},
 		"picture freed":    {false, func(m *wire.Prefill, _ *wire.Spec, _ [][]float32) { m.MM[0].Generation-- }},
 		"no handle":        {false, func(m *wire.Prefill, _ *wire.Spec, _ [][]float32) { m.MM = nil }},
 		"spec freed":       {false, func(m *wire.Prefill, _ *wire.Spec, _ [][]float32) { m.Spec = &mem.Handle{Node: "n", Object: 99} }},

@@ -87,6 +87,9 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	var of []int // picture of each wanted object; those wholly in the cached prefix are not needed
 	for i, s := range spans {
 		if s.Start+s.Len > j.cached {
+			if mm[i].Kind == 0 { // the encoder found its KV in the cache, but that was evicted since: the next attempt has it encoded
+				return fmt.Errorf("picture %d is neither encoded nor in the cached prefix: %w", i+1, mem.ErrGone)
+			}
 			wanted, of = append(wanted, mm[i]), append(of, i)
 		}
 	}

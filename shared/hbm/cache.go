@@ -86,6 +86,13 @@ func (c *Client) FindPrefix(ctx context.Context, npu int, keys []Key) ([]*Object
 	return slabs, blocks, nil
 }
 
+// CountPrefix returns how many blocks FindPrefix would find, and holds none of them: it may be less a moment later.
+func (c *Client) CountPrefix(ctx context.Context, npu int, keys []Key) (n int, err error) {
+	keys = keys[:min(len(keys), protocol.MaxBlocks)]
+	err = c.call(ctx, protocol.OpCountPrefix, protocol.FindPrefix{NPU: npu, Hashes: protocol.PackKeys(keys)}, &n)
+	return n, err
+}
+
 // CacheBlocks enters full KV blocks, which nobody writes any more, into the prefix index: blocks[i] of slabs, which this
 // client holds, under keys[i]. Those whose key is there already are passed over.
 func (c *Client) CacheBlocks(ctx context.Context, slabs []*Object, blocks []Block, keys []Key) error {

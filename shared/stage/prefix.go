@@ -68,11 +68,13 @@ func (s *Stage) Known(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Pre
 	return p, nil
 }
 
+// Reusable is how many blocks of a prompt can come from the cache at most: one token at least is computed.
+func Reusable(spec *wire.Spec) int { return kv.Blocks(len(spec.Prompt)) - 1 }
+
 // Prefix looks for the longest cached beginning of a prompt, of whole blocks, at least one token short of it: the last
 // one's logits have to be computed.
 func (s *Stage) Prefix(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
-	most := kv.Blocks(len(spec.Prompt)) - 1
-	slabs, blocks, err := s.HBM.FindPrefix(ctx, s.NPU, keys[:min(most, len(keys))])
+	slabs, blocks, err := s.HBM.FindPrefix(ctx, s.NPU, keys[:min(Reusable(spec), len(keys))])
 	if err != nil {
 		return Prefix{}, err
 	}

@@ -523,11 +523,19 @@ func TestCachesAgainstModel(t *testing.T) {
 			"find prefix": func(t *rapid.T) {
 				c := anyConn()
 				hashes := someKeys(t)
-				p, err := s.l.FindPrefix(c, protocol.FindPrefix{NPU: rapid.IntRange(0, 1).Draw(t, "npu"), Hashes: protocol.PackKeys(hashes)})
+				f := protocol.FindPrefix{NPU: rapid.IntRange(0, 1).Draw(t, "npu"), Hashes: protocol.PackKeys(hashes)}
+				n, err := s.l.CountPrefix(c, f)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := s.l.FindPrefix(c, f)
 				if err != nil {
 					t.Fatal(err)
 				}
 				blocks, err := protocol.UnpackBlocks(p.Blocks)
+				if n != len(blocks) {
+					t.Fatalf("counted %d blocks, found %d", n, len(blocks))
+				}
 				if err != nil {
 					t.Fatal(err)
 				}

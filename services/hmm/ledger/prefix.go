@@ -149,6 +149,27 @@ func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, er
 	return p, nil
 }
 
+// CountPrefix returns how many blocks FindPrefix would find. Nothing is held for that, so it may be less a moment later.
+func (l *Ledger) CountPrefix(id Conn, f protocol.FindPrefix) (int, error) {
+	if _, err := l.stage(id); err != nil {
+		return 0, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	b, err := l.budget(f.NPU)
+	if err != nil {
+		return 0, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	hashes, err := protocol.UnpackKeys(f.Hashes)
+	if err != nil {
+		return 0, fmt.Errorf("looking for a prefix: %w", err)
+	}
+	for n, hash := range hashes {
+		if _, ok := l.block(hash, b.space, b.space); !ok {
+			return n, nil
+		}
+	}
+	return len(hashes), nil
+}
+
 // block finds a cached block: in the space home if it is there, else in the space last, else anywhere.
 func (l *Ledger) block(hash protocol.Key, home, last int) (at blockAt, ok bool) {
 	for i := range len(l.spaces) + 1 {

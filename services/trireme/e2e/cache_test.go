@@ -376,3 +376,37 @@ func TestUsageTellsWhatWasCached(t *testing.T) {
 		})
 	}
 }
+
+// A picture whose KV is in the cache is not encoded, even when its MM object is not there.
+func TestPictureInCachedPrefixIsNotEncoded(t *testing.T) {
+	c := start(t, "--mm-cache", "0")
+	p := ask(t, "Describe each image. How many shapes are in the image?", "case15_0.png", "case16_0.png")
+	want, err := c.stream(t.Context(), p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.stream(t.Context(), p, nil)
+	if err != nil || got.text != want.text {
+		t.Errorf("%q, %v; at first %q", got.text, err, want.text)
+	}
+	if n := c.metric(t, "trireme_mm_cache_hits_total"); n != 2 {
+		t.Errorf("%d of two pictures were not encoded", n)
+	}
+	if n := c.metric(t, "trireme_request_restarts_total"); n != 0 {
+		t.Errorf("%d restarts", n)
+	}
+
+	// The third picture is new, and the second turn has an answer before it.
+	p.Messages = append(p.Messages, openai.AssistantMessage(got.text), userMessage(t, "Describe the image.", "case14_0.png"))
+	if got, err = c.stream(t.Context(), p, nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := c.metric(t, "trireme_mm_cache_hits_total"); n != 4 {
+		t.Errorf("%d pictures were not encoded, want the two of the turn before", n-2)
+	}
+	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
+	if want, err := cold.stream(t.Context(), p, nil); err != nil || got.text != want.text {
+		t.Errorf("%q, without caches %q, %v", got.text, want.text, err)
+	}
+	c.expectNoMemory(t)
+}

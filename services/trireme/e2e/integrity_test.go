@@ -357,6 +357,7 @@ func TestHarmIsFound(t *testing.T) {
 		{"MM object forged", stage.Prefill, altered(stage.Prefill, func(_ *rogue, m *prefill) { forge(&m.MM[0]) }), "", 1},
 		{"MM object's number used again", stage.Prefill, altered(stage.Prefill, func(_ *rogue, m *prefill) { m.MM[0].Generation++ }), "", 1},
 		{"MM object of another size", stage.Prefill, altered(stage.Prefill, func(_ *rogue, m *prefill) { m.MM[0].Bytes /= 2 }), "", 1},
+		{"MM object left out", stage.Prefill, altered(stage.Prefill, func(_ *rogue, m *prefill) { m.MM[0] = mem.Handle{} }), "", 1},
 		{"no MM object", stage.Prefill, altered(stage.Prefill, func(_ *rogue, m *prefill) { m.MM = nil }), "", 1},
 		{"a picture for an MM object", stage.Prefill, altered(stage.Prefill, func(r *rogue, m *prefill) {
 			m.MM[0] = decoded[encode](r, r.newest(stage.Encode)).Pixels

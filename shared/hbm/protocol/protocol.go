@@ -47,6 +47,11 @@ const (
 	OpUnclaimed                // []Part, []Part
 )
 
+// More requests about the caches.
+const (
+	OpCountPrefix Op = 26 // FindPrefix, int
+)
+
 // The requests about memory domains.
 const (
 	OpCopied Op = 23 // []Copy, []mem.Handle
