@@ -59,6 +59,7 @@ const (
 	defaultWriteTimeout = 10 * time.Second
 
 	maxTombstones   = 64 << 10
+	maxRequests     = 64 << 10         // that one client named first and that have not ended
 	unknownDeadline = time.Hour        // of requests whose deadline nobody told
 	helloTimeout    = 10 * time.Second // for a client to say hello
 	npuWait         = 2 * time.Second  // for NPUs of an instance whose connection has ended to become free

@@ -109,7 +109,7 @@ func (d *Daemon) open() error {
 		// Generations of this daemon are above those of one before it on the node, at less than one a nanosecond.
 		First:   uint64(time.Now().UnixNano()),
 		MMCache: d.cfg.MMCache, KVCache: d.cfg.KVCache, Weights: d.cfg.Weights,
-		Margin: d.cfg.Margin, Tombstone: d.cfg.Tombstone, MaxTombstones: maxTombstones, Unknown: unknownDeadline,
+		Margin: d.cfg.Margin, Tombstone: d.cfg.Tombstone, MaxTombstones: maxTombstones, MaxRequests: maxRequests, Unknown: unknownDeadline,
 	}))
 	return nil
 }

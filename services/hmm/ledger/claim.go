@@ -36,7 +36,7 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 	if p.Stage == "" || len(p.Stage) > maxID || len(c.Reply) > 4*maxID || p.Part < 0 {
 		return protocol.Claimed{}, fmt.Errorf("claiming part %d of stage %.40q: %w", p.Part, p.Stage, mem.ErrInvalid)
 	}
-	r, err := l.raise(now, p.Request, p.Attempt, p.Left)
+	r, err := l.raise(now, l.conn(id), p.Request, p.Attempt, p.Left)
 	if err != nil {
 		return protocol.Claimed{}, fmt.Errorf("claiming part %d of %s: %w", p.Part, p.Stage, err)
 	}
@@ -94,7 +94,7 @@ func (l *Ledger) Inherit(now time.Time, id Conn, v protocol.Inherit) error {
 		}
 		keep[i] = o
 	}
-	r, err := l.raise(now, v.Part.Request, v.Part.Attempt, v.Part.Left)
+	r, err := l.raise(now, l.conn(id), v.Part.Request, v.Part.Attempt, v.Part.Left)
 	if err != nil {
 		return fail(err)
 	}

@@ -32,6 +32,7 @@ type Config struct {
 
 	Margin        time.Duration // holds outlive the deadline of their request by this much
 	Tombstone     time.Duration // an ended request is remembered at least this long
+	MaxRequests   int           // most requests that have not ended of those that one client named first; 0: any number
 	MaxTombstones int           // most ended requests remembered, the longest-lived win
 	Unknown       time.Duration // time to the deadline of a request whose deadline nobody told
 }
@@ -100,6 +101,7 @@ type Ledger struct {
 type conn struct {
 	instance, role string
 	npus           []int
+	named          int  // requests, first by it, that have not ended
 	gone           bool // the connection has ended, but the process may still have maps: see Reap
 	objects        map[*object]bool
 	claims         map[*claim]bool

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -304,4 +305,34 @@ func TestHandOverOfManyNeedsRoomForAll(t *testing.T) {
 	if s := l.Stats(); s.Memory[1].Used != 0 || s.Memory[2].Used != 16*page {
 		t.Errorf("accounts after hand-over: %+v", s.Memory)
 	}
+}
+
+// A client that names requests without end is stopped before the books are full of them, and others are not.
+func TestRequestsWithoutEnd(t *testing.T) {
+	cfg := config()
+	cfg.MaxRequests = 3
+	l := ledger.New(cfg)
+	careless, other := connect(t, l, "careless"), connect(t, l, "other")
+	keep := func(c ledger.Conn, request string, now time.Time) error {
+		return l.Keep(now, c, protocol.Keep{Ref: protocol.Ref{Request: request, Attempt: 1, Left: time.Minute}})
+	}
+	for i := range 3 {
+		must(t, keep(careless, fmt.Sprint("r", i), start))
+	}
+	err := keep(careless, "r3", start)
+	if !errors.Is(err, mem.ErrExhausted) || !strings.Contains(err.Error(), `"careless" has named 3 requests`) {
+		t.Errorf("the fourth: %v", err)
+	}
+	must(t, keep(careless, "r2", start)) // known
+	must(t, keep(other, "r3", start))
+	must(t, keep(careless, "r3", start)) // another's
+	must(t, l.End(start, "r0"))
+	must(t, keep(careless, "r4", start))
+	if err := keep(careless, "r5", start); !errors.Is(err, mem.ErrExhausted) {
+		t.Errorf("one more than have ended: %v", err)
+	}
+	must(t, keep(careless, "r6", start.Add(2*time.Minute))) // the deadlines have passed
+	l.Disconnect(careless)
+	l.Reap(careless)
+	must(t, l.End(start.Add(2*time.Minute), "r6"))
 }

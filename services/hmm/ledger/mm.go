@@ -24,7 +24,7 @@ func (l *Ledger) FindMM(now time.Time, id Conn, f protocol.FindMM) (found protoc
 	if err != nil {
 		return found, false, fmt.Errorf("looking for an MM object: %w", err)
 	}
-	r, err := l.touch(now, f.Ref)
+	r, err := l.touch(now, l.conn(id), f.Ref)
 	if err != nil {
 		return found, false, fmt.Errorf("looking for an MM object: %w", err)
 	}

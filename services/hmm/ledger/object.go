@@ -62,7 +62,7 @@ func (l *Ledger) Alloc(now time.Time, id Conn, specs []protocol.Spec) ([]protoco
 			continue
 		}
 		var err error
-		if owners[i], err = l.touch(now, s.Ref); err != nil {
+		if owners[i], err = l.touch(now, c, s.Ref); err != nil {
 			return nil, fmt.Errorf("allocating: %w", err)
 		}
 	}
@@ -318,7 +318,7 @@ func (l *Ledger) Seal(now time.Time, id Conn, s protocol.Seal) ([]mem.Handle, er
 		}
 		objects[i] = o
 	}
-	if err := l.keep(now, s.Ref, objects); err != nil {
+	if err := l.keep(now, id, s.Ref, objects); err != nil {
 		return nil, fmt.Errorf("sealing: %w", err)
 	}
 	handles := make([]mem.Handle, len(objects))
@@ -353,14 +353,14 @@ func (l *Ledger) Keep(now time.Time, id Conn, k protocol.Keep) error {
 			return fmt.Errorf("keeping object %d: %w", name.ID, err)
 		}
 	}
-	if err := l.keep(now, k.Ref, objects); err != nil {
+	if err := l.keep(now, id, k.Ref, objects); err != nil {
 		return fmt.Errorf("keeping: %w", err)
 	}
 	return nil
 }
 
-func (l *Ledger) keep(now time.Time, ref protocol.Ref, objects []*object) error {
-	r, err := l.touch(now, ref)
+func (l *Ledger) keep(now time.Time, id Conn, ref protocol.Ref, objects []*object) error {
+	r, err := l.touch(now, l.conn(id), ref)
 	if err != nil {
 		return err
 	}

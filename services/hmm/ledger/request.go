@@ -21,30 +21,35 @@ type request struct {
 	claims  map[*claim]bool
 	logs    map[claimKey]*object // token logs by the part that they are of, see Inherit; each has the request's hold
 	index   int                  // in its queue
+	by      *conn                // who named it first; nil once it has ended
 }
 
 // maxLeft bounds the time to a deadline that a client may name.
 const maxLeft = 7 * 24 * time.Hour
 
-// touch returns the record of the request that ref names, made if need be, and raises its attempt and deadline: ErrEnded
+// touch returns the record of the request that ref names for a client, made if need be, and raises its attempt and deadline: ErrEnded
 // when the request has ended or a newer attempt is known. Deadlines told by different processes differ by the time that
 // messages spent in queues; the latest counts, so that nobody's memory goes early.
-func (l *Ledger) touch(now time.Time, ref protocol.Ref) (*request, error) {
+func (l *Ledger) touch(now time.Time, c *conn, ref protocol.Ref) (*request, error) {
 	if ref.Left <= 0 {
 		return nil, fmt.Errorf("request %s is past its deadline: %w", ref.Request, mem.ErrEnded)
 	}
-	return l.raise(now, ref.Request, ref.Attempt, ref.Left)
+	return l.raise(now, c, ref.Request, ref.Attempt, ref.Left)
 }
 
 // raise is touch for one who may not know the deadline (left 0).
-func (l *Ledger) raise(now time.Time, id string, attempt int, left time.Duration) (*request, error) {
+func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time.Duration) (*request, error) {
 	if id == "" || len(id) > maxID || attempt < 0 || left < 0 {
 		return nil, fmt.Errorf("request %.40q attempt %d: %w", id, attempt, mem.ErrInvalid)
 	}
 	l.Tick(now)
 	r, ok := l.requests[id]
 	if !ok {
-		r = &request{id: id, newest: attempt, objects: map[*object]bool{}, claims: map[*claim]bool{}, logs: map[claimKey]*object{}}
+		if most := l.cfg.MaxRequests; most > 0 && c.named >= most {
+			return nil, fmt.Errorf("request %s: %q has named %d requests that have not ended, as many as one may: %w", id, c.instance, most, mem.ErrExhausted)
+		}
+		c.named++
+		r = &request{id: id, by: c, newest: attempt, objects: map[*object]bool{}, claims: map[*claim]bool{}, logs: map[claimKey]*object{}}
 		r.expiry = now.Add(l.cfg.Unknown)
 		l.requests[id] = r
 		heap.Push(&l.live, r)
@@ -111,6 +116,10 @@ func (l *Ledger) end(now time.Time, r *request) {
 	}
 	for k := range r.claims {
 		l.release(k)
+	}
+	if r.by != nil {
+		r.by.named--
+		r.by = nil
 	}
 	r.ended, r.objects, r.claims, r.logs = true, nil, nil, nil
 	if t := now.Add(l.cfg.Tombstone); !r.known || t.After(r.expiry) {
