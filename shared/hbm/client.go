@@ -1,6 +1,6 @@
 // Package hbm is the client of the HMM, the daemon that owns a node's device memory: objects, holds, maps and claims.
-// A process has one Client. The package keeps no memory alive by itself and moves no bytes; what it maps is gone when
-// the connection is (Lost), although the addresses stay readable until Close.
+// A process has one Client. The package keeps no memory alive by itself and moves no bytes but what is attached from another
+// memory domain; what it maps is gone when the connection is (Lost), although the addresses stay readable until Close.
 package hbm
 
 import (

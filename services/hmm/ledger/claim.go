@@ -71,8 +71,8 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 
 // Inherit makes the holder of a claim the writer of the part's sequence, all or nothing: whoever claims the part later is
 // told the log. With a request's last log in a memory domain, dropped for one in another domain, its KV there goes, too. The
-// writer before may have what is dropped mapped and still write to it: it is handed out again when that
-// process has freed it, or has exited. ErrFenced and ErrEnded as Unclaim.
+// writer before may have what is dropped mapped and still write to it: it is handed out again when that process has freed it,
+// or has exited. ErrFenced and ErrEnded as Unclaim.
 func (l *Ledger) Inherit(now time.Time, id Conn, v protocol.Inherit) error {
 	fail := func(err error) error {
 		return fmt.Errorf("inheriting part %d of %s of request %.40s: %w", v.Part.Part, v.Part.Stage, v.Part.Request, err)

@@ -90,3 +90,49 @@ func TestCopies(t *testing.T) {
 		t.Errorf("a freed copy is still given out: %v", g.Extent)
 	}
 }
+
+// A request's KV leaves a memory domain with the last of its token logs there, and no sooner.
+func TestKVLeavesADomainWithTheLastLog(t *testing.T) {
+	l := apart()
+	p, d := connect(t, l, "p"), connect(t, l, "d")
+	r := ref("r", 1, 30*time.Second)
+	log := func(npu int) protocol.Spec { return protocol.Spec{Kind: mem.KindLog, NPU: npu, Bytes: page, Ref: r} }
+	mm := protocol.Spec{Kind: mem.KindMM, NPU: 0, Bytes: page, Ref: r}
+	there, err := l.Alloc(start, p, []protocol.Spec{log(0), log(0), kv(r), kv(r), mm})
+	must(t, err)
+	for _, g := range there {
+		must(t, l.Free(p, []protocol.Object{object(g)}))
+	}
+	inherit := func(part, npu int, from protocol.Grant) protocol.Grant {
+		t.Helper()
+		spec := log(npu)
+		spec.Ref = protocol.Ref{}
+		here, err := l.Alloc(start, d, []protocol.Spec{spec})
+		must(t, err)
+		who := protocol.Part{Request: "r", Attempt: 1, Stage: "decode", Part: part, Left: r.Left}
+		claimed, err := l.Claim(start, d, protocol.Claim{Part: who})
+		must(t, err)
+		must(t, l.Inherit(start, d, protocol.Inherit{
+			Part: who, Generation: claimed.Generation, Keep: []protocol.Object{object(here[0])}, Drop: []protocol.Object{object(from)},
+		}))
+		return here[0]
+	}
+	used := func(npu int, kind mem.Kind) int64 { return l.Stats().Memory[npu+1].Kinds[kind.String()].Used / page }
+	check := func(when string, logs, slabs int64) {
+		t.Helper()
+		if a, b, c := used(0, mem.KindLog), used(0, mem.KindKV), used(0, mem.KindMM); a != logs || b != slabs || c != 1 {
+			t.Errorf("%s: %d logs, %d slabs and %d MM objects are left, want %d, %d and 1", when, a, b, c, logs, slabs)
+		}
+	}
+	next := inherit(0, 1, there[0])
+	check("the first has left", 1, 2)
+	same := inherit(1, 0, there[1])
+	check("the second goes on where it is", 1, 2)
+	inherit(1, 1, same)
+	must(t, l.Free(d, []protocol.Object{object(same)}))
+	check("the second has left", 0, 0)
+	inherit(0, 1, next)
+	if n := used(1, mem.KindLog); n != 3 { // next has the decoder's own hold still
+		t.Errorf("%d logs in the domain of the decoder, want 3", n)
+	}
+}
