@@ -33,6 +33,8 @@ type rogue struct {
 	conn   *nats.Conn
 	js     jetstream.JetStream
 
+	held uint64 // number of the last message in the queue that was held last, when that began
+
 	mu   sync.Mutex
 	seen []*nats.Msg // all messages to stages, in order
 }
@@ -173,6 +175,9 @@ func (r *rogue) hold(role string) (release func()) {
 	r.must(err)
 	_, err = s.PauseConsumer(r.Context(), queues[role][1], time.Now().Add(time.Hour))
 	r.must(err)
+	info, err := s.Info(r.Context())
+	r.must(err)
+	r.held = info.State.LastSeq
 	return func() {
 		r.Helper()
 		_, err := s.ResumeConsumer(r.Context(), queues[role][1])
@@ -181,18 +186,13 @@ func (r *rogue) hold(role string) (release func()) {
 	}
 }
 
-// message waits for the one message in a stage's queue, and may replace it.
+// message waits for the first message in a stage's queue since it was held, and may replace it.
 func (r *rogue) message(role string, replace func(data []byte) []byte) []byte {
 	r.Helper()
 	s, err := r.js.Stream(r.Context(), queues[role][0])
 	r.must(err)
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
-		info, err := s.Info(r.Context())
-		r.must(err)
-		if info.State.Msgs == 0 {
-			continue
-		}
-		m, err := s.GetMsg(r.Context(), info.State.FirstSeq)
+		m, err := s.GetMsg(r.Context(), r.held+1)
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			continue
 		}
@@ -391,11 +391,14 @@ func TestHarmIsFound(t *testing.T) {
 			defer r.in(t)()
 			if x.before != "" {
 				release := r.hold(stage.Decode)
-				go func() {
+				var looking sync.WaitGroup
+				looking.Go(func() {
 					cached = r.blocks(decoded[wire.Decode](r, r.message(stage.Decode, nil)))
 					release()
-				}()
-				if s, err := ask(x.before, x.name); err != nil || x.before == system && s.text != want.text {
+				})
+				s, err := ask(x.before, x.name)
+				looking.Wait()
+				if err != nil || x.before == system && s.text != want.text {
 					t.Fatalf("before the harm: %q, %v", s.text, err)
 				}
 			}
