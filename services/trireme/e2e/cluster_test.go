@@ -31,13 +31,25 @@ const (
 	golden = root + "/shared/testdata/golden/shapes-vl-moe"
 )
 
+// binaryDir is the folder that binary makes, removed when all tests are over: a binary has a hundred megabytes.
+var binaryDir string
+
+func TestMain(m *testing.M) {
+	status := m.Run()
+	if err := os.RemoveAll(binaryDir); err != nil {
+		fmt.Fprintln(os.Stderr, "removing the binary of the tests:", err)
+		status = 1
+	}
+	os.Exit(status)
+}
+
 // binary builds the program once for all tests.
 var binary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "trireme-e2e-")
-	if err != nil {
+	var err error
+	if binaryDir, err = os.MkdirTemp("", "trireme-e2e-"); err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "trireme")
+	path := filepath.Join(binaryDir, "trireme")
 	out, err := exec.Command("go", "build", "-o", path, root+"/services/trireme").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("building the binary: %w\n%s", err, out)
