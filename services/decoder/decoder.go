@@ -128,6 +128,9 @@ func (d *decoder) work(ctx context.Context, m *wire.Decode, claim *hbm.Claim) er
 		if errors.Is(err, mem.ErrCorrupt) { // what of it is cached must not be given to the next attempt
 			err = errors.Join(err, d.HBM.Forget(ctx, s.objects...))
 		}
+		if errors.Is(err, mem.ErrExhausted) && d.starving(m.Request.ID) {
+			err = fmt.Errorf("another sequence lacks room already: %v: %w", err, stage.ErrNoRoom)
+		}
 		return fmt.Errorf("attaching the KV of choice %d: %w", m.Choice, err)
 	}
 	if s.finish() == wire.FinishNone {

@@ -40,6 +40,7 @@ type sequence struct {
 	confirmed int  // tokens that the gateway has in order
 	asking    bool // a confirmation is under way
 	growing   bool // a slab is under way
+	short     bool // and without it there is no next step
 
 	life    context.Context // until the loop lets go; set by attend
 	release func()          // ends life

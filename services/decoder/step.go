@@ -164,7 +164,7 @@ func (d *decoder) prepare(s *sequence) (bool, error) {
 
 // addSlab gives s the slab that was fetched for it.
 func (d *decoder) addSlab(s *sequence, o *hbm.Object) {
-	s.growing = false
+	s.growing, s.short = false, false
 	switch {
 	case d.live[s.key()] != s:
 	case !s.claim.Held():

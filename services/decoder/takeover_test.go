@@ -453,39 +453,65 @@ func TestFaultsAreFinal(t *testing.T) {
 func TestRoomIsWaitedFor(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	s, _ := r.decoder(decoder.Config{})
-	fill := func() *hbm.Object {
-		t.Helper()
-		var free int64
-		for _, n := range r.Stats().Memory {
-			if n.NPU == s.NPU {
-				free = n.Free
-			}
-		}
-		objs, err := s.HBM.Alloc(t.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPU, Bytes: free})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return objs[0]
-	}
-	drain := func(o *hbm.Object) {
-		t.Helper()
-		if err := s.HBM.Free(t.Context(), o); err != nil {
-			t.Fatal(err)
-		}
-	}
-	full := fill()
+	full := r.fill(s)
 	spec := r.Model.Greedy(prompt(t, "case01"), 400) // 428 positions: a slab more than prefill took
 	req := r.start(spec)
 	r.Until("it was handed back", func() bool { return r.Outcomes(s, "no memory") > 0 })
-	drain(full)
+	r.drain(s, full)
 	r.gateway.Tokens(req.ID, 0, 20)
-	full = fill()
+	full = r.fill(s)
 	at := 256 - len(spec.Prompt) + 1 // tokens that the first slab has room for, and the one behind
 	r.gateway.Until("it waits for a slab", req.ID, 0, func(a *stagetest.Answer) bool { return len(a.IDs) >= at })
 	if n := len(r.gateway.Answer(req.ID, 0).IDs); n != at {
 		t.Errorf("%d tokens without a second slab, want %d", n, at)
 	}
-	drain(full)
+	r.drain(s, full)
 	r.same(spec, 0, r.gateway.Ended(req.ID, 0))
 	r.end(req)
+}
+
+// fill takes all that a decoder's NPU has left, and drain gives it back.
+func (r *rig) fill(s *stage.Stage) *hbm.Object {
+	r.Helper()
+	var free int64
+	for _, n := range r.Stats().Memory {
+		if n.NPU == s.NPU {
+			free = n.Free
+		}
+	}
+	objs, err := s.HBM.Alloc(r.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPU, Bytes: free})
+	if err != nil {
+		r.Fatal(err)
+	}
+	return objs[0]
+}
+
+func (r *rig) drain(s *stage.Stage, o *hbm.Object) {
+	r.Helper()
+	if err := s.HBM.Free(r.Context(), o); err != nil {
+		r.Fatal(err)
+	}
+}
+
+// A sequence that finds no room to begin while another waits for a slab makes way at once: what it shares may be what the
+// other lacks.
+func TestNewcomerMakesWay(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s, _ := r.decoder(decoder.Config{})
+	spec := r.Model.Greedy(prompt(t, "case01"), 400)
+	req := r.start(spec)
+	r.gateway.Tokens(req.ID, 0, 20)
+	full := r.fill(s)
+	at := 256 - len(spec.Prompt) + 1
+	r.gateway.Until("it waits for a slab", req.ID, 0, func(a *stagetest.Answer) bool { return len(a.IDs) >= at })
+	other := r.start(spec)
+	if lost := r.gateway.Lost(1)[0]; lost.Request != other.ID || !lost.NoRoom {
+		t.Errorf("the newcomer: %+v", lost)
+	}
+	r.Done(other.ID, -1)
+	r.drain(s, full)
+	r.same(spec, 0, r.gateway.Ended(req.ID, 0))
+	r.Empty(stage.Decode)
+	r.Done(req.ID, -1)
+	r.NoMemory()
 }
