@@ -84,7 +84,7 @@ func (p *Process) KillAtWork(role string) {
 func (p *Process) StopAtWork(role string) {
 	p.r.tb.Helper()
 	p.r.Until("the process works", func() bool {
-		p.signal(syscall.SIGSTOP)
+		p.stop()
 		_, taken := p.r.Queue(role)
 		if taken > 0 && p.r.Stats().Claims == taken {
 			return true
@@ -92,6 +92,25 @@ func (p *Process) StopAtWork(role string) {
 		p.signal(syscall.SIGCONT)
 		return false
 	})
+}
+
+// stop returns once no thread of the process runs any more: the signal alone only asks for that.
+func (p *Process) stop() {
+	p.r.tb.Helper()
+	p.signal(syscall.SIGSTOP)
+	var status syscall.WaitStatus
+	for {
+		pid, err := syscall.Wait4(p.cmd.Process.Pid, &status, syscall.WUNTRACED, nil)
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err != nil:
+			p.r.tb.Fatalf("waiting for process %d to stop: %v", p.cmd.Process.Pid, err)
+		case pid != p.cmd.Process.Pid || !status.Stopped():
+			p.r.tb.Fatalf("process %d did not stop but ended: status %#x", p.cmd.Process.Pid, int(status))
+		}
+		return
+	}
 }
 
 // Continue lets a stopped process go on.
