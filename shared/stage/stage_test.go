@@ -369,9 +369,10 @@ func TestStraysAreHandedBack(t *testing.T) {
 	if worked.Load() != stray.ID || !k.Held() {
 		t.Errorf("worked on %v, want %s; the other claim holds: %v", worked.Load(), stray.ID, k.Held())
 	}
-	if waiting, taken := r.Queue(stage.Decode); waiting+taken != 1 {
-		t.Errorf("%d messages wait, %d are in work; want the claimed one", waiting, taken)
-	}
+	r.Until("the server has the two acks: only the claimed message is left", func() bool {
+		waiting, taken := r.Queue(stage.Decode)
+		return waiting+taken == 1
+	})
 	if gone, err := r.HBM.Gone(t.Context(), stage.Decode); gone || err != nil {
 		t.Errorf("the stage has looked, and another one is to look again: %v, %v", gone, err)
 	}
