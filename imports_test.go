@@ -2,12 +2,14 @@
 package trireme_test
 
 import (
+	"go/ast"
 	"go/build"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -33,6 +35,10 @@ var rules = []rule{
 	{path: "shared/model", forbid: []string{"shared/", "os", "io", "net"}, because: "a model is pure values"},
 	{path: "shared/mem", forbid: []string{"shared/hbm", "shared/engine", "shared/kernel", "shared/bus"},
 		because: "memory is named here, not used"},
+	{path: "shared/sched", forbid: []string{
+		"shared/bus", "shared/wire", "shared/hbm", "shared/mem", "shared/engine", "shared/kernel", "shared/npu", "shared/stage",
+		"log", "sync", "context", "os", "io", "net", "github.com",
+	}, because: "decisions are pure: the simulator makes the same"},
 	{path: "services", forbid: []string{"shared/mem/cuda"}, because: "the binary stays static"},
 	{path: "services/gateway", forbid: []string{"shared/engine", "shared/kernel", "shared/npu", "shared/stage"},
 		because: "the gateway runs no model"},
@@ -141,6 +147,43 @@ func importsOf(t *testing.T, dir string) []string {
 		}
 	}
 	return imports
+}
+
+// Decisions have no clock and no goroutines: what happens when is their caller's to say, a simulator's too.
+func TestDecisionsHaveNoClock(t *testing.T) {
+	clock := []string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}
+	files := 0
+	for _, dir := range []string{"shared/sched"} {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			files++
+			set := token.NewFileSet()
+			f, err := parser.ParseFile(set, path, nil, 0)
+			if err != nil {
+				return err
+			}
+			ast.Inspect(f, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.GoStmt:
+					t.Errorf("%v: starts a goroutine", set.Position(n.Pos()))
+				case *ast.SelectorExpr:
+					if x, ok := n.X.(*ast.Ident); ok && x.Name == "time" && slices.Contains(clock, n.Sel.Name) {
+						t.Errorf("%v: time.%s looks at the clock", set.Position(n.Pos()), n.Sel.Name)
+					}
+				}
+				return true
+			})
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if files == 0 {
+		t.Fatal("no file found: the test looks in the wrong place")
+	}
 }
 
 // Files stay readable in one sitting.

@@ -5,9 +5,9 @@
 // A decoder that takes a sequence over from another one writes to no page that the other has mapped for writing (succeed in
 // sequence.go).
 //
-// The step loop (step.go) is one goroutine, which owns all sequences in work and waits for nobody. Each message has a
-// handler, which opens its sequence, gives it to the loop and settles the message when the loop has let go of it. What
-// the loop needs of others, a slab or a confirmation, every hundred tokens or so, it has fetched by an errand, a
+// The process' runner (stage/runner), called the loop here, owns all sequences in work and waits for nobody; what it does
+// with them in a step is in step.go. Each message has a handler, which opens its sequence, gives it to the loop and settles
+// the message when the loop has let go of it. What the loop needs of others, a slab or a confirmation, every hundred tokens or so, it has fetched by an errand, a
 // goroutine of the sequence's that ends before its handler does.
 package decoder
 
@@ -18,8 +18,10 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+
 	"trireme.dev/shared/bus"
-	"trireme.dev/shared/engine"
 	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
@@ -46,61 +48,56 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 }
 
 // Serve runs the decode stage on an open stage process.
-func Serve(ctx context.Context, s *stage.Stage, cfg Config) error {
+func Serve(ctx context.Context, s *stage.Stage, cfg Config) error { return s.Serve(ctx, Role(cfg)) }
+
+// Role is the decode stage as a role of a stage process.
+func Role(cfg Config) stage.Role {
 	if cfg.Slots == 0 {
 		cfg.Slots = 256
 	}
 	if cfg.Patience == 0 {
 		cfg.Patience = 10 * time.Second
 	}
-	text, err := engine.NewText(s.Model, s.Weights, s.Compute, engine.Limits{Rows: cfg.Slots, Seqs: cfg.Slots})
-	if err != nil {
-		return err
-	}
-	d := &decoder{
-		Stage: s, text: text, space: sample.NewSpace(s.Model.Text.Vocab), patience: cfg.Patience,
-		inbox: make(chan func(), 64), stop: make(chan struct{}), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
-	}
-	s.OnEnd(func(m wire.Done) { d.do(func() { d.end(m.Request, m.Choice) }) })
-	resend, err := s.Bus.Handle(wire.SubjectResend(s.ID), d.resend)
-	if err != nil {
-		return fmt.Errorf("listening for resend requests: %w", err)
-	}
-	defer func() { _ = resend.Unsubscribe() }() // it ends with the connection at the latest
-	loop := make(chan struct{})
-	go func() { defer close(loop); d.run() }()
-	err = s.Serve(ctx, cfg.Slots, d.handle)
-	close(d.stop)
-	<-loop
-	return err
+	return stage.Role{Name: stage.Decode, Slots: cfg.Slots, Start: func(s *stage.Stage) (stage.Worker, error) {
+		d := &decoder{
+			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab), patience: cfg.Patience,
+			rows: s.Metrics.Rows.WithLabelValues(stage.Decode), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
+		}
+		var err error
+		if d.resends, err = s.Bus.Handle(wire.SubjectResend(s.ID), d.resend); err != nil {
+			return nil, fmt.Errorf("listening for resend requests: %w", err)
+		}
+		s.Runner.AddSource(stage.Decode, d, cfg.Slots, cfg.Slots)
+		return d, nil
+	}}
 }
 
-// decoder is the running stage. The step loop owns what stands below stop; others reach it through do.
+// decoder is the running role. The loop owns what stands below resends; others reach it through do.
 type decoder struct {
 	*stage.Stage
-	text     *engine.Text
 	space    *sample.Space
 	patience time.Duration
-	inbox    chan func()
-	stop     chan struct{} // closed when the loop shall end
+	rows     prometheus.Counter
+	resends  *nats.Subscription
 
 	live   map[key]*sequence
 	active []*sequence // in order of arrival
+	taken  []*sequence // those in the step being computed, in its order
 	gave   time.Time   // when a sequence was last given up for want of room
 	outbox outbox
 }
 
-// do runs f on the loop's goroutine, now or later. It returns false, without running f, when the loop has ended.
-func (d *decoder) do(f func()) bool {
-	select {
-	case d.inbox <- f:
-		return true
-	case <-d.stop:
-		return false
-	}
-}
+// do runs f on the loop's goroutine, now or later, as long as there are handlers.
+func (d *decoder) do(f func()) { d.Runner.Do(f) }
 
-func (d *decoder) handle(ctx context.Context, dl *bus.Delivery) {
+// End implements stage.Worker.
+func (d *decoder) End(m wire.Done) { d.do(func() { d.end(m.Request, m.Choice) }) }
+
+// Close implements stage.Worker.
+func (d *decoder) Close() { _ = d.resends.Unsubscribe() } // it ends with the connection at the latest
+
+// Handle implements stage.Worker.
+func (d *decoder) Handle(ctx context.Context, dl *bus.Delivery) {
 	var m wire.Decode
 	if err := wire.Unmarshal(dl.Data, &m); err != nil {
 		d.Log.Error("dropping a message that is no decode message", "error", err)

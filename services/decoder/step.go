@@ -3,76 +3,59 @@ package decoder
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
 
 // ahead is how many positions before its slabs are full a sequence asks for the next one.
 const ahead = 64
 
-// run is the step loop until stop is closed. Sequences are dropped, and their memory unmapped, only between steps.
-func (d *decoder) run() {
-	var (
-		batch           []engine.Seq
-		taken, finished []*sequence
-	)
-	for idle := false; d.listen(idle); {
-		batch, taken = d.form(batch[:0], taken[:0])
-		idle = len(batch) == 0
-		if idle {
+// Form implements runner.Source: one token of every sequence that is neither parked nor waiting for memory. Sequences are
+// dropped, and their memory unmapped, only between steps.
+func (d *decoder) Form(step *runner.Step) {
+	d.taken = d.taken[:0]
+	for i := 0; i < len(d.active); {
+		s := d.active[i]
+		ready, err := d.prepare(s)
+		if err != nil {
+			d.drop(s, err) // the next one is at i now
 			continue
 		}
-		start := time.Now()
-		logits, err := d.text.Forward(batch)
-		d.Metrics.Step.Observe(time.Since(start).Seconds())
-		d.Metrics.Rows.Add(float64(len(batch)))
-		finished = finished[:0]
-		for i, s := range taken {
-			if err != nil {
-				d.drop(s, fmt.Errorf("computing a token: %w", err))
-				continue
-			}
-			if err := d.advance(s, logits[i]); err != nil {
-				d.drop(s, err)
-				continue
-			}
-			if s.finish() != wire.FinishNone {
-				finished = append(finished, s)
-			}
+		i++
+		if !ready {
+			continue
 		}
-		if err := d.outbox.flush(d.Bus); err != nil {
-			d.Log.Warn("sending tokens", "error", err)
+		pos := s.position()
+		if !step.Token(pos) {
+			break
 		}
-		for _, s := range finished {
-			d.drop(s, nil)
-		}
+		s.input[0] = s.last
+		step.Add(engine.Seq{Tokens: s.input[:], Pos: pos, Delta: s.delta, Blocks: s.kv.Blocks, Want: true})
+		d.taken = append(d.taken, s)
 	}
 }
 
-// listen runs what others have asked for; with wait it blocks until there is something. It returns false when the
-// loop shall end.
-func (d *decoder) listen(wait bool) bool {
-	if wait {
-		select {
-		case f := <-d.inbox:
-			f()
-		case <-d.stop:
-			return false
+// Computed implements runner.Source: it books the step and sends the tokens.
+func (d *decoder) Computed(_ []engine.Seq, logits [][]float32, err error) {
+	d.rows.Add(float64(len(d.taken)))
+	for i, s := range d.taken {
+		if err != nil {
+			d.drop(s, fmt.Errorf("computing a token: %w", err))
+		} else if err := d.advance(s, logits[i]); err != nil {
+			d.drop(s, err)
 		}
 	}
-	for {
-		select {
-		case f := <-d.inbox:
-			f()
-		case <-d.stop:
-			return false
-		default:
-			return true
+	if err := d.outbox.flush(d.Bus); err != nil {
+		d.Log.Warn("sending tokens", "error", err)
+	}
+	for _, s := range d.taken {
+		if s.finish() != wire.FinishNone {
+			d.drop(s, nil)
 		}
 	}
 }
@@ -114,27 +97,6 @@ func (d *decoder) end(request string, choice int) {
 			d.drop(s, mem.ErrEnded)
 		}
 	}
-}
-
-// form makes the next batch: one token of every sequence that is neither parked nor waiting for memory.
-func (d *decoder) form(batch []engine.Seq, taken []*sequence) ([]engine.Seq, []*sequence) {
-	limit := d.text.Limits().Seqs
-	for i := 0; i < len(d.active) && len(batch) < limit; {
-		s := d.active[i]
-		ready, err := d.prepare(s)
-		if err != nil {
-			d.drop(s, err) // the next one is at i now
-			continue
-		}
-		i++
-		if !ready {
-			continue
-		}
-		s.input[0] = s.last
-		batch = append(batch, engine.Seq{Tokens: s.input[:], Pos: s.position(), Delta: s.delta, Blocks: s.kv.Blocks, Want: true})
-		taken = append(taken, s)
-	}
-	return batch, taken
 }
 
 // position is where the newest token stands in the sequence, and its KV will.

@@ -10,8 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/engine"
@@ -20,20 +21,21 @@ import (
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
 
 // slots is how many pictures an encoder works on at once: while one is on the NPU, the next is fetched and decoded.
 const slots = 2
 
-// Encoder is the running stage.
-type Encoder struct {
+// encoder is the running role.
+type encoder struct {
 	*stage.Stage
 	prep    imageprep.Config
 	decoder *decoder
-
-	mu     sync.Mutex // guards engine: one picture at a time
-	engine *engine.Encoder
+	rows    prometheus.Counter
+	took    runner.Observer
+	line    line
 }
 
 // Run opens a stage process and serves the encode queue until ctx ends: Serve for those who have no stage open, as tests
@@ -48,27 +50,44 @@ func Run(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
 }
 
 // Serve runs the encode stage on an open stage process.
-func Serve(ctx context.Context, s *stage.Stage) error {
+func Serve(ctx context.Context, s *stage.Stage) error { return s.Serve(ctx, Role()) }
+
+// Role is the encode stage as a role of a stage process.
+func Role() stage.Role { return stage.Role{Name: stage.Encode, Slots: slots, Start: start} }
+
+func start(s *stage.Stage) (stage.Worker, error) {
 	if s.Model.Vision == nil {
-		return fmt.Errorf("model %s has no vision encoder: it needs no encode stage", s.Model.Name)
+		return nil, fmt.Errorf("model %s has no vision encoder: it needs no encode stage", s.Model.Name)
 	}
 	prep, err := imageprep.LoadConfig(s.Dir())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	v := s.Model.Vision
 	if prep.PatchSize != v.Patch || prep.TemporalPatchSize != v.Temporal || prep.MergeSize != v.Merge {
-		return fmt.Errorf("preprocessor_config.json has patches of %d, %d frames, merge %d; config.json %d, %d, %d",
+		return nil, fmt.Errorf("preprocessor_config.json has patches of %d, %d frames, merge %d; config.json %d, %d, %d",
 			prep.PatchSize, prep.TemporalPatchSize, prep.MergeSize, v.Patch, v.Temporal, v.Merge)
 	}
-	e := &Encoder{Stage: s, prep: prep, decoder: newDecoder(prep)}
-	if e.engine, err = engine.NewEncoder(s.Model, s.Weights, s.Compute, prep.MaxPixels/(v.Patch*v.Patch)); err != nil {
-		return err
+	engine, err := engine.NewEncoder(s.Model, s.Weights, s.Compute, prep.MaxPixels/(v.Patch*v.Patch))
+	if err != nil {
+		return nil, err
 	}
-	return s.Serve(ctx, slots, e.handle)
+	e := &encoder{
+		Stage: s, prep: prep, decoder: newDecoder(prep),
+		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(), line: line{engine: engine},
+	}
+	s.Runner.AddPieces(e.piece)
+	return e, nil
 }
 
-func (e *Encoder) handle(ctx context.Context, d *bus.Delivery) {
+// End implements stage.Worker: what has ended is seen before the next piece.
+func (e *encoder) End(wire.Done) {}
+
+// Close implements stage.Worker.
+func (e *encoder) Close() {}
+
+// Handle implements stage.Worker.
+func (e *encoder) Handle(ctx context.Context, d *bus.Delivery) {
 	var m wire.Encode
 	if err := wire.Unmarshal(d.Data, &m); err != nil {
 		e.Log.Error("dropping a message that is no encode message", "error", err)
@@ -85,7 +104,7 @@ func (e *Encoder) handle(ctx context.Context, d *bus.Delivery) {
 }
 
 // encode makes the MM object of one picture and marks it in the join record.
-func (e *Encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) error {
+func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) error {
 	key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
 	join, err := e.Bus.Join(ctx, key)
 	if errors.Is(err, bus.ErrNoJoin) {
@@ -132,7 +151,7 @@ const maxWait = 20 * time.Second
 // object returns the picture's sealed MM object, held by the request: the cached one (hit), or a new one, which is then
 // cached. While another encoder makes it, it is waited for; if that one fails, one of those who wait makes it. There is
 // none (a hit, with a zero handle) when prefill will find the picture's KV in the cache.
-func (e *Encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
+func (e *encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
 	grid, err := e.grid(m)
 	if err != nil {
 		return mem.Handle{}, false, err
@@ -161,7 +180,7 @@ func (e *Encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, c
 // needless reports whether the KV of the whole picture is in the cache, in the prefix that prefill will find. Nothing holds
 // it until then: if it is evicted, prefill loses the attempt, so at a second one every picture is encoded. What is wrong
 // with the spec is for prefill to say.
-func (e *Encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill) bool {
+func (e *encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill) bool {
 	if m.Request.Attempt > 1 {
 		return false
 	}
@@ -180,7 +199,7 @@ func (e *Encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill)
 
 // settleTicket publishes obj under the ticket, or gives the ticket back when there is none. Failing to do so costs only
 // the cache.
-func (e *Encoder) settleTicket(ctx context.Context, ticket *hbm.Ticket, obj *hbm.Object) {
+func (e *encoder) settleTicket(ctx context.Context, ticket *hbm.Ticket, obj *hbm.Object) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	var err error
@@ -195,7 +214,7 @@ func (e *Encoder) settleTicket(ctx context.Context, ticket *hbm.Ticket, obj *hbm
 }
 
 // key names what the picture becomes: its bytes, all that turns them into an MM object, and who may share that.
-func (e *Encoder) key(m *wire.Encode) hbm.Key {
+func (e *encoder) key(m *wire.Encode) hbm.Key {
 	prep := e.prep.Digest()
 	h := sha256.New()
 	fmt.Fprintf(h, "trireme mm 1 %x %x %x %v %q %q", m.Content, prep, m.Model, m.Grid, e.Compute.Digest(), m.Salt)
@@ -203,7 +222,7 @@ func (e *Encoder) key(m *wire.Encode) hbm.Key {
 }
 
 // grid checks that the message is one for this encoder.
-func (e *Encoder) grid(m *wire.Encode) (engine.Grid, error) {
+func (e *encoder) grid(m *wire.Encode) (engine.Grid, error) {
 	if m.Model != e.Model.Digest {
 		return engine.Grid{}, &stage.Fault{Status: 500, Err: fmt.Errorf("request is for model %x, this instance runs %x",
 			m.Model[:6], e.Model.Digest[:6])}
@@ -219,20 +238,20 @@ func (e *Encoder) grid(m *wire.Encode) (engine.Grid, error) {
 
 // produce encodes the picture into a sealed MM object: this process' own until it is sealed, then held by the request too.
 // The caller frees it; it is nil when there is an error.
-func (e *Encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) (*hbm.Object, mem.Handle, error) {
+func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) (*hbm.Object, mem.Handle, error) {
 	pixels, err := e.pixels(ctx, m, grid)
 	if err != nil {
 		return nil, mem.Handle{}, err
 	}
-	tokens, levels := e.engine.Tokens(grid), e.Model.Vision.Levels()
+	tokens, levels := e.Tokens(m.Grid), e.Model.Vision.Levels()
 	objs, err := e.HBM.Alloc(ctx, hbm.Spec{
-		Kind: mem.KindMM, NPU: e.NPU, Bytes: int64(e.engine.Floats(grid)) * 4,
+		Kind: mem.KindMM, NPU: e.NPU, Bytes: int64(levels*tokens*e.Model.Text.Hidden) * 4,
 		Shape: []int{levels, tokens, e.Model.Text.Hidden},
 	})
 	if err != nil {
 		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
 	}
-	if err := e.compute(objs[0].Floats(), pixels, grid, claim); err != nil {
+	if err := e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, request: m.Request.ID, claim: claim}); err != nil {
 		e.Free(ctx, objs...)
 		return nil, mem.Handle{}, fmt.Errorf("encoding picture %d: %w", m.Part, err)
 	}
@@ -245,7 +264,7 @@ func (e *Encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 }
 
 // pixels decodes the picture into patches [patches, PatchDim].
-func (e *Encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) ([]float32, error) {
+func (e *encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) ([]float32, error) {
 	src, err := e.HBM.Attach(ctx, mem.ReadOnly, -1, m.Pixels)
 	if err != nil {
 		return nil, fmt.Errorf("attaching picture %d: %w", m.Part, err)
@@ -267,18 +286,4 @@ func (e *Encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) 
 			"its header promised a patch grid of %v, its content has %v", m.Grid, got)}
 	}
 	return pixels, nil
-}
-
-// compute runs the vision encoder, unless the claim was lost while another picture was on the NPU.
-func (e *Encoder) compute(out, pixels []float32, grid engine.Grid, claim *hbm.Claim) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if !claim.Held() {
-		return mem.ErrFenced
-	}
-	start := time.Now()
-	err := e.engine.Encode(out, pixels, grid)
-	e.Metrics.Step.Observe(time.Since(start).Seconds())
-	e.Metrics.Rows.Add(float64(grid.Patches()))
-	return err
 }

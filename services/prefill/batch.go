@@ -2,54 +2,13 @@ package prefill
 
 import (
 	"fmt"
-	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
-
-// run is the batch loop: it computes chunks of the oldest lanes under the row limit until stop is closed.
-func (p *prefill) run() {
-	var batch []engine.Seq
-	var taken []*lane
-	for {
-		if len(p.lanes) == 0 {
-			select {
-			case f := <-p.inbox:
-				f()
-			case <-p.stop:
-				return
-			}
-			continue
-		}
-		for more := true; more; {
-			select {
-			case f := <-p.inbox:
-				f()
-			case <-p.stop:
-				return
-			default:
-				more = false
-			}
-		}
-		batch, taken = p.form(batch[:0], taken[:0])
-		if len(batch) == 0 {
-			continue
-		}
-		start := time.Now()
-		logits, err := p.text.Forward(batch)
-		p.Metrics.Step.Observe(time.Since(start).Seconds())
-		if err != nil {
-			for _, l := range taken {
-				p.drop(l.job, fmt.Errorf("computing a prompt: %w", err))
-			}
-			continue
-		}
-		p.advance(batch, taken, logits)
-	}
-}
 
 // add takes a job into the loop, unless its end has come first.
 func (p *prefill) add(j *job) {
@@ -59,8 +18,19 @@ func (p *prefill) add(j *job) {
 	}
 	p.jobs[j] = true
 	j.left = len(j.choices)
-	tokens := append(append([]int32{}, j.spec.Prompt...), j.resume(0)...)
-	p.lanes = append(p.lanes, &lane{job: j, pos: j.cached, tokens: tokens})
+	if err := p.line(j, 0, j.cached); err != nil {
+		p.drop(j, err)
+	}
+}
+
+// line adds the lane of choice c, of which pos tokens are computed, and takes the blocks for all of it.
+func (p *prefill) line(j *job, c, pos int) error {
+	tokens := append(append([]int32{}, j.spec.Prompt...), j.resume(c)...)
+	if err := j.choices[c].seq.Grow(len(tokens)); err != nil {
+		return err
+	}
+	p.lanes = append(p.lanes, &lane{job: j, choice: c, pos: pos, tokens: tokens})
+	return nil
 }
 
 // drop takes a job out of the loop and ends it with err.
@@ -89,42 +59,42 @@ func (p *prefill) end(request string) {
 	}
 }
 
-// form makes the next batch: the oldest lanes first, each with as many rows as fit. A chunk ends with the prompt, so
-// that its logits are there for every choice.
-func (p *prefill) form(batch []engine.Seq, taken []*lane) ([]engine.Seq, []*lane) {
-	rows := p.limits.Rows
+// Form implements runner.Source: the oldest lanes first, each with as many rows as fit. A chunk ends with the prompt, so that
+// its logits are there for every choice.
+func (p *prefill) Form(step *runner.Step) {
+	p.fence()
+	p.taken = p.taken[:0]
 	for _, l := range p.lanes {
-		if rows == 0 || len(batch) == p.limits.Seqs {
-			break
-		}
-		if !l.job.claim.Held() {
-			p.drop(l.job, mem.ErrFenced)
-			return batch[:0], taken[:0] // lanes changed under the loop; form again
-		}
-		n := min(rows, len(l.tokens)-l.pos)
+		left := len(l.tokens) - l.pos
 		prompt := len(l.job.spec.Prompt)
 		if l.pos < prompt {
-			n = min(n, prompt-l.pos)
+			left = prompt - l.pos
 		}
-		seq := l.job.choices[l.choice].seq
-		if err := seq.Grow(l.pos + n); err != nil {
-			p.drop(l.job, err)
-			return batch[:0], taken[:0]
+		n := step.Chunk(l.pos, left)
+		if n == 0 {
+			break
 		}
 		end := l.pos + n
-		batch = append(batch, engine.Seq{
+		step.Add(engine.Seq{
 			Tokens: l.tokens[l.pos:end],
 			Pos:    l.pos,
 			Rope:   l.rope(n),
 			Delta:  l.job.delta,
-			Blocks: seq.Blocks,
+			Blocks: l.job.choices[l.choice].seq.Blocks,
 			Visual: l.visual(end),
 			Want:   end == prompt || end == len(l.tokens),
 		})
-		taken = append(taken, l)
-		rows -= n
+		p.taken = append(p.taken, l)
 	}
-	return batch, taken
+}
+
+// fence drops the jobs whose claim another one has.
+func (p *prefill) fence() {
+	for j := range p.jobs {
+		if !j.claim.Held() {
+			p.drop(j, mem.ErrFenced)
+		}
+	}
 }
 
 // rope is the M-RoPE positions of the next n tokens, nil behind the prompt, where they follow from the delta.
@@ -153,12 +123,18 @@ func (l *lane) visual(end int) []engine.Visual {
 	return v
 }
 
-// advance books a computed batch: seals full blocks, samples where a prompt or a resumed answer is complete, and sends
+// Computed implements runner.Source: it seals full blocks, samples where a prompt or a resumed answer is complete, and sends
 // the first tokens to their gateways.
-func (p *prefill) advance(batch []engine.Seq, taken []*lane, logits [][]float32) {
+func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
+	if err != nil {
+		for _, l := range p.taken {
+			p.drop(l.job, fmt.Errorf("computing a prompt: %w", err))
+		}
+		return
+	}
 	tokens := 0
 	runs := map[string][]wire.Run{}
-	for i, l := range taken {
+	for i, l := range p.taken {
 		n := len(batch[i].Tokens)
 		tokens += n
 		j := l.job
@@ -177,7 +153,7 @@ func (p *prefill) advance(batch []engine.Seq, taken []*lane, logits [][]float32)
 			p.drop(j, err)
 		}
 	}
-	p.Metrics.Rows.Add(float64(tokens))
+	p.rows.Add(float64(tokens))
 	p.send(runs)
 	p.sweep()
 }
@@ -197,8 +173,9 @@ func (p *prefill) promptDone(j *job, logits []float32, runs map[string][]wire.Ru
 				return err
 			}
 		} else if c > 0 {
-			tokens := append(append([]int32{}, j.spec.Prompt...), resume...)
-			p.lanes = append(p.lanes, &lane{job: j, choice: c, pos: len(j.spec.Prompt), tokens: tokens})
+			if err := p.line(j, c, len(j.spec.Prompt)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

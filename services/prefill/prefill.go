@@ -8,8 +8,9 @@ import (
 	"fmt"
 	"log/slog"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"trireme.dev/shared/bus"
-	"trireme.dev/shared/engine"
 	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
@@ -36,58 +37,53 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 }
 
 // Serve runs the prefill stage on an open stage process.
-func Serve(ctx context.Context, s *stage.Stage, cfg Config) error {
+func Serve(ctx context.Context, s *stage.Stage, cfg Config) error { return s.Serve(ctx, Role(cfg)) }
+
+// Role is the prefill stage as a role of a stage process.
+func Role(cfg Config) stage.Role {
 	if cfg.Rows == 0 {
 		cfg.Rows = 512
 	}
 	if cfg.Slots == 0 {
 		cfg.Slots = 32
 	}
-	text, err := engine.NewText(s.Model, s.Weights, s.Compute, engine.Limits{Rows: cfg.Rows, Seqs: cfg.Slots})
-	if err != nil {
-		return err
-	}
-	p := &prefill{
-		Stage: s, text: text, limits: text.Limits(), space: sample.NewSpace(s.Model.Text.Vocab),
-		inbox: make(chan func()), stop: make(chan struct{}), jobs: map[*job]bool{},
-	}
-	s.OnEnd(func(m wire.Done) {
-		if m.Choice < 0 {
-			p.do(func() { p.end(m.Request) })
+	return stage.Role{Name: stage.Prefill, Slots: cfg.Slots, Start: func(s *stage.Stage) (stage.Worker, error) {
+		p := &prefill{
+			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab),
+			rows: s.Metrics.Rows.WithLabelValues(stage.Prefill), jobs: map[*job]bool{},
 		}
-	})
-	loop := make(chan struct{})
-	go func() { defer close(loop); p.run() }()
-	err = s.Serve(ctx, cfg.Slots, p.handle)
-	close(p.stop)
-	<-loop
-	return err
+		s.Runner.AddSource(stage.Prefill, p, cfg.Rows, cfg.Slots)
+		return p, nil
+	}}
 }
 
-// prefill is the running stage. The batch loop (batch.go) owns jobs and lanes; others reach it through do.
+// prefill is the running role. The process' runner, called the loop here, owns jobs, lanes and what is taken (batch.go); others
+// reach it through do.
 type prefill struct {
 	*stage.Stage
-	text   *engine.Text
-	limits engine.Limits
-	space  *sample.Space
-	inbox  chan func()
-	stop   chan struct{} // closed when the loop shall end
+	space *sample.Space
+	rows  prometheus.Counter
 
 	lanes []*lane // in order of arrival
 	jobs  map[*job]bool
+	taken []*lane // those in the step being computed, in its order
 }
 
-// do runs f on the loop's goroutine. It returns false, without running f, when the loop has ended.
-func (p *prefill) do(f func()) bool {
-	select {
-	case p.inbox <- f:
-		return true
-	case <-p.stop:
-		return false
+// do runs f on the loop's goroutine, now or later, as long as there are handlers.
+func (p *prefill) do(f func()) { p.Runner.Do(f) }
+
+// End implements stage.Worker.
+func (p *prefill) End(m wire.Done) {
+	if m.Choice < 0 {
+		p.do(func() { p.end(m.Request) })
 	}
 }
 
-func (p *prefill) handle(ctx context.Context, d *bus.Delivery) {
+// Close implements stage.Worker.
+func (p *prefill) Close() {}
+
+// Handle implements stage.Worker.
+func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 	var m wire.Prefill
 	if err := wire.Unmarshal(d.Data, &m); err != nil {
 		p.Log.Error("dropping a message that is no prefill message", "error", err)

@@ -94,7 +94,7 @@ func (c *Consumer) pull(ctx context.Context, limit int, wait time.Duration) (got
 	ended := false // by the server
 	defer func() {
 		for _, msg := range p.finish(ended) {
-			got = append(got, c.bus.newDelivery(msg))
+			got = append(got, c.bus.newDelivery(c.stage.name, msg))
 		}
 	}()
 	// The server ends the request; the margin is for an end that the network swallowed.
@@ -109,7 +109,7 @@ func (c *Consumer) pull(ctx context.Context, limit int, wait time.Duration) (got
 				ended = true
 				return got, c.ended(code, msg)
 			}
-			got = append(got, c.bus.newDelivery(msg))
+			got = append(got, c.bus.newDelivery(c.stage.name, msg))
 		}
 	}
 	ended = true

@@ -21,13 +21,14 @@ var (
 type Delivery struct {
 	Data  []byte // as wire.Marshal made it; belongs to the taker
 	Reply string // acknowledgement subject, for the claim record: NakReply works on it from any process
+	Stage string // whose queue it is from
 	Count uint64 // how often the message was delivered, 1 is the first; counts restart with a consumer
 
 	bus *Bus
 }
 
-func (b *Bus) newDelivery(msg *nats.Msg) *Delivery {
-	d := &Delivery{Data: msg.Data, Reply: msg.Reply, Count: 1, bus: b}
+func (b *Bus) newDelivery(stage string, msg *nats.Msg) *Delivery {
+	d := &Delivery{Data: msg.Data, Reply: msg.Reply, Stage: stage, Count: 1, bus: b}
 	if meta, err := msg.Metadata(); err == nil {
 		d.Count = meta.NumDelivered
 	}

@@ -246,7 +246,7 @@ func (v *Instances) All() []wire.Instance {
 	return all
 }
 
-// Role returns the instances of one role that are alive, sorted by id.
+// Role returns the instances that are alive and have a role, perhaps beside others, sorted by role and id.
 func (v *Instances) Role(role string) []wire.Instance {
-	return slices.DeleteFunc(v.All(), func(i wire.Instance) bool { return i.Role != role })
+	return slices.DeleteFunc(v.All(), func(i wire.Instance) bool { return !wire.HasRole(i.Role, role) })
 }

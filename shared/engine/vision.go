@@ -20,6 +20,12 @@ type Encoder struct {
 	tables *patchTables
 	segs   []int
 
+	// The picture being computed.
+	out   []float32
+	grid  Grid
+	table *patchTable
+	next  int // the block that comes next; len(w.Blocks): what follows the last
+
 	// Device scratch for limit patches.
 	pixels  []float32 // [patches, PatchDim]
 	hidden  []float32 // [patches, Hidden]: the residual stream
@@ -83,12 +89,23 @@ func (e *Encoder) Tokens(grid Grid) int { return grid.Tokens(e.v.Merge) }
 // Floats is the size of Encode's output for a picture, in float32.
 func (e *Encoder) Floats(grid Grid) int { return e.v.Levels() * e.Tokens(grid) * e.v.Out }
 
-// Encode computes the multimodal tokens of one picture. pixels is host memory, [patches, PatchDim] in merge-block
-// order, as the processor of transformers gives them. out is device memory, [levels, tokens, Out]: plane 0 holds the
-// merged embeddings, plane i the DeepStack tap i-1. Both belong to the caller. It returns ErrGrid when the grid is
-// empty, not a multiple of Merge, or larger than the encoder, or when a buffer has another length. It allocates only
-// for a grid it has not seen lately.
+// Encode computes the multimodal tokens of one picture: Begin, and Next to the end.
 func (e *Encoder) Encode(out, pixels []float32, grid Grid) error {
+	if err := e.Begin(out, pixels, grid); err != nil {
+		return err
+	}
+	for e.Next() {
+	}
+	return nil
+}
+
+// Begin begins the computation of the multimodal tokens of one picture, of which Next does a piece at a time. pixels is
+// host memory, [patches, PatchDim] in merge-block order, as the processor of transformers gives them. out is device memory,
+// [levels, tokens, Out], complete after the last Next: plane 0 holds the merged embeddings, plane i the DeepStack tap i-1.
+// Both belong to the caller and have to stay until then, or until another picture is begun: this one is given up then. Begin returns ErrGrid when
+// the grid is empty, not a multiple of Merge, or larger than the encoder, or when a buffer has another length. It allocates
+// only for a grid it has not seen lately.
+func (e *Encoder) Begin(out, pixels []float32, grid Grid) error {
 	n := grid.Patches()
 	switch {
 	case grid.T <= 0 || grid.H <= 0 || grid.W <= 0 || grid.H%e.v.Merge != 0 || grid.W%e.v.Merge != 0:
@@ -100,23 +117,34 @@ func (e *Encoder) Encode(out, pixels []float32, grid Grid) error {
 	case len(out) != e.Floats(grid):
 		return fmt.Errorf("%w: room for %d float32, %d needed", ErrGrid, len(out), e.Floats(grid))
 	}
-	table := e.tables.get(grid.H, grid.W)
+	e.out, e.grid, e.next = out, grid, 0
+	e.table = e.tables.get(grid.H, grid.W)
 	e.segs = e.segs[:0]
 	for range grid.T {
 		e.segs = append(e.segs, grid.H*grid.W)
 	}
-	e.embed(pixels, n, table)
-	plane := e.Tokens(grid) * e.v.Out
-	for i := range e.w.Blocks {
-		e.block(&e.w.Blocks[i], n, table)
+	e.embed(pixels, n, e.table)
+	return nil
+}
+
+// Next does the next piece of the picture that was begun, a transformer block with its DeepStack tap or the last merger,
+// and reports whether there is more to do.
+func (e *Encoder) Next() (more bool) {
+	n, tokens := e.grid.Patches(), e.Tokens(e.grid)
+	plane := tokens * e.v.Out
+	if i := e.next; i < len(e.w.Blocks) {
+		e.block(&e.w.Blocks[i], n, e.table)
 		for tap, after := range e.v.DeepStack {
 			if after == i {
-				e.mergeTap(out[(1+tap)*plane:(2+tap)*plane], &e.w.DeepStack[tap], e.Tokens(grid))
+				e.mergeTap(e.out[(1+tap)*plane:(2+tap)*plane], &e.w.DeepStack[tap], tokens)
 			}
 		}
+		e.next++
+		return true
 	}
-	e.mergeMain(out[:plane], n, e.Tokens(grid))
-	return nil
+	e.mergeMain(e.out[:plane], n, tokens)
+	e.out, e.table = nil, nil
+	return false
 }
 
 // embed fills hidden with patch embeddings plus position embeddings.

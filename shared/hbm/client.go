@@ -25,7 +25,7 @@ import (
 // Hello introduces an instance to the HMM.
 type Hello struct {
 	Instance string // instance id
-	Role     string // gateway, encode, prefill, decode; the gateway gets host memory only
+	Role     string // gateway, encode, prefill, decode, or several of the last three joined by +; the gateway gets host memory only
 	NPUs     int    // NPUs wanted; 0 for the gateway
 }
 

@@ -5,17 +5,22 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"trireme.dev/shared/stage/runner"
+	"trireme.dev/shared/wire"
 )
 
-// Metrics are what every stage counts.
+// Metrics are what every stage counts, by role. What the roles of a process compute in one step counts for each.
 type Metrics struct {
 	Registry *prometheus.Registry
-	Work     *prometheus.CounterVec // trireme_stage_work_total by outcome
-	Step     prometheus.Histogram   // trireme_stage_step_seconds: one forward pass
-	Rows     prometheus.Counter     // trireme_stage_rows_total: tokens or patches computed
+
+	Work *prometheus.CounterVec   // trireme_stage_work_total by role and outcome
+	Step *prometheus.HistogramVec // trireme_stage_step_seconds by the roles that have part in a forward pass, joined
+	Rows *prometheus.CounterVec   // trireme_stage_rows_total by role: tokens or patches computed
 
 	weightsSeconds *prometheus.GaugeVec // trireme_weights_seconds by phase
-	stepped        firstStep
+	first          sync.Once
+	tell           func(seconds float64) // of the first step; or nil
 }
 
 // weights notes how long a phase of coming by the weights took; phases of several sets add up.
@@ -23,45 +28,53 @@ func (m *Metrics) weights(phase string, took time.Duration) {
 	m.weightsSeconds.WithLabelValues(phase).Add(took.Seconds())
 }
 
-// firstStep is a histogram of steps that tells of the first one.
-type firstStep struct {
-	prometheus.Histogram
-	once sync.Once
-	tell func(seconds float64) // or nil
+// step is who is told how long steps take that these roles, joined, have part in.
+func (m *Metrics) step(roles string) runner.Observer {
+	return &observer{m.Step.WithLabelValues(roles), m}
+}
+
+// Encoded is who is told how long pictures take.
+func (m *Metrics) Encoded() runner.Observer { return m.step(Encode) }
+
+// observer is a histogram of steps that tells of the first one.
+type observer struct {
+	prometheus.Observer
+	metrics *Metrics
 }
 
 // Observe implements prometheus.Observer.
-func (f *firstStep) Observe(seconds float64) {
-	f.once.Do(func() {
-		if f.tell != nil {
-			f.tell(seconds)
+func (o *observer) Observe(seconds float64) {
+	o.metrics.first.Do(func() {
+		if o.metrics.tell != nil {
+			o.metrics.tell(seconds)
 		}
 	})
-	f.Histogram.Observe(seconds)
+	o.Observer.Observe(seconds)
 }
 
 func newMetrics(role string) *Metrics {
-	labels := prometheus.Labels{"role": role}
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Work: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "trireme_stage_work_total", Help: "Messages settled, by outcome.", ConstLabels: labels,
-		}, []string{"outcome"}),
-		Rows: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "trireme_stage_work_total", Help: "Messages settled, by role and outcome.",
+		}, []string{"role", "outcome"}),
+		Step: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "trireme_stage_step_seconds", Help: "Duration of one forward pass, by the roles that have part in it.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 16),
+		}, []string{"role"}),
+		Rows: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "trireme_stage_rows_total", Help: "Rows computed: patches in encode, tokens in prefill and decode.",
-			ConstLabels: labels,
-		}),
+		}, []string{"role"}),
+		weightsSeconds: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "trireme_weights_seconds", ConstLabels: prometheus.Labels{"role": role},
+			Help: "What it took to come by the weights, by phase: wait for another instance to load them, load from files, attach " +
+				"(calls and maps), populate page tables, first_step (the first forward pass).",
+		}, []string{"phase"}),
 	}
-	m.stepped.Histogram = prometheus.NewHistogram(prometheus.HistogramOpts{
-		Name: "trireme_stage_step_seconds", Help: "Duration of one forward pass.", ConstLabels: labels,
-		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 16),
-	})
-	m.Step = &m.stepped
-	m.weightsSeconds = prometheus.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "trireme_weights_seconds", ConstLabels: labels,
-		Help: "What it took to come by the weights, by phase: wait for another instance to load them, load from files, attach " +
-			"(calls and maps), populate page tables, first_step (the first forward pass).",
-	}, []string{"phase"})
-	m.Registry.MustRegister(m.Work, m.stepped.Histogram, m.Rows, m.weightsSeconds)
+	for _, r := range wire.Roles(role) { // there from the beginning, so that rates have something to start from
+		m.Rows.WithLabelValues(r)
+		m.Step.WithLabelValues(r)
+	}
+	m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.weightsSeconds)
 	return m
 }

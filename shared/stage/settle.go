@@ -58,7 +58,7 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 		switch why := s.HBM.Unclaim(io, claim); {
 		case why == nil:
 		case errors.Is(why, mem.ErrFenced):
-			s.count("taken over")
+			s.count(d, "taken over")
 			s.Log.Info("another claim has taken over", "request", req.ID)
 			d.Drop()
 			return
@@ -90,7 +90,7 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 }
 
 func (s *Stage) ack(ctx context.Context, d *bus.Delivery, req wire.Request, outcome string) {
-	s.count(outcome)
+	s.count(d, outcome)
 	if err := d.Ack(ctx); err != nil {
 		s.Log.Warn("acknowledging", "request", req.ID, "error", err)
 		d.Drop() // AckWait delivers it again
@@ -98,13 +98,15 @@ func (s *Stage) ack(ctx context.Context, d *bus.Delivery, req wire.Request, outc
 }
 
 func (s *Stage) handBack(d *bus.Delivery, req wire.Request, delay time.Duration, outcome string) {
-	s.count(outcome)
+	s.count(d, outcome)
 	if err := d.Nak(delay); err != nil {
 		s.Log.Warn("handing work back", "request", req.ID, "error", err)
 	}
 }
 
-func (s *Stage) count(outcome string) { s.Metrics.Work.WithLabelValues(outcome).Inc() }
+func (s *Stage) count(d *bus.Delivery, outcome string) {
+	s.Metrics.Work.WithLabelValues(d.Stage, outcome).Inc()
+}
 
 func (s *Stage) tellLost(req wire.Request, err error) {
 	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500}

@@ -1,6 +1,7 @@
 // Package stage is what the encode, prefill and decode processes do alike: connect, load the model, take work from
-// their queue, fence it with claims, say that they are alive, and hand work back when they stop. What they do with the
-// work is in services/encoder, services/prefill and services/decoder.
+// their queues, fence it with claims, say that they are alive, and hand work back when they stop. What they do with the
+// work is in services/encoder, services/prefill and services/decoder. A process may have several of these roles: they share
+// its connections, its NPU, its weights and the one goroutine that computes (stage/runner).
 package stage
 
 import (
@@ -11,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,10 +27,12 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
+	"trireme.dev/shared/sched"
+	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
 
-// Roles, which are also the names of the stages' queues.
+// Roles, which are also the names of the stages' queues. A process with several has them joined (wire.Roles).
 const (
 	Encode  = "encode"
 	Prefill = "prefill"
@@ -43,21 +47,44 @@ type Config struct {
 	Instance string // instance id; "": role and a random suffix
 	Metrics  string // address that serves /metrics, for the heartbeat; "": none
 	NPU      npu.Options
+	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
 
 	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
 	Loading func(done, total int64)
 }
 
+// MixedDefault is the budget of a step in which prompts are computed beside sequences that decode.
+var MixedDefault = sched.Mixed{Tokens: 128, Blocks: 1 << 14, Least: model.BlockTokens}
+
+// Role is one of the roles of a stage process, as a service provides it.
+type Role struct {
+	Name  string                       // Encode, Prefill or Decode
+	Slots int                          // messages of its queue in work at once
+	Start func(*Stage) (Worker, error) // adds what the role computes to the stage's Runner, before that runs
+}
+
+// Worker is a role at work. Its methods are called by many goroutines.
+type Worker interface {
+	// Handle works on a message and settles it, and returns when both are done; ctx ends when the process is to stop, or has
+	// lost the HMM.
+	Handle(context.Context, *bus.Delivery)
+	// End is told of requests and choices that need nothing any more.
+	End(wire.Done)
+	// Close is called after the last Handle.
+	Close()
+}
+
 // Stage is a connected stage process.
 type Stage struct {
 	ID      string
-	Role    string
+	Role    string // several are joined
 	Bus     *bus.Bus
 	HBM     *hbm.Client
 	Model   model.Config
-	Weights *model.Weights // of the role: the vision encoder's for encode, else the language model's
-	Compute kernel.Compute
+	Weights *model.Weights // those that the roles need: the vision encoder's, the language model's, or both
+	Compute kernel.Compute // the Runner's, once that runs
+	Runner  *runner.Runner
 	NPU     int // the NPU on this node that the HMM granted
 	Log     *slog.Logger
 	Metrics *Metrics
@@ -70,14 +97,20 @@ type Stage struct {
 	ready     atomic.Bool
 	running   atomic.Int64
 	ended     endedSet
-	onEnd     func(wire.Done)
 	address   string
+	mixed     sched.Mixed
 }
 
 // Open checks the model folder, connects to NATS and to the HMM, takes one NPU, and loads the weights or attaches those that
-// another process of the node has loaded. Nothing is announced before Serve.
+// another process of the node has loaded. role may be several, joined. Nothing is announced before Serve.
 func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *Stage, err error) {
-	s := &Stage{ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics, Metrics: newMetrics(role)}
+	s := &Stage{
+		ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics, Metrics: newMetrics(role),
+		Runner: runner.New(), mixed: cfg.Mixed,
+	}
+	if s.mixed == (sched.Mixed{}) {
+		s.mixed = MixedDefault
+	}
 	if s.ID == "" {
 		s.ID = NewID(role)
 	}
@@ -117,8 +150,14 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	return s, nil
 }
 
-// NewID makes an instance id: the role and 8 random hexadecimal digits.
+// NewID makes an instance id: the role, of several the first letters, and 8 random hexadecimal digits.
 func NewID(role string) string {
+	if roles := wire.Roles(role); len(roles) > 1 {
+		role = ""
+		for _, r := range roles {
+			role += r[:1]
+		}
+	}
 	var b [4]byte
 	if _, err := rand.Read(b[:]); err != nil {
 		panic("BUG: no random numbers: " + err.Error())
@@ -151,19 +190,38 @@ func (s *Stage) Close() {
 	}
 }
 
-// OnEnd sets what is called, on its own goroutine, for every Done event. It must be set before Serve.
-func (s *Stage) OnEnd(f func(wire.Done)) { s.onEnd = f }
-
 // Ended reports whether a request, or this choice of it, is known to need nothing any more.
 func (s *Stage) Ended(request string, choice int) bool { return s.ended.has(request, choice) }
 
 // pullWait is how long one pull waits for a message at the server.
 const pullWait = 5 * time.Second
 
-// Serve announces the stage and runs handle for each message of its queue, at most slots at once, each on a goroutine
-// of its own. It returns nil when ctx ends, after all handles have returned, or an error when the HMM is lost: every
-// mapping is then useless and the process must start anew. handle settles its delivery; its context ends in both cases.
-func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Context, *bus.Delivery)) error {
+// Serve starts the roles, which must be those that the stage was opened with, announces the stage, and has each message of
+// their queues handled on a goroutine of its own. It returns nil when ctx ends, after all of these have returned, or an error
+// when the HMM is lost: every mapping is then useless and the process must start anew.
+func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
+	workers := make([]Worker, len(roles))
+	names := make([]string, len(roles))
+	for i, r := range roles {
+		var err error
+		if workers[i], err = r.Start(s); err != nil {
+			return fmt.Errorf("starting to %s: %w", r.Name, err)
+		}
+		defer workers[i].Close()
+		names[i] = r.Name
+	}
+	if !slices.Equal(names, wire.Roles(s.Role)) {
+		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
+	}
+	if err := s.Runner.Start(s.Model, s.Weights, s.Compute, s.mixed, s.Metrics.step); err != nil {
+		return err
+	}
+	defer s.Runner.Stop()
+	return s.serve(ctx, roles, workers)
+}
+
+// serve is Serve once all is ready to work.
+func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -175,15 +233,20 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 		case <-ctx.Done():
 		}
 	})
-	gone := make(chan struct{}, 1) // an instance of this role may have gone
-	leave, err := s.listen(ctx, gone)
+	gone := make([]chan struct{}, len(roles)) // an instance of the role may have gone
+	for i := range gone {
+		gone[i] = make(chan struct{}, 1)
+	}
+	leave, err := s.listen(ctx, roles, workers, gone)
 	defer leave()
 	if err != nil {
 		return err
 	}
-	consumer, err := s.Bus.Consumer(ctx, s.Role)
-	if err != nil {
-		return fmt.Errorf("opening the %s queue: %w", s.Role, err)
+	queues := make([]*bus.Consumer, len(roles))
+	for i, r := range roles {
+		if queues[i], err = s.Bus.Consumer(ctx, r.Name); err != nil {
+			return fmt.Errorf("opening the %s queue: %w", r.Name, err)
+		}
 	}
 	wg.Go(func() {
 		if err := s.Bus.Announce(ctx, s.heartbeat); err != nil && ctx.Err() == nil {
@@ -193,26 +256,46 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 	s.weights.wait(ctx)
 	s.ready.Store(true)
 	defer s.ready.Store(false)
-	s.takeOver(ctx)
-	select {
-	case gone <- struct{}{}:
-	default:
-	}
-	wg.Go(func() {
-		for {
-			select {
-			case <-gone:
-				s.handBackStrays(ctx)
-			case <-ctx.Done():
-				return
+	for i, r := range roles {
+		s.takeOver(ctx, r.Name)
+		notify(gone[i])
+		wg.Go(func() {
+			for {
+				select {
+				case <-gone[i]:
+					s.handBackStrays(ctx, r.Name)
+				case <-ctx.Done():
+					return
+				}
 			}
-		}
-	})
+		})
+	}
 	s.Log.Info("ready", "role", s.Role, "npu", s.NPU, "model", s.Model.Name, "kernels", s.Compute.Digest())
 
+	failed := make(chan error, len(roles))
+	for i, r := range roles {
+		wg.Go(func() {
+			if err := s.pull(ctx, &wg, queues[i], r.Slots, workers[i].Handle); err != nil {
+				failed <- fmt.Errorf("pulling work from the %s queue: %w", r.Name, err)
+			}
+		})
+	}
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	if err := context.Cause(ctx); errors.Is(err, mem.ErrLost) {
+		return fmt.Errorf("serving %s: %w", s.Role, err)
+	}
+	return nil
+}
+
+// pull has the messages of a queue handled, at most slots at once, each on a goroutine of its own in wg, until ctx ends.
+func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, slots int, handle func(context.Context, *bus.Delivery)) error {
 	busy := make(chan struct{}, slots)
 	for enter(ctx, busy) {
-		batch, err := consumer.Next(ctx, 1+cap(busy)-len(busy), pullWait)
+		batch, err := queue.Next(ctx, 1+cap(busy)-len(busy), pullWait)
 		<-busy
 		for _, d := range batch {
 			busy <- struct{}{} // there is room: nobody else enters
@@ -223,13 +306,18 @@ func (s *Stage) Serve(ctx context.Context, slots int, handle func(context.Contex
 			})
 		}
 		if err != nil && ctx.Err() == nil {
-			return fmt.Errorf("pulling work: %w", err)
+			return err
 		}
 	}
-	if err := context.Cause(ctx); errors.Is(err, mem.ErrLost) {
-		return fmt.Errorf("serving %s: %w", s.Role, err)
-	}
 	return nil
+}
+
+// notify leaves a value in a channel that has room for one: one is enough.
+func notify(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 // enter waits for a free place; false when ctx ends first.
@@ -245,9 +333,9 @@ func enter(ctx context.Context, places chan<- struct{}) bool {
 	}
 }
 
-// listen subscribes to ends of requests and of instances until leave is called, which is never nil. gone gets a value, if
-// there is room, when an instance of this role has gone.
-func (s *Stage) listen(ctx context.Context, gone chan<- struct{}) (leave func(), err error) {
+// listen subscribes to ends of requests and of instances until leave is called, which is never nil. A role's gone is notified
+// when an instance that has it has gone.
+func (s *Stage) listen(ctx context.Context, roles []Role, workers []Worker, gone []chan struct{}) (leave func(), err error) {
 	var subs []*nats.Subscription
 	leave = func() {
 		for _, sub := range subs {
@@ -255,14 +343,16 @@ func (s *Stage) listen(ctx context.Context, gone chan<- struct{}) (leave func(),
 		}
 	}
 	for subject, f := range map[string]func([]byte){
-		wire.SubjectDone: s.done,
+		wire.SubjectDone: func(data []byte) { s.done(data, workers) },
 		wire.SubjectGone: func(data []byte) {
 			var m wire.Gone
-			if wire.Unmarshal(data, &m) == nil && m.Role == s.Role {
-				s.takeOver(ctx)
-				select {
-				case gone <- struct{}{}:
-				default: // one look is due anyway
+			if wire.Unmarshal(data, &m) != nil {
+				return
+			}
+			for i, r := range roles {
+				if wire.HasRole(m.Role, r.Name) {
+					s.takeOver(ctx, r.Name)
+					notify(gone[i])
 				}
 			}
 		},
@@ -277,15 +367,15 @@ func (s *Stage) listen(ctx context.Context, gone chan<- struct{}) (leave func(),
 }
 
 // done notes the end of a request or of a choice.
-func (s *Stage) done(data []byte) {
+func (s *Stage) done(data []byte, workers []Worker) {
 	var m wire.Done
 	if err := wire.Unmarshal(data, &m); err != nil {
 		s.Log.Warn("ignoring a done event", "error", err)
 		return
 	}
 	s.ended.add(m.Request, m.Choice)
-	if s.onEnd != nil {
-		s.onEnd(m)
+	for _, w := range workers {
+		w.End(m)
 	}
 }
 
@@ -293,12 +383,12 @@ func (s *Stage) done(data []byte) {
 // ended, and would send the message there.
 const deadWait = 30 * time.Millisecond
 
-// takeOver hands back to the queue what gone instances of this role had claimed, so that it comes to a live one at
-// once and not after AckWait. The HMM gives each orphan to one caller.
-func (s *Stage) takeOver(ctx context.Context) {
+// takeOver hands back to a role's queue what gone instances had claimed, so that it comes to a live one at once and not
+// after AckWait. The HMM gives each orphan to one caller.
+func (s *Stage) takeOver(ctx context.Context, role string) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	orphans, err := s.HBM.Orphans(ctx, s.Role)
+	orphans, err := s.HBM.Orphans(ctx, role)
 	if err != nil {
 		if ctx.Err() == nil {
 			s.Log.Warn("asking for orphaned claims", "error", err)

@@ -42,11 +42,34 @@ func newRig(t *testing.T, ackWait time.Duration) *rig {
 	return r
 }
 
+// worker is a role that computes nothing.
+type worker struct {
+	handle func(context.Context, *bus.Delivery)
+	end    func(wire.Done) // or nil
+}
+
+func (w worker) Handle(ctx context.Context, d *bus.Delivery) { w.handle(ctx, d) }
+
+func (w worker) End(m wire.Done) {
+	if w.end != nil {
+		w.end(m)
+	}
+}
+
+func (w worker) Close() {}
+
+// role is a role whose messages handle gets.
+func role(name string, slots int, handle func(context.Context, *bus.Delivery)) stage.Role {
+	return stage.Role{Name: name, Slots: slots, Start: func(*stage.Stage) (stage.Worker, error) {
+		return worker{handle: handle}, nil
+	}}
+}
+
 // stage starts a decode stage whose work on a message is do; it claims and settles.
 func (r *rig) stage(do func(ctx context.Context, s *stage.Stage, req wire.Request, claim *hbm.Claim) error) (*stage.Stage, func()) {
 	r.Helper()
 	return r.Open(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
-		return s.Serve(ctx, 2, func(ctx context.Context, d *bus.Delivery) {
+		return s.Serve(ctx, role(stage.Decode, 2, func(ctx context.Context, d *bus.Delivery) {
 			var m wire.Decode
 			if err := wire.Unmarshal(d.Data, &m); err != nil {
 				r.Error(err)
@@ -56,7 +79,7 @@ func (r *rig) stage(do func(ctx context.Context, s *stage.Stage, req wire.Reques
 				err = do(ctx, s, m.Request, claim)
 			}
 			s.Settle(ctx, d, m.Request, claim, err)
-		})
+		}))
 	})
 }
 
@@ -234,11 +257,11 @@ func TestServeEndsWithoutTheHMM(t *testing.T) {
 	entered := make(chan struct{})
 	ended := make(chan error, 1)
 	go func() {
-		ended <- s.Serve(t.Context(), 2, func(ctx context.Context, d *bus.Delivery) {
+		ended <- s.Serve(t.Context(), role(stage.Decode, 2, func(ctx context.Context, d *bus.Delivery) {
 			close(entered)
 			<-ctx.Done()
 			s.Settle(ctx, d, wire.Request{}, nil, ctx.Err())
-		})
+		}))
 	}()
 	r.publish()
 	<-entered
@@ -401,10 +424,11 @@ func TestEnded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.OnEnd(func(wire.Done) { told.Add(1) })
 	r.Go("stage", func(ctx context.Context) error {
 		defer s.Close()
-		return s.Serve(ctx, 1, func(context.Context, *bus.Delivery) {})
+		return s.Serve(ctx, stage.Role{Name: stage.Decode, Slots: 1, Start: func(*stage.Stage) (stage.Worker, error) {
+			return worker{end: func(wire.Done) { told.Add(1) }}, nil
+		}})
 	})
 	r.Until("it is ready", s.Ready)
 	r.Done("a", -1)

@@ -22,12 +22,12 @@ const (
 	maxStrays = 1 << 12
 )
 
-// handBackStrays gives strays back to the queue, if an instance of this role is gone and nobody has looked yet.
-func (s *Stage) handBackStrays(ctx context.Context) {
-	if gone, err := s.HBM.Gone(ctx, s.Role); err != nil || !gone || s.elsewhere() {
+// handBackStrays gives strays back to a role's queue, if an instance that had it is gone and nobody has looked yet.
+func (s *Stage) handBackStrays(ctx context.Context, role string) {
+	if gone, err := s.HBM.Gone(ctx, role); err != nil || !gone || s.elsewhere(role) {
 		return
 	}
-	given, err := s.strays(ctx)
+	given, err := s.strays(ctx, role)
 	if err != nil && ctx.Err() == nil {
 		s.Log.Warn("looking for messages that a gone instance had taken", "error", err)
 	}
@@ -36,9 +36,9 @@ func (s *Stage) handBackStrays(ctx context.Context) {
 	}
 }
 
-// elsewhere reports whether instances of this role run on other nodes: what they have claimed is not known here.
-func (s *Stage) elsewhere() bool {
-	for _, i := range s.instances.Role(s.Role) {
+// elsewhere reports whether instances that have a role run on other nodes: what they have claimed is not known here.
+func (s *Stage) elsewhere(role string) bool {
+	for _, i := range s.instances.Role(role) {
 		if i.Node != s.HBM.Node() {
 			return true
 		}
@@ -46,18 +46,18 @@ func (s *Stage) elsewhere() bool {
 	return false
 }
 
-func (s *Stage) strays(ctx context.Context) (given int, err error) {
+func (s *Stage) strays(ctx context.Context, role string) (given int, err error) {
 	if err := pause(ctx, deadWait); err != nil { // for the server to see that the connection has ended
 		return 0, err
 	}
-	first, err := s.unclaimed(ctx)
+	first, err := s.unclaimed(ctx, role)
 	if err != nil || len(first) == 0 {
 		return 0, err
 	}
 	if err := pause(ctx, strayWait); err != nil {
 		return 0, err
 	}
-	second, err := s.unclaimed(ctx)
+	second, err := s.unclaimed(ctx, role)
 	for seq, m := range second {
 		if _, ok := first[seq]; !ok {
 			continue
@@ -81,16 +81,16 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// unclaimed returns the messages in work whose part nobody has claimed.
-func (s *Stage) unclaimed(ctx context.Context) (map[uint64]bus.Taken, error) {
-	taken, err := s.Bus.InWork(ctx, s.Role, maxStrays)
+// unclaimed returns the messages of a role's queue that are in work and whose part nobody has claimed.
+func (s *Stage) unclaimed(ctx context.Context, role string) (map[uint64]bus.Taken, error) {
+	taken, err := s.Bus.InWork(ctx, role, maxStrays)
 	if err != nil {
 		return nil, err
 	}
 	of := map[hbm.Part]bus.Taken{}
 	var parts []hbm.Part
 	for _, m := range taken {
-		p, err := partOf(s.Role, m.Data)
+		p, err := partOf(role, m.Data)
 		if err != nil {
 			continue // whoever gets it drops it
 		}

@@ -11,6 +11,7 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/wire"
 )
 
 // weights is how a stage came by its weights: they lie in the HMM's memory, where the first stage of the node has loaded
@@ -25,11 +26,15 @@ type weights struct {
 	faults    int64              // of this process when it was ready
 }
 
-// loadWeights loads or attaches what the role needs, and begins to populate it in the background.
+// loadWeights loads or attaches what the roles need, and begins to populate it in the background.
 func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (err error) {
-	parts := hf.Text
-	if s.Role == Encode {
-		parts = hf.Vision
+	var parts hf.Parts
+	for _, role := range wire.Roles(s.Role) {
+		if role == Encode {
+			parts |= hf.Vision
+		} else {
+			parts |= hf.Text
+		}
 	}
 	w := &weights{stage: s, told: told, populated: make(chan struct{})}
 	if s.Weights, err = s.folder.Load(ctx, w, parts); err != nil {
@@ -37,7 +42,7 @@ func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (
 	}
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.weights = w
-	s.Metrics.stepped.tell = w.firstStep
+	s.Metrics.tell = w.firstStep
 	go w.populate(ctx)
 	return nil
 }

@@ -8,6 +8,8 @@ package wire
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/vmihailenco/msgpack/v5"
@@ -247,13 +249,19 @@ type Done struct {
 type Gone struct {
 	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
 
-	Node, Instance, Role string
+	Node, Instance, Role string // Role as the instance has named itself: see Roles
 }
+
+// Roles takes the name of an instance's role apart: one with several has them joined by "+", as in prefill+decode.
+func Roles(role string) []string { return strings.Split(role, "+") }
+
+// HasRole reports whether a role is among those of an instance.
+func HasRole(of, role string) bool { return slices.Contains(Roles(of), role) }
 
 // Instance is the heartbeat of one running stage process in BucketInstances, as JSON so that operators can read it.
 type Instance struct {
 	ID      string `json:"id"`
-	Role    string `json:"role"` // gateway, encode, prefill, decode, hmm
+	Role    string `json:"role"` // gateway, encode, prefill, decode; of several, joined: see Roles
 	Node    string `json:"node"`
 	PID     int    `json:"pid"`
 	NPUs    []int  `json:"npus"`

@@ -13,6 +13,7 @@ import (
 	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/mem/page"
+	"trireme.dev/shared/wire"
 )
 
 // Config is what a ledger is made from.
@@ -174,7 +175,9 @@ func (l *Ledger) Disconnect(id Conn) {
 		l.endEncoding(k.encoding)
 	}
 	c.claims = nil
-	delete(l.settled, c.role)
+	for _, role := range wire.Roles(c.role) {
+		delete(l.settled, role)
+	}
 }
 
 // Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited.

@@ -67,7 +67,7 @@ const RoleGateway = "gateway"
 type Hello struct {
 	Version  int
 	Instance string // instance id, unique among the running ones
-	Role     string // gateway, encode, prefill, decode
+	Role     string // gateway, encode, prefill, decode; several are joined by +
 	NPUs     int    // NPUs wanted; the lowest free ones are granted
 }
 

@@ -1,0 +1,91 @@
+package encoder
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+)
+
+// line is the pictures that wait for the NPU and the one that is on it, in pieces, so that steps of other roles of the process
+// go on between them. The process' runner owns it.
+type line struct {
+	engine  *engine.Encoder
+	waiting []*picture // in order of arrival; the first is on the NPU once it has begun
+}
+
+// picture is one picture to encode. Until done is sent, the runner uses its memory.
+type picture struct {
+	out, pixels []float32 // see engine.Encoder.Begin
+	grid        engine.Grid
+	request     string
+	claim       *hbm.Claim
+
+	begun bool
+	spent time.Duration // on the NPU
+	done  chan error    // one value
+}
+
+// compute encodes p, unless its claim is lost or its request ends before.
+func (e *encoder) compute(ctx context.Context, p *picture) error {
+	p.done = make(chan error, 1)
+	e.Runner.Do(func() { e.line.waiting = append(e.line.waiting, p) }) // the runner outlives all handlers
+	select {
+	case err := <-p.done:
+		return err
+	case <-ctx.Done():
+		e.Runner.Do(func() { e.drop(p, context.Cause(ctx)) })
+		return <-p.done
+	}
+}
+
+// drop takes a picture out of the line and ends it with err.
+func (e *encoder) drop(p *picture, err error) {
+	if i := slices.Index(e.line.waiting, p); i >= 0 {
+		e.line.waiting = slices.Delete(e.line.waiting, i, i+1)
+		p.done <- err
+	}
+}
+
+// piece does the next piece of the picture that is on the NPU, or puts the next picture there. It is a runner.Piece.
+func (e *encoder) piece() (more bool) {
+	l := &e.line
+	if len(l.waiting) == 0 {
+		return false
+	}
+	p := l.waiting[0]
+	switch {
+	case !p.claim.Held():
+		e.drop(p, mem.ErrFenced)
+	case e.Ended(p.request, -1):
+		e.drop(p, mem.ErrEnded)
+	default:
+		e.advance(p)
+	}
+	return len(l.waiting) > 0
+}
+
+// advance does the next piece of p.
+func (e *encoder) advance(p *picture) {
+	start := time.Now()
+	if !p.begun {
+		if err := e.line.engine.Begin(p.out, p.pixels, p.grid); err != nil {
+			e.drop(p, err)
+			return
+		}
+		p.begun = true
+		p.spent += time.Since(start)
+		return
+	}
+	more := e.line.engine.Next()
+	p.spent += time.Since(start)
+	if more {
+		return
+	}
+	e.took.Observe(p.spent.Seconds())
+	e.rows.Add(float64(p.grid.Patches()))
+	e.drop(p, nil)
+}

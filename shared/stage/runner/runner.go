@@ -1,0 +1,205 @@
+// Package runner is the one goroutine of a stage process that uses its NPU. It forms steps of what the process' roles have
+// to compute (shared/sched), runs them through the language model, and gives the logits back; vision encoding, which is no
+// part of a step, is done in pieces between steps. A process with one role and one with all run the same way.
+package runner
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/kernel"
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched"
+)
+
+// ErrTooMany is returned by Start when there are more sources than a runner is made for.
+var ErrTooMany = errors.New("too many sources of work")
+
+// maxSources bounds the sources, as each set of them has a name of its own.
+const maxSources = 8
+
+// Source brings sequences to the steps. All its methods are called by the runner's goroutine.
+type Source interface {
+	// Form adds the sequences that are to be in the next step, as far as the step grants them room. What it adds, and the
+	// memory that this names, must stay as it is until Computed.
+	Form(*Step)
+	// Computed gets what the step made of the sequences that Form has added, if there were any: logits[i] belongs to
+	// seqs[i], valid during the call (engine.Text.Forward). With err nothing was computed.
+	Computed(seqs []engine.Seq, logits [][]float32, err error)
+}
+
+// Step is the step that is being formed.
+type Step struct {
+	sched.Step
+	seqs []engine.Seq
+}
+
+// Add puts a sequence into the step, of as many tokens as Token or Chunk has just granted.
+func (s *Step) Add(q engine.Seq) { s.seqs = append(s.seqs, q) }
+
+// Piece computes the next piece of work that is no part of a step, and reports whether there is more of it. It is called
+// by the runner's goroutine. Steps wait for a piece, so that it should take no longer than a step.
+type Piece func() (more bool)
+
+// Observer is told how long something took, in seconds.
+type Observer interface{ Observe(seconds float64) }
+
+// Runner owns the NPU once it runs. Its methods but Do are called before that.
+type Runner struct {
+	sources []*source
+	pieces  []Piece
+	text    *engine.Text // nil when there are no sources
+	inbox   chan func()
+	stop    chan struct{} // closed when the goroutine shall end
+	ended   chan struct{} // closed when it has
+	step    Step
+	took    []Observer // of steps, by the set of sources in them
+}
+
+type source struct {
+	Source
+	name       string
+	rows, seqs int
+	from, to   int // its sequences in the step
+}
+
+// New returns a runner without work.
+func New() *Runner {
+	return &Runner{inbox: make(chan func(), 64), stop: make(chan struct{}), ended: make(chan struct{})}
+}
+
+// AddSource adds a source of at most seqs sequences and rows new tokens a step. Sources are asked in the order in which they
+// were added: those that decode have to come before those that bring prompts. name is for metrics.
+func (r *Runner) AddSource(name string, src Source, rows, seqs int) {
+	r.sources = append(r.sources, &source{Source: src, name: name, rows: rows, seqs: seqs})
+}
+
+// AddPieces adds work that is done between steps.
+func (r *Runner) AddPieces(p Piece) { r.pieces = append(r.pieces, p) }
+
+// Start prepares the language model, if anybody wants it, and starts the goroutine. mixed bounds steps in which sequences
+// decode and prompts are computed. took gives, for the names of the sources that had part in a step, joined with +, whoever
+// is told how long it took.
+func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mixed sched.Mixed, took func(names string) Observer) error {
+	if len(r.sources) > maxSources {
+		return fmt.Errorf("%d of %d: %w", len(r.sources), maxSources, ErrTooMany)
+	}
+	if len(r.sources) > 0 {
+		l := sched.Limits{Mixed: mixed}
+		for _, s := range r.sources {
+			l.Rows += s.rows
+			l.Seqs += s.seqs
+		}
+		var err error
+		if r.text, err = engine.NewText(cfg, w, c, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
+			return err
+		}
+		r.step = Step{Step: sched.NewStep(l), seqs: make([]engine.Seq, 0, l.Seqs)}
+	}
+	for set := range 1 << len(r.sources) {
+		var names []string
+		for i, s := range r.sources {
+			if set>>i&1 == 1 {
+				names = append(names, s.name)
+			}
+		}
+		slices.Sort(names)
+		var o Observer
+		if set != 0 {
+			o = took(strings.Join(names, "+"))
+		}
+		r.took = append(r.took, o)
+	}
+	go func() {
+		defer close(r.ended)
+		r.run()
+	}()
+	return nil
+}
+
+// Stop ends the goroutine between two steps and waits for that. Nobody may wait for an answer of a function given to Do any
+// more.
+func (r *Runner) Stop() {
+	close(r.stop)
+	<-r.ended
+}
+
+// Do runs f on the runner's goroutine between two steps, now or later. It returns false, without running f, when the runner
+// has been stopped.
+func (r *Runner) Do(f func()) bool {
+	select {
+	case r.inbox <- f:
+		return true
+	case <-r.stop:
+		return false
+	}
+}
+
+func (r *Runner) run() {
+	for idle := false; r.listen(idle); {
+		idle = !r.compute()
+		for _, piece := range r.pieces {
+			if piece() {
+				idle = false
+			}
+		}
+	}
+}
+
+// listen runs what others have asked for; with wait it blocks until there is something. It returns false when the
+// goroutine shall end.
+func (r *Runner) listen(wait bool) bool {
+	if wait {
+		select {
+		case f := <-r.inbox:
+			f()
+		case <-r.stop:
+			return false
+		}
+	}
+	for {
+		select {
+		case f := <-r.inbox:
+			f()
+		case <-r.stop:
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+// compute forms a step, computes it and hands the results out. It returns false when there was nothing to compute.
+func (r *Runner) compute() bool {
+	r.step.Begin()
+	r.step.seqs = r.step.seqs[:0]
+	set := 0
+	for i, s := range r.sources {
+		s.from = len(r.step.seqs)
+		s.Form(&r.step)
+		if s.to = len(r.step.seqs); s.to > s.from {
+			set |= 1 << i
+		}
+	}
+	if set == 0 {
+		return false
+	}
+	start := time.Now()
+	logits, err := r.text.Forward(r.step.seqs)
+	r.took[set].Observe(time.Since(start).Seconds())
+	for _, s := range r.sources {
+		switch {
+		case s.from == s.to:
+		case err != nil:
+			s.Computed(r.step.seqs[s.from:s.to], nil, err)
+		default:
+			s.Computed(r.step.seqs[s.from:s.to], logits[s.from:s.to], nil)
+		}
+	}
+	clear(r.step.seqs) // the memory that they name may be unmapped from now on
+	return true
+}
