@@ -43,8 +43,14 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
+// binaryVariable names a program that is there already, for machines without Go and for testing what is released.
+const binaryVariable = "TRIREME_E2E_BINARY"
+
 // binary builds the program once for all tests.
 var binary = sync.OnceValues(func() (string, error) {
+	if path := os.Getenv(binaryVariable); path != "" {
+		return filepath.Abs(path)
+	}
 	var err error
 	if binaryDir, err = os.MkdirTemp("", "trireme-e2e-"); err != nil {
 		return "", err
