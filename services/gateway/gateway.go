@@ -84,6 +84,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 	if g.instances, err = g.bus.Instances(ctx); err != nil {
 		return nil, err
 	}
+	g.metrics.registry.MustRegister(pacedMetrics{g.instances})
 	if g.dispatch, g.unsubscribe, err = subscribe(g.bus.Conn(), cfg.Instance, g.log); err != nil {
 		return nil, err
 	}

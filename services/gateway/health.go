@@ -54,7 +54,8 @@ func (g *Gateway) health(c echo.Context) error {
 	body := struct {
 		Status  string   `json:"status"`
 		Missing []string `json:"missing,omitempty"`
-	}{Status: "ok", Missing: g.missing()}
+		Paced   []string `json:"paced,omitempty"`
+	}{Status: "ok", Missing: g.missing(), Paced: g.paced()}
 	if len(body.Missing) > 0 {
 		body.Status = "unavailable"
 		return c.JSON(http.StatusServiceUnavailable, &body)

@@ -157,7 +157,8 @@ func (g *Gateway) checkModel(name string) error {
 }
 
 func (g *Gateway) modelObject() openai.Model {
-	return openai.Model{ID: g.name, Object: "model", Created: g.created, OwnedBy: "trireme", MaxModelLen: g.model.Config.Text.Context}
+	return openai.Model{ID: g.name, Object: "model", Created: g.created, OwnedBy: "trireme", MaxModelLen: g.model.Config.Text.Context,
+		Paced: strings.Join(g.paced(), ", ")}
 }
 
 func (g *Gateway) models(c echo.Context) error {

@@ -20,6 +20,7 @@ import (
 	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/hf"
+	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/obs"
 )
 
@@ -109,7 +110,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		kong.Configuration(conf.YAML),
 		kong.DefaultEnvars("TRIREME"),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
-		kong.Vars{"data": defaultData()},
+		kong.Vars{"data": defaultData(), "profiles": strings.Join(pace.Names(), ", ")},
 	)
 	if err != nil {
 		panic("BUG: command line: " + err.Error())
@@ -161,6 +162,7 @@ func report(w io.Writer, command string, err error) int {
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
 	for _, e := range []error{
 		errUsage, benchcmd.ErrUsage, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
+		pace.ErrProfile,
 	} {
 		if errors.Is(err, e) {
 			return exitUsage

@@ -48,6 +48,12 @@ type stageFlags struct {
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
+	paceFlag
+}
+
+// paceFlag slows host NPUs down.
+type paceFlag struct {
+	Pace string `help:"Slow NPUs down to the rates of a profile, so that many on a few cores behave as a fleet: ${profiles}, or a file FILE.yaml. All figures are labelled so." placeholder:"NAME"`
 }
 
 // run opens a stage and serves it; serve gets the open stage.
@@ -59,7 +65,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait,
-		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads},
+		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {

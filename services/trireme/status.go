@@ -124,6 +124,7 @@ func nodes(ctx context.Context, nc *nats.Conn) ([]hbm.Stats, error) {
 func (s *status) print(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "ROLE\tINSTANCE\tNPUS\tSTATE\tRUNNING\tPID\tKERNELS")
+	var paced []string
 	for _, i := range s.Instances {
 		var npus []string
 		for _, n := range i.NPUs {
@@ -132,6 +133,9 @@ func (s *status) print(w io.Writer) error {
 		state := "starting"
 		if i.Ready {
 			state = "ready"
+		}
+		if i.Paced != "" {
+			paced = append(paced, fmt.Sprintf("%s as %s", i.ID, i.Paced))
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", i.Role, i.ID, dash(strings.Join(npus, " ")), state, i.Running, i.PID, dash(i.Kernels))
 	}
@@ -164,6 +168,9 @@ func (s *status) print(w io.Writer) error {
 	}
 	if err := t.Flush(); err != nil {
 		return err
+	}
+	if len(paced) > 0 {
+		fmt.Fprintf(w, "\npaced NPUs (slowed down to a profile): %s\n", strings.Join(paced, ", "))
 	}
 	if len(s.Nodes) == 0 {
 		return errors.New("no HMM answers")

@@ -34,6 +34,7 @@ import (
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
+	"trireme.dev/shared/npu/pace"
 )
 
 // upCmd runs everything on this machine. Each service is a child process of the same binary; NATS is embedded.
@@ -48,6 +49,7 @@ type upCmd struct {
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
 	Threads    int        `help:"Worker threads of each host NPU; 0: one for each core."`
+	paceFlag
 	domainFlags
 	cacheFlags
 	weightsFlags
@@ -62,6 +64,8 @@ func (upCmd) Help() string {
   trireme up --model ~/models/Qwen3-VL-30B-A3B-Instruct --topology 1E1P2D
   trireme up --http 127.0.0.1:0 --nats 127.0.0.1:0 --monitor 127.0.0.1:0
                                                       beside another one, on free ports (give it its own --data)
+  trireme up --topology 5E2P1D --pace epd-minicpm-a100
+                                                      eight NPUs, each as slow as an A100 with another model
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
@@ -138,6 +142,11 @@ func (c *upCmd) plan() (*plan, error) {
 	for _, role := range []byte("PD") {
 		if t.Instances(role) == 0 {
 			return nil, fmt.Errorf("%wtopology %s has no instance with role %c", errUsage, t, role)
+		}
+	}
+	if c.Pace != "" {
+		if _, err := pace.Load(c.Pace); err != nil {
+			return nil, fmt.Errorf("--pace: %w", err)
 		}
 	}
 	for _, h := range c.AllowMediaHost {
@@ -336,6 +345,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 			if c.Threads > 0 {
 				args = append(args, "--threads", strconv.Itoa(c.Threads))
 			}
+			if c.Pace != "" {
+				args = append(args, "--pace", c.Pace)
+			}
 			stages = append(stages, child(fmt.Sprintf("%s-%d", service, len(stages)), service, args...))
 		}
 	}
@@ -380,6 +392,9 @@ func (c *upCmd) serve(e *env, p *plan) error {
 		}
 	}
 	fmt.Fprintf(e.err, "model     %s\ntopology  %s, %v for each NPU\n", p.model, p.topology, p.memory)
+	if c.Pace != "" {
+		fmt.Fprintf(e.err, "paced     NPUs are slowed down to %s: figures are of that profile, not of this machine\n", c.Pace)
+	}
 
 	address := "http://" + p.http
 	loaded := watchLoading(ctx, p.natsURL, e.err)

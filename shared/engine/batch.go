@@ -129,6 +129,26 @@ func (t *Text) checkIDs(ids []int32) error {
 	return nil
 }
 
+// work is what a batch is made of. One new token behind others is taken for a step of decoding.
+func work(seqs []Seq) kernel.Work {
+	var w kernel.Work
+	for i := range seqs {
+		s := &seqs[i]
+		n := len(s.Tokens)
+		if n == 1 && s.Pos > 0 {
+			w.Decoding++
+			w.Context += s.Pos + 1
+			continue
+		}
+		w.Prompt += n
+		w.Pairs += n*s.Pos + n*(n+1)/2
+		for j := range s.Visual {
+			w.Visual += s.Visual[j].Rows
+		}
+	}
+	return w
+}
+
 // angles fills the rotary angles of all rows.
 func (t *Text) angles(seqs []Seq) {
 	half, row := t.cfg.HeadDim/2, 0

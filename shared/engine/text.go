@@ -14,6 +14,7 @@ type Text struct {
 	cfg    model.Text
 	w      *model.Weights
 	c      kernel.Compute
+	meter  kernel.Meter // c, if it is one
 	lim    Limits
 	shape  kernel.AttnShape
 	rotary rotary
@@ -101,6 +102,7 @@ func NewText(cfg model.Config, w *model.Weights, c kernel.Compute, lim Limits) (
 		table[i] = w.Layers[i].Experts
 	}
 	t.table.Store(&table)
+	t.meter, _ = c.(kernel.Meter)
 	return t, nil
 }
 
@@ -143,6 +145,10 @@ func (t *Text) Forward(seqs []Seq) (logits [][]float32, err error) {
 	clear(t.out)
 	if t.rows == 0 {
 		return t.out, nil
+	}
+	if t.meter != nil {
+		t.meter.Begin(work(seqs))
+		defer t.meter.End()
 	}
 	t.placed = *t.table.Load()
 	t.embed(seqs)

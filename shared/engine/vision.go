@@ -16,7 +16,8 @@ type Encoder struct {
 	v      *model.Vision
 	w      *model.VisionWeights
 	c      kernel.Compute
-	limit  int // patches
+	meter  kernel.Meter // c, if it is one
+	limit  int          // patches
 	tables *patchTables
 	segs   []int
 
@@ -68,6 +69,7 @@ func NewEncoder(cfg model.Config, w *model.Weights, c kernel.Compute, maxPatches
 		inv:    inverseFrequencies(v.Theta, v.Hidden/v.Heads/2),
 		budget: patchTableBudget,
 	}
+	e.meter, _ = c.(kernel.Meter)
 	return e, nil
 }
 
@@ -132,6 +134,10 @@ func (e *Encoder) Begin(out, pixels []float32, grid Grid) error {
 func (e *Encoder) Next() (more bool) {
 	n, tokens := e.grid.Patches(), e.Tokens(e.grid)
 	plane := tokens * e.v.Out
+	if e.meter != nil {
+		e.meter.Begin(kernel.Work{Tokens: tokens, Parts: len(e.w.Blocks) + 1})
+		defer e.meter.End()
+	}
 	if i := e.next; i < len(e.w.Blocks) {
 		e.block(&e.w.Blocks[i], n, e.table)
 		for tap, after := range e.v.DeepStack {

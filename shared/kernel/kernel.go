@@ -76,6 +76,26 @@ type Compute interface {
 	Combine(dst, slots []float32, rows, topK int, weights []float32)
 }
 
+// Meter is a Compute that wants to know what the calls between Begin and End compute together. Stretches do not overlap. The
+// engine tells it of every step of the language model and of every piece of a picture.
+type Meter interface {
+	Compute
+	Begin(Work)
+	End()
+}
+
+// Work is what a stretch of calls computes: a step of the language model, or one of the pieces of a picture.
+type Work struct {
+	Prompt   int // new tokens of prompts
+	Visual   int // of these, multimodal ones
+	Pairs    int // of a prompt's new token and one that it attends to, itself included
+	Decoding int // sequences that take one more token
+	Context  int // tokens that these attend to, all together
+
+	Tokens int // multimodal tokens of the picture
+	Parts  int // pieces that it is computed in, of which this is one; 0: no picture
+}
+
 // AttnShape is the shape of attention and of KV blocks; see model.Text.BlockFloats for the layout.
 type AttnShape struct {
 	Layers, Heads, KVHeads, Dim int

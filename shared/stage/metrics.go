@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
@@ -52,7 +53,8 @@ func (o *observer) Observe(seconds float64) {
 	o.Observer.Observe(seconds)
 }
 
-func newMetrics(role string) *Metrics {
+// newMetrics makes the metrics of a process with these roles, joined. Those of a paced NPU are labelled with its profile.
+func newMetrics(role string, paced *pace.Compute) *Metrics {
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Work: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -75,6 +77,17 @@ func newMetrics(role string) *Metrics {
 		m.Rows.WithLabelValues(r)
 		m.Step.WithLabelValues(r)
 	}
-	m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.weightsSeconds)
+	if paced == nil {
+		m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.weightsSeconds)
+		return m
+	}
+	seconds := func(name, help string, of func() time.Duration) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return of().Seconds() })
+	}
+	prometheus.WrapRegistererWith(prometheus.Labels{"paced": paced.Profile().Name}, m.Registry).MustRegister(
+		m.Work, m.Step, m.Rows, m.weightsSeconds,
+		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPU has asked for.", paced.Busy),
+		seconds("trireme_paced_behind_seconds_total", "Time by which the host was too slow for the profile: figures are the host's "+
+			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", paced.Behind))
 	return m
 }

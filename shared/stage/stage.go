@@ -27,6 +27,7 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
+	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -98,6 +99,7 @@ type Stage struct {
 	running   atomic.Int64
 	ended     endedSet
 	address   string
+	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
 }
 
@@ -105,7 +107,7 @@ type Stage struct {
 // another process of the node has loaded. role may be several, joined. Nothing is announced before Serve.
 func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *Stage, err error) {
 	s := &Stage{
-		ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics, Metrics: newMetrics(role),
+		ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics,
 		Runner: runner.New(), mixed: cfg.Mixed,
 	}
 	if s.mixed == (sched.Mixed{}) {
@@ -134,6 +136,12 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.Compute, err = npu.Open(cfg.NPU); err != nil {
 		return nil, err
 	}
+	paced, _ := s.Compute.(*pace.Compute)
+	if paced != nil {
+		s.paced = paced.Profile().Name
+		s.Log = s.Log.With("paced", s.paced)
+	}
+	s.Metrics = newMetrics(role, paced)
 	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait)); err != nil {
 		return nil, err
 	}
@@ -408,7 +416,7 @@ func (s *Stage) heartbeat() wire.Instance {
 	return wire.Instance{
 		ID: s.ID, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Compute.Digest(),
-		Running: int(s.running.Load()), Metrics: s.address,
+		Running: int(s.running.Load()), Metrics: s.address, Paced: s.paced,
 	}
 }
 

@@ -271,6 +271,7 @@ type Instance struct {
 	Kernels string `json:"kernels,omitempty"`
 	Running int    `json:"running"`           // requests or sequences in work
 	Metrics string `json:"metrics,omitempty"` // address of its /metrics, if any
+	Paced   string `json:"paced,omitempty"`   // profile that its NPUs are slowed down to (shared/npu/pace): its figures are that one's
 }
 
 // Marshal encodes a message with its version in front.

@@ -102,7 +102,8 @@ type Model struct {
 	Object      string `json:"object"` // model
 	Created     int64  `json:"created"`
 	OwnedBy     string `json:"owned_by"`
-	MaxModelLen int    `json:"max_model_len"` // tokens of context, as vLLM reports it
+	MaxModelLen int    `json:"max_model_len"`   // tokens of context, as vLLM reports it
+	Paced       string `json:"paced,omitempty"` // not OpenAI's: the profile that the NPUs are slowed down to
 }
 
 // Encode encodes an answer, with <, > and & as they are.

@@ -72,10 +72,16 @@ func (c *Serve) Run(e Env) error {
 	if err != nil {
 		return err
 	}
-	if c.Model == "" {
-		if c.Model, err = c.firstModel(e); err != nil {
-			return err
-		}
+	first, paced, err := c.firstModel(e)
+	switch {
+	case c.Model != "":
+	case err != nil:
+		return err
+	default:
+		c.Model = first
+	}
+	if paced != "" {
+		fmt.Fprintf(e.Err, "note: the NPUs are paced as %s: figures are of that profile, not of a machine\n", paced)
 	}
 	curve := load.Curve{Name: c.Model}
 	var results []map[string]any
@@ -88,6 +94,9 @@ func (c *Serve) Run(e Env) error {
 			if err := r.Print(e.Out, goodput); err != nil {
 				return err
 			}
+			if paced != "" {
+				fmt.Fprintf(e.Out, "NPUs paced as %s\n", paced)
+			}
 		}
 		for _, f := range r.Failures(5) {
 			fmt.Fprintln(e.Err, "failed", f)
@@ -95,7 +104,11 @@ func (c *Serve) Run(e Env) error {
 		if l.Arrivals != nil && r.Late.P99 > 10 {
 			fmt.Fprintf(e.Err, "note: 1%% of the requests were sent %.0f ms late or later: the load generator had no time, or --concurrency held them back\n", r.Late.P99)
 		}
-		results = append(results, r.JSON(goodput))
+		result := r.JSON(goodput)
+		if paced != "" {
+			result["paced"] = paced
+		}
+		results = append(results, result)
 		if l.Arrivals != nil {
 			curve.Points = append(curve.Points, load.Point{Rate: l.Arrivals.Rate(), Attainment: r.Attainment(goodput)})
 		}
@@ -107,11 +120,20 @@ func (c *Serve) Run(e Env) error {
 		fmt.Fprintf(e.Out, "%.0f%% of requests keep their bounds up to %.2f requests a second\n", load.Goal*100, curve.Capacity(load.Goal))
 	}
 	if c.Plot != "" {
-		if err := load.Plot(c.Plot, strings.Join(c.Goodput, ", ")+" (ms)", []load.Curve{curve}); err != nil {
+		if err := load.Plot(c.Plot, c.title(paced), []load.Curve{curve}); err != nil {
 			return err
 		}
 	}
 	return c.write(e, results)
+}
+
+// title is the plot's.
+func (c *Serve) title(paced string) string {
+	title := strings.Join(c.Goodput, ", ") + " (ms)"
+	if paced != "" {
+		title += ", NPUs paced as " + paced
+	}
+	return title
 }
 
 // loads are the runs that the flags ask for, rates rising.
@@ -163,19 +185,24 @@ func (c *Serve) loads() ([]load.Config, error) {
 	return all, nil
 }
 
-// firstModel asks the server which models it has.
-func (c *Serve) firstModel(e Env) (string, error) {
+// firstModel asks the server which models it has, and a Trireme whether its NPUs are slowed down to a profile.
+func (c *Serve) firstModel(e Env) (name, paced string, _ error) {
 	client := openai.NewClient(option.WithBaseURL(strings.TrimSuffix(c.URL, "/")+"/v1"), option.WithAPIKey(c.APIKey), option.WithMaxRetries(0))
 	page, err := client.Models.List(e.Context)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return "", fmt.Errorf("nothing listens at %s: start it with `trireme up`, or say where with --url", c.URL)
+		return "", "", fmt.Errorf("nothing listens at %s: start it with `trireme up`, or say where with --url", c.URL)
 	case err != nil:
-		return "", fmt.Errorf("asking %s for its models: %w", c.URL, err)
+		return "", "", fmt.Errorf("asking %s for its models: %w", c.URL, err)
 	case len(page.Data) == 0:
-		return "", fmt.Errorf("the server at %s has no model", c.URL)
+		return "", "", fmt.Errorf("the server at %s has no model", c.URL)
 	}
-	return page.Data[0].ID, nil
+	if raw := page.Data[0].JSON.ExtraFields["paced"].Raw(); raw != "" {
+		if err := json.Unmarshal([]byte(raw), &paced); err != nil {
+			return "", "", fmt.Errorf("asking %s for its models: paced is %s: %w", c.URL, raw, err)
+		}
+	}
+	return page.Data[0].ID, paced, nil
 }
 
 // one runs one load, with a progress bar for people.
