@@ -1,4 +1,5 @@
-// Package sched decides what an instance computes next. It is arithmetic on what waits: no clock, goroutine, logger, bus or
+// Package sched decides what goes next: which request is let in (Queue), how long that will take (Rate, Line), and what an
+// instance computes in its next step (Step). It is arithmetic on what waits: no clock, goroutine, logger, bus or
 // device, so the same decisions can be replayed from a script (testdata) and by a simulator.
 package sched
 

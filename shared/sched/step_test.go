@@ -15,7 +15,7 @@ import (
 // TestTraces replays the scripts in testdata: each command and what the scheduler makes of it. After a change that is meant
 // to show there, go test ./shared/sched -rewrite writes them anew; read the difference.
 func TestTraces(t *testing.T) {
-	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+	datadriven.Walk(t, "testdata/step", func(t *testing.T, path string) {
 		w := &world{}
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string { return w.do(t, d) })
 	})
