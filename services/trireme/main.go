@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/pprof"
 	"strings"
 	"syscall"
 
@@ -34,9 +35,10 @@ const (
 
 // cli is the whole command line.
 type cli struct {
-	Config    kong.ConfigFlag `help:"YAML file of settings; flags and environment stand above it." placeholder:"FILE"`
-	LogFormat string          `help:"text or json." default:"text" enum:"text,json"`
-	LogLevel  string          `help:"debug, info, warn or error; by default info, of up and its children warn."`
+	Config     kong.ConfigFlag `help:"YAML file of settings; flags and environment stand above it." placeholder:"FILE"`
+	LogFormat  string          `help:"text or json." default:"text" enum:"text,json"`
+	LogLevel   string          `help:"debug, info, warn or error; by default info, of up and its children warn."`
+	CPUProfile string          `name:"cpu-profile" help:"Write a CPU profile of this process to a file when it ends, for go tool pprof." placeholder:"FILE" type:"path" hidden:""`
 
 	Up     upCmd     `cmd:"" help:"Run everything on this machine: NATS, HMM, stages and gateway." group:"Run"`
 	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
@@ -60,9 +62,12 @@ type modelCmd struct {
 }
 
 type benchCmd struct {
-	Memory benchcmd.Memory `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
-	Serve  benchcmd.Serve  `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
-	Give   benchcmd.Give   `cmd:"" hidden:""`
+	Memory  benchcmd.Memory  `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
+	Serve   benchcmd.Serve   `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
+	Control benchcmd.Control `cmd:"" help:"What everything around the models costs: hops, messages, many streams at once."`
+	Give    benchcmd.Give    `cmd:"" hidden:""`
+	NATS    benchcmd.NATS    `cmd:"" name:"nats" hidden:""`
+	StandIn benchcmd.StandIn `cmd:"" hidden:""`
 }
 
 type versionCmd struct{}
@@ -146,9 +151,32 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	if c.Config != "" {
 		inherit = append(inherit, "--config", string(c.Config))
 	}
+	if c.CPUProfile != "" {
+		done, err := cpuProfile(c.CPUProfile)
+		if err != nil {
+			fmt.Fprintf(errOut, "trireme: %v\n", err)
+			return exitUsage
+		}
+		defer done()
+	}
 	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
-		modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
+		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	return report(errOut, k.Command(), err)
+}
+
+// cpuProfile writes a CPU profile from now until done is called.
+func cpuProfile(file string) (done func(), err error) {
+	f, err := os.Create(file)
+	if err != nil {
+		return nil, fmt.Errorf("--cpu-profile: %w", err)
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("--cpu-profile: %w", err), f.Close())
+	}
+	return func() {
+		pprof.StopCPUProfile()
+		_ = f.Close() // a profile that could not be written is seen when it is read
+	}, nil
 }
 
 type exitNow struct{}

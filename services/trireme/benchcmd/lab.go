@@ -1,7 +1,6 @@
 package benchcmd
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,15 +8,9 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
-	"strings"
-	"sync"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -27,39 +20,27 @@ import (
 
 // lab is an HMM and a giver, processes of their own, and this process's connections to them.
 type lab struct {
-	ctx    context.Context // ends when one of the processes does, with the reason as its cause
+	*crew
 	taker  *hbm.Client
 	echo   net.Conn
 	orders *json.Encoder
 	gives  *json.Decoder
-
-	dir     string
-	stdin   io.Closer
-	cancel  context.CancelCauseFunc
-	workers sync.WaitGroup // wait for the processes
-	hmm     *exec.Cmd
-	giver   *exec.Cmd
-	closing chan struct{}
+	stdin  io.Closer
 }
 
-// stopping is the time that a process has for leaving by itself.
-const stopping = 5 * time.Second
-
-// open starts the processes with NPUs of so many bytes. They die with this process: the kernel sends them SIGKILL when the
-// calling thread ends (PR_SET_PDEATHSIG), so the caller stays on it until close.
+// open starts the processes with NPUs of so many bytes; see newCrew.
 func open(ctx context.Context, npuBytes int64) (_ *lab, err error) {
-	l := &lab{closing: make(chan struct{})}
-	l.ctx, l.cancel = context.WithCancelCause(ctx)
+	l := new(lab)
+	if l.crew, err = newCrew(ctx); err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.close())
 		}
 	}()
-	if l.dir, err = os.MkdirTemp("", "trireme-bench-"); err != nil {
-		return nil, fmt.Errorf("a folder for the HMM's socket: %w", err)
-	}
 	socket := filepath.Join(l.dir, "hmm.sock")
-	l.hmm, err = l.start("the HMM", nil, nil, nil, "hmm", "--nats-url=", "--node=bench", "--socket="+socket, "--npus=2",
+	_, err = l.start("the HMM", nil, nil, nil, "hmm", "--nats-url=", "--node=bench", "--socket="+socket, "--npus=2",
 		"--npu-memory="+strconv.FormatInt(npuBytes, 10), "--host-memory=1MiB", "--mm-cache=0", "--log-level=warn")
 	if err != nil {
 		return nil, err
@@ -100,48 +81,8 @@ func (l *lab) startGiver(socket string) error {
 		_ = stdout.Close()
 		_ = l.echo.Close()
 	})
-	l.giver, err = l.start("the giver", in, out, []*os.File{theirs}, "bench", "give", "--hmm="+socket, "--log-level=warn")
+	_, err = l.start("the giver", in, out, []*os.File{theirs}, "bench", "give", "--hmm="+socket, "--log-level=warn")
 	return err
-}
-
-// start starts this program as another process; that it ends before close ends l.ctx.
-func (l *lab) start(name string, in, out *os.File, extra []*os.File, args ...string) (*exec.Cmd, error) {
-	binary, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("finding this program: %w", err)
-	}
-	var said bytes.Buffer
-	cmd := exec.Command(binary, args...)
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "TRIREME_") }) // settings of others
-	cmd.Stderr = &said
-	if in != nil {
-		cmd.Stdin, cmd.Stdout = in, out
-	}
-	cmd.ExtraFiles = extra
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("starting %s: %w", name, err)
-	}
-	l.workers.Go(func() {
-		err := cmd.Wait()
-		select {
-		case <-l.closing:
-		default:
-			l.cancel(fmt.Errorf("%s ended (%v): %s", name, err, strings.TrimSpace(said.String())))
-		}
-	})
-	return cmd, nil
-}
-
-// because is err, or why the lab broke down if that is the reason: connections may break before the process is known to
-// have ended.
-func (l *lab) because(err error) error {
-	select {
-	case <-l.ctx.Done():
-		return fmt.Errorf("%w (%v)", context.Cause(l.ctx), err) // err may be no more than that ctx has ended
-	case <-time.After(time.Second):
-		return err
-	}
 }
 
 // order has the giver give objects, in place of those before.
@@ -161,36 +102,14 @@ func (l *lab) order(objects int, size int64) ([]mem.Handle, error) {
 
 // close ends the processes, which have a moment to go by themselves, and removes what they left.
 func (l *lab) close() error {
-	var errs []error
-	close(l.closing)
-	l.cancel(nil)
+	var err error
 	if l.taker != nil {
-		errs = append(errs, l.taker.Close())
+		err = l.taker.Close()
 	}
 	if l.stdin != nil {
 		_ = l.stdin.Close() // the giver leaves
 	}
-	gone := make(chan struct{})
-	go func() { l.workers.Wait(); close(gone) }()
-	for _, cmd := range []*exec.Cmd{l.giver, l.hmm} {
-		if cmd != nil {
-			_ = cmd.Process.Signal(syscall.SIGTERM) // an error: it has ended
-		}
-	}
-	select {
-	case <-gone:
-	case <-time.After(stopping):
-		for _, cmd := range []*exec.Cmd{l.giver, l.hmm} {
-			if cmd != nil {
-				_ = cmd.Process.Kill()
-			}
-		}
-		<-gone
-	}
-	if l.dir != "" {
-		errs = append(errs, os.RemoveAll(l.dir))
-	}
-	return errors.Join(errs...)
+	return errors.Join(err, l.crew.close())
 }
 
 // onThread runs f in a goroutine of its own while this one stays on its thread: see open. The scheduler moves f about as

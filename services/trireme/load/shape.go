@@ -134,7 +134,7 @@ func (s *Shape) body(model string, seed uint64, i int) ([]byte, error) {
 		if r.Float64() < s.Repeat {
 			draw = seed + uint64(r.IntN(popular))
 		}
-		url, err := picture(size, draw)
+		url, err := Picture(size, draw)
 		if err != nil {
 			return nil, err
 		}
@@ -175,8 +175,8 @@ func sentence(r *rand.Rand, n int) string {
 	return strings.Join(picked, " ") + "?"
 }
 
-// picture draws some coloured rectangles as a data URL of a PNG.
-func picture(size Size, draw uint64) (string, error) {
+// Picture draws some coloured rectangles as a data URL of a PNG.
+func Picture(size Size, draw uint64) (string, error) {
 	r := rand.New(rand.NewPCG(draw, 0))
 	shade := func() color.RGBA { return color.RGBA{uint8(r.Uint32()), uint8(r.Uint32()), uint8(r.Uint32()), 255} }
 	palette := color.Palette{shade(), shade(), shade(), shade()}
