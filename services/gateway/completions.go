@@ -39,6 +39,10 @@ func (g *Gateway) chatCompletions(c echo.Context) error {
 	if err := g.checkModel(r.Model); err != nil {
 		return err
 	}
+	objective, err := g.objective(c.Request().Header, &r.Params)
+	if err != nil {
+		return err
+	}
 	ctx, deadline, cancel := g.requestContext(c, began)
 	defer cancel()
 	j, err := g.chatJob(ctx, r)
@@ -47,7 +51,7 @@ func (g *Gateway) chatCompletions(c echo.Context) error {
 	}
 	id := newID()
 	params := r.Params // what else r holds of the body need not live as long as the answer
-	q := &query{g: g, params: &params, jobs: []*job{j}, id: id, began: began, deadline: deadline}
+	q := &query{g: g, params: &params, objective: objective, jobs: []*job{j}, id: id, began: began, deadline: deadline}
 	return q.serve(ctx, q.responder(c, true, "chatcmpl-"+id))
 }
 
@@ -65,11 +69,15 @@ func (g *Gateway) completions(c echo.Context) error {
 	if err := g.checkModel(r.Model); err != nil {
 		return err
 	}
+	objective, err := g.objective(c.Request().Header, &r.Params)
+	if err != nil {
+		return err
+	}
 	ctx, deadline, cancel := g.requestContext(c, began)
 	defer cancel()
 	id := newID()
 	params := r.Params
-	q := &query{g: g, params: &params, id: id, began: began, deadline: deadline, echo: r.Echo}
+	q := &query{g: g, params: &params, objective: objective, id: id, began: began, deadline: deadline, echo: r.Echo}
 	for i := range r.Prompts {
 		j, err := g.completionJob(r, &r.Prompts[i])
 		if err != nil {
@@ -97,6 +105,8 @@ type query struct {
 	echo     bool   // answers begin with the prompt
 	began    time.Time
 	deadline time.Time
+
+	objective objective
 
 	mu    sync.Mutex
 	usage openai.Usage
@@ -136,29 +146,28 @@ func (q *query) runAll(ctx context.Context, r responder) error {
 			return causeOr(ctx, err)
 		}
 	}
-	var need admission.Bytes
 	for _, j := range q.jobs {
 		if err := g.bound(j, q.params); err != nil {
 			return err
 		}
-		need = need.Plus(g.need(j))
 	}
 	waiting := time.Now()
-	credit, err := g.gate.Acquire(ctx, len(q.jobs), need)
+	credit, err := g.gate.Acquire(ctx, g.request(q.jobs, q.objective, q.began))
 	var refusal *admission.Refusal
 	switch {
 	case errors.As(err, &refusal):
-		return overloaded(refusal)
+		g.metrics.refused.WithLabelValues(q.objective.class, string(refusal.Reason)).Inc()
+		return overloaded(refusal, &q.objective)
 	case err != nil:
 		return causeOr(ctx, err)
 	}
-	g.metrics.queued.Observe(time.Since(waiting).Seconds())
+	g.metrics.queued.WithLabelValues(q.objective.class).Observe(time.Since(waiting).Seconds())
 	if len(q.jobs) == 1 {
 		return q.run(ctx, r, 0, credit)
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	for i, j := range q.jobs {
-		own := credit.Split(1, g.need(j))
+		own := credit.Split(1, j.tokens(), g.need(j))
 		group.Go(func() error { return q.run(ctx, r, i, own) })
 	}
 	return group.Wait()
@@ -174,10 +183,11 @@ func (q *query) run(ctx context.Context, r responder, i int, credit *admission.C
 	m.prompt.Add(float64(len(j.spec.Prompt)))
 	m.pictures.Add(float64(len(j.pictures)))
 	l := q.g.newLife(j, q.params, id, q.deadline, q.began, r.output(j, i*q.params.N))
-	l.credit = credit
+	l.credit, l.objective, l.admitted = credit, &q.objective, time.Now()
 	if err := l.run(ctx, credit.Release); err != nil {
 		return err
 	}
+	l.measure()
 	cached, _ := l.answer.Prompt()
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/shared/imageprep"
+	"trireme.dev/shared/sched"
 )
 
 // Config is what a gateway is started with. Zero values mean the defaults, which Run fills in.
@@ -23,9 +24,20 @@ type Config struct {
 	MaxPixels int          // width times height of a picture; 0 means imageprep.DecodeLimit, which is also the most
 	Media     media.Config // what is fetched for picture URLs
 
-	MaxOpen    int           // requests in work at most; 0 means 1024
-	MaxQueue   int           // requests waiting for capacity at most; 0 means 1024
-	QueueWait  time.Duration // longest wait for capacity; 0 means 30 s
+	MaxOpen   int           // requests in work at most; 0 means 1024
+	MaxQueue  int           // requests waiting for capacity at most; 0 means 1024
+	QueueWait time.Duration // longest wait for capacity; 0 means 30 s
+	// What waits is put in order by priority, tenant and Policy (sched.Queue): fcfs, sjf or slo; "" means slo. Under slo, what
+	// can no longer meet its targets is refused or goes last, as Late says; "" means LateLast.
+	Policy        string
+	Late          string
+	Targets       sched.Targets      // of requests that state none and whose class has none of its own
+	Classes       map[string]Class   // by name, beside or instead of default, priority and flex
+	TenantWeights map[string]float64 // shares of tenants; one that is not named has 1
+	// Ahead is how many requests without their first token are let in for each encode and prefill instance; 0 means 32, as
+	// many as a prefill instance works on at once. The others wait where they are put in order.
+	Ahead int
+
 	Deadline   time.Duration // longest life of a request; 0 means 10 min
 	WriteWait  time.Duration // longest time for which a client may read nothing; 0 means 10 s
 	BodyWait   time.Duration // longest time for a request's body to arrive; 0 means 2 min
@@ -40,6 +52,12 @@ type Config struct {
 	ConfirmWait time.Duration
 }
 
+// What Config.Late says.
+const (
+	LateRefuse = "refuse"
+	LateLast   = "last"
+)
+
 // withDefaults fills in what is zero.
 func (c Config) withDefaults() Config {
 	def(&c.MaxBody, 64<<20)
@@ -51,6 +69,10 @@ func (c Config) withDefaults() Config {
 	def(&c.WriteWait, 10*time.Second)
 	def(&c.BodyWait, 2*time.Minute)
 	def(&c.Attempts, 3)
+	def(&c.Policy, sched.SLO.String())
+	def(&c.Late, LateLast)
+	def(&c.Ahead, 32)
+	c.Classes = withClasses(c.Classes)
 	def(&c.ResendWait, 50*time.Millisecond)
 	def(&c.ConfirmWait, 2*time.Second)
 	if c.Instance == "" {
@@ -85,10 +107,11 @@ func (c Config) Validate() error {
 	fault(c.HTTP == "", "no address to listen on")
 	fault(c.HMMSocket == "", "no HMM socket")
 	fault(c.ModelDir == "", "no model folder")
-	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0, "a limit is negative")
+	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0, "a limit is negative")
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
 	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
 		c.ConfirmWait < 0 || c.AckWait < 0,
 		"a time is negative")
+	errs = append(errs, c.checkOrder())
 	return errors.Join(errs...)
 }

@@ -16,9 +16,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,6 +30,7 @@ import (
 	"trireme.dev/services/gateway/admission"
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/sched"
 )
 
 // Parts are what a Gateway is put together from. The Gateway owns none of them but the connections that Dial makes.
@@ -48,6 +51,7 @@ type Gateway struct {
 	memory    *memoryLink
 	media     *media.Fetcher
 	gate      *admission.Gate
+	paces     paces
 	metrics   *metrics
 	instances *bus.Instances
 	dispatch  *dispatcher
@@ -75,12 +79,18 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 	if g.name == "" {
 		g.name = parts.Model.Config.Name
 	}
-	g.gate = admission.New(admission.Limits{Requests: cfg.MaxOpen, Queue: cfg.MaxQueue, Wait: cfg.QueueWait}, time.Now)
-	g.metrics = newMetrics(g.name, g.gate)
+	policy, err := sched.ParsePolicy(cfg.Policy)
+	if err != nil {
+		return nil, err
+	}
+	g.gate = admission.New(admission.Limits{
+		Requests: cfg.MaxOpen, Queue: cfg.MaxQueue, Wait: cfg.QueueWait, RefuseLate: cfg.Late == LateRefuse,
+		Order: sched.Order{Policy: policy, Weights: cfg.TenantWeights},
+	}, time.Now)
+	g.metrics = newMetrics(g.name, g.gate, slices.Sorted(maps.Keys(cfg.Classes)))
 	g.metrics.registry.MustRegister(queueMetrics{g.bus.Queues, g.log})
 	g.memory = newMemoryLink(parts.Dial, g.log)
 	g.base, g.stop = context.WithCancelCause(context.Background())
-	var err error
 	if g.instances, err = g.bus.Instances(ctx); err != nil {
 		return nil, err
 	}
@@ -182,5 +192,6 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	prefill, r.prefill = of("prefill")
 	decode, r.decode = of("decode")
 	g.rooms.Store(&r)
+	g.gate.SetAhead(g.cfg.Ahead * max(1, len(g.instances.Role("encode"))+len(g.instances.Role("prefill"))))
 	g.gate.SetCapacity(admission.Bytes{KV: decode, MM: min(encode, prefill)})
 }

@@ -171,7 +171,10 @@ func (f *fixture) settled() {
 }
 
 // metric is the value of a metric without labels but the model's, "" when it is not there.
-func (f *fixture) metric(name string) string {
+func (f *fixture) metric(name string) string { return f.series(name, `model_name="shapes"`) }
+
+// series is the value of a metric with labels, in the order of their names; "" when it is not there.
+func (f *fixture) series(name, labels string) string {
 	resp, err := f.http.Get(f.url + "/metrics")
 	if err != nil {
 		f.t.Error(err)
@@ -180,7 +183,7 @@ func (f *fixture) metric(name string) string {
 	defer resp.Body.Close()
 	data, _ := io.ReadAll(resp.Body)
 	for line := range strings.SplitSeq(string(data), "\n") {
-		if rest, ok := strings.CutPrefix(line, name+`{model_name="shapes"} `); ok {
+		if rest, ok := strings.CutPrefix(line, name+"{"+labels+"} "); ok {
 			return rest
 		}
 	}

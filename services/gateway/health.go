@@ -74,5 +74,6 @@ func (g *Gateway) heartbeat() wire.Instance {
 	return wire.Instance{
 		ID: g.cfg.Instance, Role: "gateway", Node: g.node, PID: g.pid, Ready: g.base.Err() == nil,
 		Model: g.name, Digest: hex.EncodeToString(g.model.Config.Digest[:]), Running: open, Metrics: g.address,
+		Waiting: g.gate.Waiting(),
 	}
 }

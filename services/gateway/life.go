@@ -34,6 +34,11 @@ type life struct {
 	id     string
 	out    output
 	credit *admission.Credit // its own; released by whoever runs it
+
+	objective *objective
+	admitted  time.Time // when it was given its credit
+	first     time.Time // when the first token came; zero before that
+
 	answer *request.Answer
 	box    *mailbox
 
@@ -143,6 +148,11 @@ func (l *life) take(e *event) {
 	}
 	now := time.Now()
 	if l.last.IsZero() {
+		l.first = now
+		l.credit.Started()
+		if l.answer.Attempt() == 1 {
+			l.g.paces.first(l.job, now.Sub(l.admitted))
+		}
 		l.g.metrics.ttft.Observe(now.Sub(l.began).Seconds())
 	} else {
 		l.g.metrics.interToken.Observe(now.Sub(l.last).Seconds())
@@ -158,6 +168,18 @@ func (l *life) take(e *event) {
 	if after > l.job.expected {
 		l.growCredit(max(before, l.job.expected), after)
 	}
+}
+
+// measure takes note of how an answer that has ended well came along.
+func (l *life) measure() {
+	var each time.Duration
+	if n := l.answer.Generated()/l.job.spec.Choices - 1; n > 0 {
+		each = l.last.Sub(l.first) / time.Duration(n)
+		if l.answer.Attempt() == 1 {
+			l.g.paces.tokens(each)
+		}
+	}
+	l.g.metrics.attained(l.objective, l.first.Sub(l.began), each)
 }
 
 // growCredit takes credit for KV slabs that a choice longer than expected has come to need.

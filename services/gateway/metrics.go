@@ -19,7 +19,7 @@ type metrics struct {
 	ttft       prometheus.Histogram
 	interToken prometheus.Histogram
 	e2e        prometheus.Histogram
-	queued     prometheus.Histogram
+	queued     *prometheus.HistogramVec
 
 	prompt    prometheus.Counter
 	generated prometheus.Counter
@@ -34,9 +34,11 @@ type metrics struct {
 	resends   prometheus.Counter
 	finished  *prometheus.CounterVec
 	failed    *prometheus.CounterVec
+	refused   *prometheus.CounterVec
+	slo       *prometheus.CounterVec
 }
 
-func newMetrics(model string, gate *admission.Gate) *metrics {
+func newMetrics(model string, gate *admission.Gate, classes []string) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	in := prometheus.WrapRegistererWith(prometheus.Labels{"model_name": model}, registry)
@@ -50,8 +52,8 @@ func newMetrics(model string, gate *admission.Gate) *metrics {
 		in.MustRegister(c)
 		return c
 	}
-	counters := func(name, help, label string) *prometheus.CounterVec {
-		c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trireme_" + name, Help: help}, []string{label})
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trireme_" + name, Help: help}, labels)
 		in.MustRegister(c)
 		return c
 	}
@@ -61,7 +63,11 @@ func newMetrics(model string, gate *admission.Gate) *metrics {
 	}
 	gauge("num_requests_running", "Requests let in and not finished.", func() int { open, _ := gate.Load(); return open })
 	gauge("num_requests_waiting", "Requests waiting for capacity.", func() int { _, waiting := gate.Load(); return waiting })
+	in.MustRegister(waitingMetrics{gate, append(classes, admission.ClassBegun)})
 	latency := []float64{0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960}
+	queued := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "trireme_request_queue_time_seconds",
+		Help: "Waiting for capacity, by class; of requests let in.", Buckets: append([]float64{0.001, 0.01, 0.1}, latency...)}, []string{"class"})
+	in.MustRegister(queued)
 	return &metrics{
 		registry: registry,
 		ttft: histogram("time_to_first_token_seconds", "From a request's arrival to its first token.",
@@ -69,7 +75,7 @@ func newMetrics(model string, gate *admission.Gate) *metrics {
 		interToken: histogram("inter_token_latency_seconds", "Between two deliveries of tokens of one request.",
 			[]float64{0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80}),
 		e2e:       histogram("e2e_request_latency_seconds", "From a request's arrival to the end of its answer.", latency),
-		queued:    histogram("request_queue_time_seconds", "Waiting for capacity.", append([]float64{0.001, 0.01, 0.1}, latency...)),
+		queued:    queued,
 		prompt:    counter("prompt_tokens_total", "Prompt tokens of requests let in."),
 		generated: counter("generation_tokens_total", "Tokens taken from the stages."),
 		computed:  counter("prefill_computed_tokens_total", "Prompt tokens that prefill computed."),
@@ -83,6 +89,30 @@ func newMetrics(model string, gate *admission.Gate) *metrics {
 		resends:   counter("token_resends_total", "Questions for tokens that did not arrive."),
 		finished:  counters("request_success_total", "Choices that ended well, by finish reason.", "finished_reason"),
 		failed:    counters("request_failure_total", "Requests that did not, by HTTP status; 499 means that the client left.", "status"),
+		refused: counters("request_refusals_total", "Requests refused for want of capacity, by class and reason: queue_full, wait (the longest wait has passed), late (it cannot meet its targets).",
+			"class", "reason"),
+		slo: counters("slo_requests_total", "Requests that ended well and had a target, by class, target (ttft, tpot) and whether they met it; time in the queue counts.",
+			"class", "target", "met"),
+	}
+}
+
+// waitingMetrics tells how many requests of each class wait, also those of which none does.
+type waitingMetrics struct {
+	gate    *admission.Gate
+	classes []string
+}
+
+var requestsWaiting = prometheus.NewDesc("trireme_class_requests_waiting",
+	"Requests waiting for capacity by class; begun: answers that gave up their memory to older ones.", []string{"class"}, nil)
+
+// Describe implements prometheus.Collector.
+func (waitingMetrics) Describe(c chan<- *prometheus.Desc) { c <- requestsWaiting }
+
+// Collect implements prometheus.Collector.
+func (m waitingMetrics) Collect(c chan<- prometheus.Metric) {
+	waiting := m.gate.Waiting()
+	for _, class := range m.classes {
+		c <- prometheus.MustNewConstMetric(requestsWaiting, prometheus.GaugeValue, float64(waiting[class]), class)
 	}
 }
 

@@ -64,7 +64,7 @@ func (g *Gateway) bound(j *job, p *openai.Params) error {
 }
 
 // overloaded is the 429 of a request that admission refused.
-func overloaded(r *admission.Refusal) *openai.Error {
+func overloaded(r *admission.Refusal, o *objective) *openai.Error {
 	var needs []string
 	for _, k := range []struct {
 		what                 string
@@ -78,6 +78,9 @@ func overloaded(r *admission.Refusal) *openai.Error {
 	why := fmt.Sprintf("%s in work, %d waiting", count(r.Open, "request"), r.Waiting)
 	if len(needs) > 0 {
 		why += "; this one needs " + strings.Join(needs, " and ")
+	}
+	if r.Reason == admission.Late {
+		why += fmt.Sprintf("; it would come too late for the targets of this one (%v)", o.targets)
 	}
 	return openai.Overloaded(r.RetryAfter, "%s", why)
 }

@@ -121,6 +121,17 @@ type gatewayCmd struct {
 	Deadline       time.Duration `help:"Longest life of a request." default:"10m"`
 	Grace          time.Duration `help:"Time for open requests to end after SIGTERM." default:"5s"`
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
+	MaxQueue       int           `help:"Requests waiting for capacity at most." default:"1024"`
+	Ahead          int           `help:"Requests without their first token that are let in for each encode and prefill instance; others wait, where they are put in order." default:"32"`
+	orderFlags
+}
+
+// Help is shown by `trireme gateway --help`.
+func (gatewayCmd) Help() string {
+	return `Examples:
+  trireme gateway --slo ttft:2s,tpot:100ms --late refuse
+  trireme gateway --class gold=priority:-5,ttft:500ms --class batch=priority:20,ttft:none
+  trireme gateway --policy sjf --tenant-weight search=3`
 }
 
 // Run runs the gateway.
@@ -132,11 +143,15 @@ func (c *gatewayCmd) Run(e *env) error {
 	if c.Model == "" && c.ServedName == "" {
 		c.ServedName = models.Default
 	}
-	return gateway.Run(e.ctx, gateway.Config{
+	cfg := gateway.Config{
 		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
-		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
-	}, e.log)
+	}
+	if err := c.apply(&cfg); err != nil {
+		return err
+	}
+	return gateway.Run(e.ctx, cfg, e.log)
 }
 
 type hmmCmd struct {

@@ -139,6 +139,14 @@ func (s *status) print(w io.Writer) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", i.Role, i.ID, dash(strings.Join(npus, " ")), state, i.Running, i.PID, dash(i.Kernels))
 	}
+	if s.waits() {
+		fmt.Fprintln(t, "\nWAITING\tCLASS\tREQUESTS")
+		for _, i := range s.Instances {
+			for _, class := range slices.Sorted(maps.Keys(i.Waiting)) {
+				fmt.Fprintf(t, "%s\t%s\t%d\n", i.ID, class, i.Waiting[class])
+			}
+		}
+	}
 	fmt.Fprintln(t, "\nQUEUE\tSTREAM\tPENDING\tIN WORK\tREDELIVERED\tOLDEST")
 	for _, q := range s.Queues {
 		oldest := "-"
@@ -176,6 +184,11 @@ func (s *status) print(w io.Writer) error {
 		return errors.New("no HMM answers")
 	}
 	return nil
+}
+
+// waits reports whether requests wait for capacity at any gateway.
+func (s *status) waits() bool {
+	return slices.ContainsFunc(s.Instances, func(i wire.Instance) bool { return len(i.Waiting) > 0 })
 }
 
 // printMemory writes the lines of one NPU: all kinds together, then those of which there is or was any.

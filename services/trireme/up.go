@@ -52,6 +52,7 @@ type upCmd struct {
 	paceFlag
 	domainFlags
 	cacheFlags
+	orderFlags
 	weightsFlags
 
 	AllowMediaHost []string `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
@@ -66,6 +67,7 @@ func (upCmd) Help() string {
                                                       beside another one, on free ports (give it its own --data)
   trireme up --topology 5E2P1D --pace epd-minicpm-a100
                                                       eight NPUs, each as slow as an A100 with another model
+  trireme up --slo ttft:2s,tpot:100ms --late refuse   429 for what would come later than that
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
@@ -79,6 +81,9 @@ const stopGrace = 10 * time.Second
 func (c *upCmd) Run(e *env) error {
 	p, err := c.plan()
 	if err != nil {
+		return err
+	}
+	if err := c.apply(&gateway.Config{}); err != nil { // or the gateway would say it again and again
 		return err
 	}
 	unlock, err := lockData(c.Data)
@@ -330,7 +335,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.inherit), Env: environ}
 	}
 	common := []string{"--nats-url", p.natsURL, "--hmm", p.socket, "--model", p.model, "--data", c.Data}
-	gateway := append([]string{"--http", p.http}, common...)
+	gateway := slices.Concat([]string{"--http", p.http}, common, c.args())
 	for _, h := range c.AllowMediaHost {
 		gateway = append(gateway, "--allow-media-host", h)
 	}

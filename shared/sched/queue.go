@@ -68,7 +68,9 @@ func (it *Item) before(o *Item) int {
 }
 
 // band says which items go before which others, whatever the tenant and the policy.
-func (it *Item) band() bandKey { return bandKey{begun: it.Begun, late: it.late && !it.Begun, priority: it.Priority} }
+func (it *Item) band() bandKey {
+	return bandKey{begun: it.Begun, late: it.late && !it.Begun, priority: it.Priority}
+}
 
 // Order says in which order a Queue gives its items.
 type Order struct {

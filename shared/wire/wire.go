@@ -271,7 +271,9 @@ type Instance struct {
 	Kernels string `json:"kernels,omitempty"`
 	Running int    `json:"running"`           // requests or sequences in work
 	Metrics string `json:"metrics,omitempty"` // address of its /metrics, if any
-	Paced   string `json:"paced,omitempty"`   // profile that its NPUs are slowed down to (shared/npu/pace): its figures are that one's
+
+	Waiting map[string]int `json:"waiting,omitempty"` // of a gateway: requests waiting for capacity, by class
+	Paced   string         `json:"paced,omitempty"`   // profile that its NPUs are slowed down to (shared/npu/pace): its figures are that one's
 }
 
 // Marshal encodes a message with its version in front.

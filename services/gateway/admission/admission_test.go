@@ -9,13 +9,15 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"trireme.dev/shared/sched"
 )
 
 func TestCreditsAndOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
 		g.SetCapacity(Bytes{KV: 100})
-		first, err := g.Acquire(t.Context(), 1, Bytes{KV: 80})
+		first, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: 80}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -24,7 +26,7 @@ func TestCreditsAndOrder(t *testing.T) {
 		releases := make(chan *Credit, 3)
 		for i, bytes := range []int64{50, 10, 500} { // the small one must not overtake, the huge one runs alone
 			go func() {
-				credit, err := g.Acquire(t.Context(), 1, Bytes{KV: bytes})
+				credit, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: bytes}})
 				if err != nil {
 					t.Error(err)
 					return
@@ -59,14 +61,14 @@ func TestCreditsGrow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
 		g.SetCapacity(Bytes{KV: 100})
-		first, err := g.Acquire(t.Context(), 1, Bytes{KV: 50})
+		first, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: 50}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		first.Grow(Bytes{KV: 60})
 		let := make(chan *Credit)
 		go func() {
-			credit, err := g.Acquire(t.Context(), 1, Bytes{KV: 50})
+			credit, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: 50}})
 			if err != nil {
 				t.Error(err)
 			}
@@ -86,14 +88,14 @@ func TestCreditsGrow(t *testing.T) {
 	})
 }
 
-// One that exchanges its credit holds nothing while it waits, stands in line with everyone, is never refused, and is
+// One that exchanges its credit holds nothing while it waits, goes before all that have not begun, is never refused, and is
 // let in with all that it asked for.
 func TestExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
+		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Hour}, time.Now)
 		g.SetCapacity(Bytes{KV: 100})
 		acquire := func(bytes int64) *Credit {
-			c, err := g.Acquire(t.Context(), 1, Bytes{KV: bytes})
+			c, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: bytes}, Arrived: time.Now()})
 			if err != nil {
 				t.Error(err)
 			}
@@ -102,35 +104,34 @@ func TestExchange(t *testing.T) {
 		a, b := acquire(40), acquire(40)
 		a.Grow(Bytes{KV: 20})
 		early := make(chan *Credit, 1)
-		go func() { early <- acquire(30) }() // was there first
+		go func() { early <- acquire(30) }() // was in line first, but has not begun
 		synctest.Wait()
 		exchanged := make(chan error, 1)
 		go func() { exchanged <- b.Exchange(t.Context(), Bytes{KV: 90}) }()
 		synctest.Wait()
-		if open, waiting := g.Load(); open != 2 || waiting != 1 || g.used != (Bytes{KV: 90}) {
-			t.Fatalf("open %d, waiting %d, %+v bytes; want the early one let in, the other waiting", open, waiting, g.used)
+		if open, waiting := g.Load(); open != 1 || waiting != 2 || g.used != (Bytes{KV: 60}) || g.Waiting()[ClassBegun] != 1 {
+			t.Fatalf("open %d, waiting %d, %+v bytes; want one open, and the one that has begun before the early one", open, waiting, g.used)
 		}
-		time.Sleep(10 * time.Minute) // longer than any new request waits
+		time.Sleep(50 * time.Minute)
 		late := make(chan *Credit, 1)
 		go func() { late <- acquire(5) }() // fits, but must not overtake
 		synctest.Wait()
-		(<-early).Release()
-		synctest.Wait()
-		if _, waiting := g.Load(); waiting != 2 {
+		if _, waiting := g.Load(); waiting != 3 {
 			t.Fatalf("%d waiting", waiting)
 		}
 		a.Release()
 		if err := <-exchanged; err != nil {
 			t.Fatal(err)
 		}
-		l := <-late
-		if g.used != (Bytes{KV: 95}) {
-			t.Errorf("%+v bytes in use", g.used)
+		synctest.Wait()
+		if _, waiting := g.Load(); g.used != (Bytes{KV: 90}) || waiting != 2 {
+			t.Errorf("%+v bytes in use, %d waiting", g.used, waiting)
 		}
 		b.Release()
-		l.Release()
-		if open, _ := g.Load(); open != 0 || g.used != (Bytes{}) {
-			t.Errorf("%d open, %+v bytes at the end", open, g.used)
+		(<-early).Release()
+		(<-late).Release()
+		if open, _ := g.Load(); open != 0 || g.used != (Bytes{}) || g.ahead != 0 || len(g.Waiting()) != 0 {
+			t.Errorf("%d open, %d ahead, %+v bytes at the end", open, g.ahead, g.used)
 		}
 	})
 }
@@ -139,11 +140,11 @@ func TestExchangeGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
 		g.SetCapacity(Bytes{KV: 100})
-		both, err := g.Acquire(t.Context(), 2, Bytes{KV: 100})
+		both, err := g.Acquire(t.Context(), Request{N: 2, Bytes: Bytes{KV: 100}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		half := both.Split(1, Bytes{KV: 30})
+		half := both.Split(1, 0, Bytes{KV: 30})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		if err := half.Exchange(ctx, Bytes{KV: 60}); !errors.Is(err, context.DeadlineExceeded) {
@@ -164,26 +165,26 @@ func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 1, Queue: 1, Wait: 30 * time.Second}, time.Now)
 		for range 20 { // credits come back every four seconds
-			credit, err := g.Acquire(t.Context(), 1, Bytes{})
+			credit, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{}})
 			if err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(4 * time.Second)
 			credit.Release()
 		}
-		credit, err := g.Acquire(t.Context(), 1, Bytes{})
+		credit, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		began := time.Now()
 		waited := make(chan error)
 		go func() {
-			_, err := g.Acquire(t.Context(), 1, Bytes{})
+			_, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{}})
 			waited <- err
 		}()
 		synctest.Wait()
 		var refusal *Refusal
-		if _, err := g.Acquire(t.Context(), 1, Bytes{}); !errors.As(err, &refusal) || refusal.RetryAfter != 8*time.Second ||
+		if _, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{}}); !errors.As(err, &refusal) || refusal.RetryAfter != 8*time.Second ||
 			refusal.Open != 1 || refusal.Waiting != 1 {
 			t.Errorf("queue is full: %v", err)
 		}
@@ -192,7 +193,7 @@ func TestRefusals(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
-			_, err := g.Acquire(ctx, 1, Bytes{})
+			_, err := g.Acquire(ctx, Request{N: 1, Bytes: Bytes{}})
 			waited <- err
 		}()
 		synctest.Wait()
@@ -207,7 +208,8 @@ func TestRefusals(t *testing.T) {
 	})
 }
 
-// TestNeverOverCommits lets requests of any size come, go and give up, and checks what is let in at each moment.
+// TestNeverOverCommits lets requests of any size, tenant, priority and target come, go and give up under any policy, and
+// checks what is let in at each moment, that everybody gets an answer, and that nothing is left behind.
 func TestNeverOverCommits(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		const requests = 4
@@ -216,28 +218,53 @@ func TestNeverOverCommits(t *testing.T) {
 			return Bytes{KV: rapid.Int64Range(0, 150).Draw(t, "KV"), MM: max(0, rapid.Int64Range(-50, 90).Draw(t, "MM"))}
 		}), 1, 12).Draw(rt, "sizes")
 		patience := rapid.SliceOfN(rapid.IntRange(1, 50), len(sizes), len(sizes)).Draw(rt, "patience")
+		due := rapid.SliceOfN(rapid.IntRange(-2, 30), len(sizes), len(sizes)).Draw(rt, "due")
+		limits := Limits{
+			Requests: requests, Queue: rapid.IntRange(1, 12).Draw(rt, "queue"), Wait: time.Hour,
+			Order:      sched.Order{Policy: sched.Policy(rapid.IntRange(0, 2).Draw(rt, "policy"))},
+			RefuseLate: rapid.Bool().Draw(rt, "refuse late"),
+		}
+		places := rapid.IntRange(0, 3).Draw(rt, "places")
 		synctest.Test(t, func(t *testing.T) {
-			g := New(Limits{Requests: requests, Queue: len(sizes), Wait: time.Hour}, time.Now)
+			g := New(limits, time.Now)
 			g.SetCapacity(capacity)
+			g.SetAhead(places)
 			var mu sync.Mutex
 			var kv, mm int64
-			open := 0
+			open, ahead := 0, 0
 			var wg sync.WaitGroup
 			for i, bytes := range sizes {
 				wg.Go(func() {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(patience[i])*time.Second)
 					defer cancel()
-					credit, err := g.Acquire(ctx, 1, bytes)
+					r := Request{N: 1, Bytes: bytes, Tenant: string('a' + rune(i%3)), Priority: i % 2, Tokens: bytes.KV, Arrived: time.Now()}
+					if due[i] >= 0 {
+						r.Due = time.Now().Add(time.Duration(due[i]) * time.Second)
+					}
+					credit, err := g.Acquire(ctx, r)
 					if err != nil {
+						if !errors.Is(err, ErrFull) && !errors.Is(err, context.DeadlineExceeded) {
+							t.Error(err)
+						}
 						return
 					}
 					mu.Lock()
-					kv, mm, open = kv+bytes.KV, mm+bytes.MM, open+1
+					kv, mm, open, ahead = kv+bytes.KV, mm+bytes.MM, open+1, ahead+1
+					if places > 0 && ahead > places {
+						t.Errorf("%d without their first token, %d places", ahead, places)
+					}
 					if open > requests || open > 1 && (kv > capacity.KV || capacity.MM > 0 && mm > capacity.MM) {
 						t.Errorf("%d open with %d and %d bytes", open, kv, mm)
 					}
 					mu.Unlock()
-					time.Sleep(time.Duration(bytes.KV%7+1) * time.Second)
+					time.Sleep(time.Duration(bytes.KV%4) * time.Second)
+					mu.Lock()
+					ahead--
+					mu.Unlock()
+					if i%4 > 0 { // some end without a first token
+						credit.Started()
+					}
+					time.Sleep(time.Duration(bytes.KV%3) * time.Second)
 					mu.Lock()
 					kv, mm, open = kv-bytes.KV, mm-bytes.MM, open-1
 					mu.Unlock()
@@ -245,8 +272,8 @@ func TestNeverOverCommits(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			if open, waiting := g.Load(); open != 0 || waiting != 0 || g.used != (Bytes{}) {
-				t.Errorf("at the end %d open, %d waiting, %+v bytes", open, waiting, g.used)
+			if open, waiting := g.Load(); open != 0 || waiting != 0 || g.used != (Bytes{}) || g.ahead != 0 || len(g.waiting)+len(g.classes) > 0 {
+				t.Errorf("at the end %d open, %d waiting, %d ahead, %+v bytes", open, waiting, g.ahead, g.used)
 			}
 		})
 	})

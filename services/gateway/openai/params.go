@@ -40,6 +40,10 @@ type Params struct {
 
 	Logprobs int // alternatives to report for each token, -1: no logprobs
 
+	Priority *int   // lower ones go first (vLLM); nil: that of its class
+	Tier     string // service_tier (OpenAI): the name of a class, "": none
+	User     string // for whom it is (OpenAI), "": not said
+
 	CacheSalt string // keeps the tenant's cached pictures and prompts apart from others'
 
 	Stream       bool
@@ -93,6 +97,12 @@ func (o *object) params() Params {
 		}
 		p.CacheSalt = salt
 	}
+	if v := o.int("priority", math.MinInt32, math.MaxInt32); v != nil {
+		priority := int(*v)
+		p.Priority = &priority
+	}
+	p.Tier, _ = o.string("service_tier")
+	p.User, _ = o.string("user")
 	p.IgnoreEOS = o.bool("ignore_eos", false)
 	p.IncludeStop = o.bool("include_stop_str_in_output", false)
 	o.stop(&p)
