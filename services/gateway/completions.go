@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"sync"
 	"time"
@@ -219,22 +220,57 @@ func (g *Gateway) awaitHeartbeat(ctx context.Context) error {
 
 // writer writes to a client that must read.
 type writer struct {
-	w       http.ResponseWriter
-	control *http.ResponseController
-	wait    time.Duration
+	w     http.ResponseWriter // takes the header
+	body  flusher             // takes the rest: what w writes to, where that is known
+	wait  time.Duration
+	until time.Time // the connection's deadline
+}
+
+// flusher is what net/http's response writers are.
+type flusher interface {
+	io.Writer
+	FlushError() error
+	SetWriteDeadline(time.Time) error
 }
 
 func newWriter(w http.ResponseWriter, wait time.Duration) writer {
-	return writer{w: w, control: http.NewResponseController(w), wait: wait}
+	inner := w
+	if r, ok := w.(*echo.Response); ok { // which only notes what has been written
+		inner = r.Writer
+	}
+	body, ok := inner.(flusher)
+	if !ok {
+		body = wrapped{w, http.NewResponseController(w)}
+	}
+	return writer{w: w, body: body, wait: wait}
 }
 
-// write writes and flushes. Its error wraps errClient.
+// wrapped is a response writer around others.
+type wrapped struct {
+	http.ResponseWriter
+	control *http.ResponseController
+}
+
+// FlushError implements flusher.
+func (w wrapped) FlushError() error { return w.control.Flush() }
+
+// SetWriteDeadline implements flusher.
+func (w wrapped) SetWriteDeadline(t time.Time) error { return w.control.SetWriteDeadline(t) }
+
+// deadlineStep is how much longer than asked for a client may read nothing: moving the deadline for every token would cost as
+// much as making its event does.
+const deadlineStep = time.Second
+
+// write writes and flushes. The header has been written. Its error wraps errClient.
 func (w *writer) write(b []byte) error {
-	_ = w.control.SetWriteDeadline(time.Now().Add(w.wait)) // a writer without deadlines cannot be a client's connection
-	if _, err := w.w.Write(b); err != nil {
+	if now := time.Now(); w.until.Sub(now) < w.wait {
+		w.until = now.Add(w.wait + min(deadlineStep, w.wait))
+		_ = w.body.SetWriteDeadline(w.until) // a writer without deadlines cannot be a client's connection
+	}
+	if _, err := w.body.Write(b); err != nil {
 		return errors.Join(errClient, err)
 	}
-	if err := w.control.Flush(); err != nil {
+	if err := w.body.FlushError(); err != nil {
 		return errors.Join(errClient, err)
 	}
 	return nil

@@ -52,16 +52,19 @@ type life struct {
 	resend      *time.Timer
 	resendAfter time.Duration // 0: no gap
 	outErr      error
+	emit        func(*request.Piece) // deliver, made once
 	spare       []event
 }
 
 // newLife makes the life of a job. began is when the HTTP request arrived.
 func (g *Gateway) newLife(j *job, p *openai.Params, id string, deadline, began time.Time, out output) *life {
 	cfg := request.Config{Choices: p.N, Stop: p.Stop, IncludeStop: p.IncludeStop, MinTokens: p.MinTokens}
-	return &life{
+	l := &life{
 		g: g, job: j, id: id, out: out, deadline: deadline, began: began,
 		answer: request.New(cfg, g.model.stream(p)),
 	}
+	l.emit = l.deliver
+	return l
 }
 
 // run sends the job to the stages and its answer to the client, and returns when every choice has ended, or with an
@@ -142,7 +145,7 @@ func (l *life) take(e *event) {
 	if valid {
 		before = l.answer.Tokens(e.run.Choice)
 	}
-	l.answer.Take(e.instance, &e.run, l.emit)
+	l.answer.Take(e.instance, e.run, l.emit)
 	if !valid || l.answer.Tokens(e.run.Choice) == before {
 		return
 	}
@@ -158,11 +161,13 @@ func (l *life) take(e *event) {
 		l.g.metrics.interToken.Observe(now.Sub(l.last).Seconds())
 	}
 	l.last = now
-	l.g.metrics.computed.Add(float64(max(0, e.run.Computed)))
-	l.g.metrics.cached.Add(float64(max(0, e.run.Cached)))
-	l.g.metrics.prefixes.Add(float64(max(0, e.run.Cached) + max(0, e.run.Computed)))
-	l.g.metrics.mmQueries.Add(float64(max(0, e.run.Pictures)))
-	l.g.metrics.mmHits.Add(float64(max(0, e.run.Hits)))
+	if e.run.Index == 0 { // which alone tells of the prompt
+		l.g.metrics.computed.Add(float64(max(0, e.run.Computed)))
+		l.g.metrics.cached.Add(float64(max(0, e.run.Cached)))
+		l.g.metrics.prefixes.Add(float64(max(0, e.run.Cached) + max(0, e.run.Computed)))
+		l.g.metrics.mmQueries.Add(float64(max(0, e.run.Pictures)))
+		l.g.metrics.mmHits.Add(float64(max(0, e.run.Hits)))
+	}
 	after := l.answer.Tokens(e.run.Choice)
 	l.g.metrics.generated.Add(float64(after - before))
 	if after > l.job.expected {
@@ -190,8 +195,8 @@ func (l *life) growCredit(from, to int) {
 	}
 }
 
-// emit gives a piece to the client, and tells the stages of a choice that ended before they think it did.
-func (l *life) emit(p *request.Piece) {
+// deliver gives a piece to the client, and tells the stages of a choice that ended before they think it did.
+func (l *life) deliver(p *request.Piece) {
 	if l.outErr == nil {
 		l.outErr = l.out.piece(p)
 	}

@@ -13,8 +13,8 @@ import (
 
 // event is one message for one request: exactly one of run, confirm and lost counts.
 type event struct {
-	instance string // sender of run
-	run      wire.Run
+	instance string    // sender of run
+	run      *wire.Run // of a message whose runs are for many requests
 	confirm  *wire.Confirm
 	reply    *nats.Msg // the message that confirm answers
 	lost     *wire.Lost
@@ -141,7 +141,7 @@ func (d *dispatcher) tokens(msg *nats.Msg) error {
 	}
 	for i := range m.Items {
 		if box := d.box(m.Items[i].Request); box != nil {
-			box.put(event{instance: m.Instance, run: m.Items[i]})
+			box.put(event{instance: m.Instance, run: &m.Items[i]})
 		}
 	}
 	return nil

@@ -66,6 +66,8 @@ type Answer struct {
 
 	cached, computed int // of the newest attempt's prompt
 	hits             int // of its pictures: not encoded for it
+
+	piece Piece // the one that is emitted
 }
 
 type choice struct {
@@ -135,7 +137,7 @@ func (a *Answer) Restart() [][]int32 {
 	return resume
 }
 
-// Take takes a run of tokens that instance sent, and calls emit with what the client gets for it, if anything. Runs of
+// Take takes a run of tokens that instance sent, and calls emit with what the client gets for it, if anything, valid during that call. Runs of
 // other attempts, tokens that are already here, runs of a writer that lost its claim and runs beyond the next index
 // leave the answer as it is; the last make a gap (see Gap).
 //
@@ -174,16 +176,17 @@ func (a *Answer) Take(instance string, run *wire.Run, emit func(*Piece)) {
 // append takes the tokens of run from number skip on.
 func (a *Answer) append(run *wire.Run, skip int, emit func(*Piece)) {
 	c := &a.choices[run.Choice]
-	p := Piece{Choice: run.Choice, StopID: -1}
+	p := &a.piece
+	*p = Piece{Choice: run.Choice, StopID: -1}
 	c.tokens = c.tokens[:0]
 	for i := skip; i < len(run.IDs) && p.Reason == ReasonNone; i++ {
-		a.push(c, &p, run.IDs[i])
+		a.push(c, p, run.IDs[i])
 		if i < len(run.Logprobs) {
 			c.tokens[len(c.tokens)-1].Logprob = &run.Logprobs[i]
 		}
 	}
 	if p.Reason == ReasonNone && c.finish != wire.FinishNone && len(c.ids) >= c.finishAt {
-		a.finish(c, &p)
+		a.finish(c, p)
 	}
 	p.Tokens = c.tokens
 	if p.Reason != ReasonNone {
@@ -191,7 +194,7 @@ func (a *Answer) append(run *wire.Run, skip int, emit func(*Piece)) {
 		a.open--
 	}
 	if p.Text != "" || p.Reason != ReasonNone || len(run.Logprobs) > 0 {
-		emit(&p)
+		emit(p)
 	}
 }
 
