@@ -36,7 +36,7 @@ func BenchmarkTokens(b *testing.B) {
 	}
 	gate := admission.New(admission.Limits{Requests: streams}, time.Now)
 	g := &Gateway{
-		cfg: Config{Instance: "g"}.withDefaults(), name: "m", model: model, gate: gate, metrics: newMetrics("m", gate),
+		cfg: Config{Instance: "g"}.withDefaults(), name: "m", model: model, gate: gate, metrics: newMetrics("m", gate, nil),
 		dispatch: &dispatcher{gateway: "g", boxes: make(map[string]*mailbox)},
 	}
 	var lives []*life

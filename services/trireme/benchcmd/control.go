@@ -26,6 +26,7 @@ type Control struct {
 	Streams  int           `help:"Open streams of the load." default:"1000"`
 	Step     time.Duration `help:"Time between two tokens of a stream." default:"50ms"`
 	Decoders int           `help:"Decode stand-ins; each takes 256 streams at most and sends one message a step." default:"4"`
+	Together bool          `help:"All decoders take their steps at the same moments, the worst case; else they are spread evenly."`
 	Time     time.Duration `help:"How long all streams are measured together." default:"10s"`
 	Requests int           `help:"Requests one after the other, for what a hop adds and what a request sends." default:"200"`
 	JSON     bool          `name:"json" help:"Write one JSON object instead of a table."`
@@ -52,7 +53,7 @@ func (c *Control) Run(e Env) error {
 		return fmt.Errorf("--streams 1 to 256 a decoder, --decoders up to 32, --step 1ms to 1s, --time up to 2m, --requests up to 100000: %w", ErrUsage)
 	}
 	var s *system
-	r := &ControlReport{Streams: c.Streams, Step: c.Step.Seconds() * 1e3, Decoders: c.Decoders}
+	r := &ControlReport{Streams: c.Streams, Step: c.Step.Seconds() * 1e3, Decoders: c.Decoders, Together: c.Together}
 	err := onThread(func() (err error) {
 		s, err = c.start(e)
 		return err
@@ -127,8 +128,12 @@ func (c *Control) start(e Env) (_ *system, err error) {
 			return nil, err
 		}
 	}
-	for range c.Decoders {
-		if err := s.stand(stage.Decode, append(common, "--slots=256", "--step", c.Step.String())); err != nil {
+	for i := range c.Decoders {
+		var phase time.Duration
+		if !c.Together {
+			phase = c.Step * time.Duration(i) / time.Duration(c.Decoders)
+		}
+		if err := s.stand(stage.Decode, append(common, "--slots=256", "--step", c.Step.String(), "--phase", phase.String())); err != nil {
 			return nil, err
 		}
 	}
@@ -275,11 +280,12 @@ type StandIn struct {
 	Role    string        `required:"" enum:"encode,prefill,decode"`
 	Slots   int           `default:"64"`
 	Step    time.Duration `default:"0"`
+	Phase   time.Duration `default:"0"`
 }
 
 // Run serves the role.
 func (c *StandIn) Run(e Env, log *slog.Logger) error {
-	cfg := standin.Config{Role: c.Role, Step: c.Step, Slots: c.Slots}
+	cfg := standin.Config{Role: c.Role, Step: c.Step, Phase: c.Phase, Slots: c.Slots}
 	return standin.Run(e.Context, cfg, e.In, e.Out, func() (*stage.Stage, error) {
 		return stage.Open(e.Context, c.Role, stage.Config{
 			NATSURL: c.NATSURL, HMM: c.HMM, Model: c.Model, Instance: "standin-" + stage.NewID(c.Role),

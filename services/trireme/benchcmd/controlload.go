@@ -32,6 +32,7 @@ type ControlReport struct {
 	Streams  int          `json:"streams"`
 	Step     float64      `json:"step_ms"`
 	Decoders int          `json:"decoders"`
+	Together bool         `json:"together"` // decoders take their steps at the same moments
 	Hops     []Hop        `json:"hops"`
 	Traffic  []Traffic    `json:"traffic"`
 	Load     *ControlLoad `json:"load"`
@@ -453,7 +454,11 @@ func (r *ControlReport) writeTable(w io.Writer) error {
 	}
 	l := r.Load
 	fmt.Fprintf(t, "\n%d STREAMS, A TOKEN EACH %.0f ms\tTOKENS/S\tDELAY P50 ms\tP99\tMAX\n", r.Streams, r.Step)
-	fmt.Fprintf(t, "%d tokens in %.1f s, %d decoders\t%.0f\t%.2f\t%.2f\t%.2f\n", l.Tokens, l.Seconds, r.Decoders, l.Rate, l.P50, l.P99, l.Max)
+	steps := "spread"
+	if r.Together {
+		steps = "together"
+	}
+	fmt.Fprintf(t, "%d tokens in %.1f s, %d decoders, steps %s\t%.0f\t%.2f\t%.2f\t%.2f\n", l.Tokens, l.Seconds, r.Decoders, steps, l.Rate, l.P50, l.P99, l.Max)
 	fmt.Fprintln(t, "\nPROCESSOR TIME OF THE LOAD\tCORES\tUS A TOKEN")
 	var cores, token float64
 	for _, c := range l.CPU {

@@ -24,6 +24,7 @@ const (
 type decoder struct {
 	part
 	step    time.Duration
+	phase   time.Duration
 	inbox   chan func()
 	stop    chan struct{}
 	ended   chan struct{}
@@ -45,9 +46,9 @@ type sequence struct {
 	done      chan error // one value
 }
 
-func newDecoder(p part, step time.Duration) (*decoder, error) {
+func newDecoder(p part, step, phase time.Duration) (*decoder, error) {
 	d := &decoder{
-		part: p, step: step, inbox: make(chan func(), 64), stop: make(chan struct{}), ended: make(chan struct{}),
+		part: p, step: step, phase: phase, inbox: make(chan func(), 64), stop: make(chan struct{}), ended: make(chan struct{}),
 		live: map[string]*sequence{}, runs: map[string][]wire.Run{},
 	}
 	var err error
@@ -89,7 +90,6 @@ func (d *decoder) do(f func()) {
 func (d *decoder) run() {
 	due := time.NewTimer(0)
 	defer due.Stop()
-	next := time.Now()
 	for {
 		var f func()
 		select {
@@ -99,12 +99,8 @@ func (d *decoder) run() {
 			return
 		case <-due.C:
 			d.advance()
-			next = next.Add(d.step)
-			if late := time.Until(next); late < -d.step { // no burst after a pause
-				next = time.Now()
-			}
 			if d.step > 0 {
-				due.Reset(time.Until(next))
+				due.Reset(d.wait(time.Now()))
 			}
 		}
 		if d.step == 0 && f != nil && len(d.order) > 0 {
@@ -112,6 +108,11 @@ func (d *decoder) run() {
 			}
 		}
 	}
+}
+
+// wait is the time to the next step.
+func (d *decoder) wait(now time.Time) time.Duration {
+	return d.step - time.Duration(now.Add(-d.phase).UnixNano())%d.step
 }
 
 // advance takes a step and reports whether any sequence had a part in it.

@@ -61,6 +61,7 @@ type Config struct {
 	Stage stage.Config
 	Role  string        // stage.Encode, Prefill or Decode
 	Step  time.Duration // of decode: between two tokens; 0: as soon as something is due
+	Phase time.Duration // of decode: steps are at whole multiples of Step in Unix time, and so much later
 	Slots int           // messages in work at once
 }
 
@@ -90,7 +91,7 @@ func Run(ctx context.Context, cfg Config, in io.Reader, out io.Writer, open func
 		case stage.Prefill:
 			return &prefill{p}, nil
 		}
-		return newDecoder(p, cfg.Step)
+		return newDecoder(p, cfg.Step, cfg.Phase)
 	}})
 	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, io.EOF) {
 		err = cause
