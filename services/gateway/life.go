@@ -161,7 +161,7 @@ func (l *life) take(e *event) {
 		l.g.metrics.interToken.Observe(now.Sub(l.last).Seconds())
 	}
 	l.last = now
-	if e.run.Index == 0 { // which alone tells of the prompt
+	if e.run.Cached > 0 || e.run.Computed > 0 { // it tells of the prompt, as the first of an attempt does
 		l.g.metrics.computed.Add(float64(max(0, e.run.Computed)))
 		l.g.metrics.cached.Add(float64(max(0, e.run.Cached)))
 		l.g.metrics.prefixes.Add(float64(max(0, e.run.Cached) + max(0, e.run.Computed)))

@@ -50,6 +50,9 @@ func BenchmarkTokens(b *testing.B) {
 		q := &query{g: g, params: &openai.Params{N: 1, Logprobs: -1}, jobs: []*job{j}, id: id, began: time.Now()}
 		s := newStream(q, &out, true, "chatcmpl-"+id)
 		l := g.newLife(j, q.params, id, time.Now(), time.Now(), s.output(j, 0))
+		if l.credit, err = gate.Acquire(b.Context(), admission.Request{N: 1}); err != nil {
+			b.Fatal(err)
+		}
 		l.box = g.dispatch.open(id)
 		l.resend = time.NewTimer(time.Hour)
 		defer l.resend.Stop()
