@@ -105,6 +105,7 @@ func (e *encoder) Handle(ctx context.Context, d *bus.Delivery) {
 
 // encode makes the MM object of one picture and marks it in the join record.
 func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) error {
+	began := time.Now()
 	key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
 	join, err := e.Bus.Join(ctx, key)
 	if errors.Is(err, bus.ErrNoJoin) {
@@ -139,6 +140,7 @@ func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) 
 		return mem.ErrFenced
 	}
 	id := fmt.Sprintf("%s.%d.p", m.Request.ID, m.Request.Attempt)
+	join.Prefill.Place = join.Prefill.Place.After(time.Since(began)) // and the time in the queue, which nobody knows here
 	if err := e.Bus.Publish(ctx, stage.Prefill, m.Request.ID, id, &join.Prefill); err != nil {
 		return fmt.Errorf("publishing the prefill message: %w", err)
 	}

@@ -348,7 +348,7 @@ func TestModelsAndMetrics(t *testing.T) {
 	for name, want := range map[string]string{
 		"trireme_time_to_first_token_seconds_count": "1", "trireme_e2e_request_latency_seconds_count": "1",
 		"trireme_generation_tokens_total": itoa(len(f.ids("Hello, world!")) + 1), "trireme_prefix_cache_hits_total": "3",
-		"trireme_num_requests_waiting": "0",
+		"trireme_num_requests_waiting":              "0",
 		"trireme_inter_token_latency_seconds_count": itoa(len(f.ids("Hello, world!"))),
 	} {
 		if got := f.metric(name); got != want {

@@ -85,7 +85,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 	}
 	g.gate = admission.New(admission.Limits{
 		Requests: cfg.MaxOpen, Queue: cfg.MaxQueue, Wait: cfg.QueueWait, RefuseLate: cfg.Late == LateRefuse,
-		Order: sched.Order{Policy: policy, Weights: cfg.TenantWeights},
+		Order: sched.Order{Policy: policy},
 	}, time.Now)
 	g.metrics = newMetrics(g.name, g.gate, slices.Sorted(maps.Keys(cfg.Classes)))
 	g.metrics.registry.MustRegister(queueMetrics{g.bus.Queues, g.log})

@@ -303,7 +303,7 @@ func (l *life) publish(ctx context.Context) error {
 			return fmt.Errorf("putting %d objects into host memory: %w", len(blobs), err)
 		}
 	}
-	m := wire.Prefill{Request: l.wireRequest(), Inline: inline}
+	m := wire.Prefill{Request: l.wireRequest(), Inline: inline, Place: l.objective.place(l.began)}
 	if blobs != nil && blobs[0].Kind == mem.KindSpec {
 		m.Inline, m.Spec = nil, &handles[0]
 	}
@@ -355,7 +355,7 @@ func (l *life) blobs(spec []byte) (blobs []Blob, place []int) {
 // joinSize is at least the size of a join record once all handles are filled in, in bytes: handles of MM objects are
 // three numbers of 9 bytes, a shape of three, and a capability.
 func joinSize(spec, pictures int, node string) int {
-	const fixed, each = 512, 128
+	const fixed, each = 512 + maxTenant, 128
 	return fixed + spec + pictures*(each+len(node))
 }
 

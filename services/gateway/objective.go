@@ -15,6 +15,7 @@ import (
 	"trireme.dev/services/gateway/admission"
 	"trireme.dev/services/gateway/openai"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/wire"
 )
 
 // ErrClass is wrapped by errors of ParseTargets and ParseClass.
@@ -95,6 +96,7 @@ func parseTarget(value string) (time.Duration, error) {
 // objective is what a request's place in line depends on, beside its size.
 type objective struct {
 	tenant   string
+	weight   float64 // of the tenant; 0 is 1
 	class    string
 	priority int
 	targets  sched.Targets
@@ -109,7 +111,7 @@ var (
 )
 
 // maxTenant bounds the name of a tenant, in bytes.
-const maxTenant = 256
+const maxTenant = 128
 
 // objective reads what a request says about its place in line. Headers come before the body, as they are what a proxy in
 // front can set. Its error is an *openai.Error.
@@ -168,12 +170,13 @@ func (g *Gateway) objective(h http.Header, p *openai.Params) (objective, error) 
 	if len(o.tenant) > maxTenant {
 		return o, openai.Invalid("user", "The name of a tenant has at most %d bytes.", maxTenant)
 	}
+	o.weight = g.cfg.TenantWeights[o.tenant]
 	return o, nil
 }
 
 // request is what admission is asked for jobs with an objective, that came at began.
 func (g *Gateway) request(jobs []*job, o objective, began time.Time) admission.Request {
-	r := admission.Request{N: len(jobs), Class: o.class, Tenant: o.tenant, Priority: o.priority, Arrived: began}
+	r := admission.Request{N: len(jobs), Class: o.class, Tenant: o.tenant, Weight: o.weight, Priority: o.priority, Arrived: began}
 	due := sched.Never
 	for _, j := range jobs {
 		r.Bytes = r.Bytes.Plus(g.need(j))
@@ -188,6 +191,15 @@ func (g *Gateway) request(jobs []*job, o objective, began time.Time) admission.R
 		r.Due = began.Add(due)
 	}
 	return r
+}
+
+// place is what a stage has to know to put a request in order among others.
+func (o *objective) place(began time.Time) wire.Place {
+	p := wire.Place{Tenant: o.tenant, Weight: o.weight, Priority: o.priority, Waited: time.Since(began)}
+	if o.targets.TTFT > 0 {
+		p.Target, p.Left = true, o.targets.TTFT-p.Waited
+	}
+	return p
 }
 
 // tokens is a job's work, as far as it is known before it starts.

@@ -126,7 +126,7 @@ func TestWrongObjectives(t *testing.T) {
 		{``, "x-slo-ttft-ms", "2s", "x-slo-ttft-ms", "milliseconds"},
 		{``, "x-llm-d-slo-tpot-ms", "-1", "x-llm-d-slo-tpot-ms", "milliseconds"},
 		{`,"priority":"high"`, "", "", "priority", "integer"},
-		{`,"user":"` + strings.Repeat("x", 300) + `"`, "", "", "user", "256"},
+		{`,"user":"` + strings.Repeat("x", 300) + `"`, "", "", "user", "128"},
 	} {
 		var header []string
 		if x.name != "" {

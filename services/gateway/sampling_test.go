@@ -118,6 +118,8 @@ func fullJoin(node string, spec, pictures int) *wire.Join {
 		Request: wire.Request{ID: newID(), Attempt: math.MaxInt32, Gateway: strings.Repeat("g", 64), Left: math.MaxInt64},
 		Inline:  make([]byte, spec),
 		Spec:    &h,
+		Place: wire.Place{Tenant: strings.Repeat("t", maxTenant), Weight: math.MaxFloat64, Priority: math.MaxInt32,
+			Waited: math.MaxInt64, Target: true, Left: math.MaxInt64},
 	}}
 	for range pictures {
 		j.Prefill.MM = append(j.Prefill.MM, h)

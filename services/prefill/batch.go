@@ -2,9 +2,11 @@ package prefill
 
 import (
 	"fmt"
+	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -29,8 +31,23 @@ func (p *prefill) line(j *job, c, pos int) error {
 	if err := j.choices[c].seq.Grow(len(tokens)); err != nil {
 		return err
 	}
-	p.lanes = append(p.lanes, &lane{job: j, choice: c, pos: pos, tokens: tokens})
+	l := &lane{job: j, choice: c, pos: pos, tokens: tokens}
+	p.lanes = append(p.lanes, l)
+	p.wait(l)
 	return nil
+}
+
+// wait puts a lane in line with what is left of it.
+func (p *prefill) wait(l *lane) {
+	left, place := len(l.tokens)-l.pos, &l.job.place
+	l.item = sched.Item{
+		Owner: l, Tenant: place.Tenant, Weight: place.Weight, Priority: place.Priority,
+		Tokens: int64(left), Arrived: -place.Waited, Due: sched.Never, Begun: len(l.job.resume(l.choice)) > 0,
+	}
+	if place.Target {
+		l.item.Due = place.Left - p.pace.At(left)
+	}
+	p.queue.Push(&l.item)
 }
 
 // drop takes a job out of the loop and ends it with err.
@@ -43,6 +60,8 @@ func (p *prefill) drop(j *job, err error) {
 	for _, l := range p.lanes {
 		if l.job != j {
 			keep = append(keep, l)
+		} else {
+			p.queue.Remove(&l.item)
 		}
 	}
 	clear(p.lanes[len(keep):])
@@ -59,12 +78,17 @@ func (p *prefill) end(request string) {
 	}
 }
 
-// Form implements runner.Source: the oldest lanes first, each with as many rows as fit. A chunk ends with the prompt, so that
-// its logits are there for every choice.
+// Form implements runner.Source: the lanes in the order of the queue, each with as many rows as fit. A chunk ends with the
+// prompt, so that its logits are there for every choice. Lanes that are late already go last, so that others need not be.
 func (p *prefill) Form(step *runner.Step) {
 	p.fence()
 	p.taken = p.taken[:0]
-	for _, l := range p.lanes {
+	p.formed = time.Now()
+	for _, it := range p.queue.Overdue(p.formed.Sub(p.epoch)) {
+		p.queue.Demote(it)
+	}
+	for it := p.queue.Next(); it != nil; it = p.queue.Next() {
+		l := it.Owner.(*lane)
 		left := len(l.tokens) - l.pos
 		prompt := len(l.job.spec.Prompt)
 		if l.pos < prompt {
@@ -74,6 +98,7 @@ func (p *prefill) Form(step *runner.Step) {
 		if n == 0 {
 			break
 		}
+		p.queue.TakePart(int64(n))
 		end := l.pos + n
 		step.Add(engine.Seq{
 			Tokens: l.tokens[l.pos:end],
@@ -154,6 +179,12 @@ func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
 		}
 	}
 	p.rows.Add(float64(tokens))
+	p.pace.Add(tokens, time.Since(p.formed))
+	for _, l := range p.taken {
+		if p.jobs[l.job] && l.pos < len(l.tokens) {
+			p.wait(l)
+		}
+	}
 	p.send(runs)
 	p.sweep()
 }

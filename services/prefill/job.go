@@ -12,6 +12,7 @@ import (
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
@@ -19,6 +20,7 @@ import (
 // job is one request in work. After it was added, the loop owns it until done is sent.
 type job struct {
 	request wire.Request
+	place   wire.Place // Waited and Left as of the loop's epoch
 	spec    *wire.Spec
 	claim   *hbm.Claim
 	rope    [][3]int32 // M-RoPE position of each prompt token
@@ -56,6 +58,7 @@ type lane struct {
 	choice int
 	pos    int // tokens computed
 	tokens []int32
+	item   sched.Item // its place in line
 }
 
 // resume is the tokens that choice c already has.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -14,6 +15,7 @@ import (
 	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
@@ -23,6 +25,8 @@ type Config struct {
 	Stage stage.Config
 	Rows  int // most prompt tokens of one batch; 0: 512
 	Slots int // requests in work at once; 0: 32
+	// Policy puts the requests in work in order, after their priority and tenant. Their targets are known from their messages.
+	Policy sched.Policy
 }
 
 // Run opens a stage process and serves the prefill queue until ctx ends: Serve for those who have no stage open, as tests
@@ -51,6 +55,7 @@ func Role(cfg Config) stage.Role {
 		p := &prefill{
 			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab),
 			rows: s.Metrics.Rows.WithLabelValues(stage.Prefill), jobs: map[*job]bool{},
+			epoch: time.Now(), queue: sched.NewQueue(sched.Order{Policy: cfg.Policy, Patience: patience}),
 		}
 		s.Runner.AddSource(stage.Prefill, p, cfg.Rows, cfg.Slots)
 		return p, nil
@@ -67,7 +72,16 @@ type prefill struct {
 	lanes []*lane // in order of arrival
 	jobs  map[*job]bool
 	taken []*lane // those in the step being computed, in its order
+
+	epoch  time.Time    // times of sched count from here
+	queue  *sched.Queue // of lanes: all but taken
+	formed time.Time    // when the step being computed was
+	pace   sched.Line   // how long steps take, by their rows
 }
+
+// patience is how long after its arrival a request without a target is due under the policy slo: as long as gateways let
+// requests wait by default.
+const patience = 30 * time.Second
 
 // do runs f on the loop's goroutine, now or later, as long as there are handlers.
 func (p *prefill) do(f func()) { p.Runner.Do(f) }
@@ -101,6 +115,7 @@ func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 
 // work computes one request and publishes its decode messages.
 func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) error {
+	place := m.Place.After(-time.Since(p.epoch)) // from the epoch on
 	spec, err := p.Spec(ctx, m.Inline, m.Spec)
 	if err != nil {
 		return err
@@ -108,7 +123,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 	if len(m.MM) != len(spec.Pictures) {
 		return fmt.Errorf("%d MM objects for %d pictures: %w", len(m.MM), len(spec.Pictures), mem.ErrInvalid)
 	}
-	j := &job{request: m.Request, spec: spec, claim: claim, hits: m.Hits, done: make(chan error, 1)}
+	j := &job{request: m.Request, spec: spec, claim: claim, hits: m.Hits, place: place, done: make(chan error, 1)}
 	defer func() { p.Free(ctx, append(j.mm, j.memory...)...) }()
 	if err := p.prepare(ctx, j, m.MM); err != nil {
 		return err

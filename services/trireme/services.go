@@ -90,12 +90,17 @@ type prefillCmd struct {
 	stageFlags
 	Rows  int `help:"Most prompt tokens of one batch." default:"512"`
 	Slots int `help:"Requests in work at once." default:"32"`
+	policyFlag
 }
 
 // Run runs a prefill instance.
 func (c *prefillCmd) Run(e *env) error {
+	policy, err := c.policy()
+	if err != nil {
+		return err
+	}
 	return c.run(e, stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
-		return prefill.Serve(ctx, s, prefill.Config{Rows: c.Rows, Slots: c.Slots})
+		return prefill.Serve(ctx, s, prefill.Config{Rows: c.Rows, Slots: c.Slots, Policy: policy})
 	})
 }
 

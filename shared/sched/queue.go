@@ -44,7 +44,9 @@ func (p Policy) String() string { return policies[p] }
 
 // Item is a request that waits in a Queue, or a part of its work.
 type Item struct {
+	Owner    any           // the caller's, for whom it stands
 	Tenant   string        // tenants share a priority's service by their weights
+	Weight   float64       // of the tenant; 0 is 1. That of its newest item counts
 	Priority int           // lower ones go first (vLLM's meaning)
 	Tokens   int64         // its work: prompt tokens and those that its answer is expected to have; below 1 counts as 1
 	Arrived  time.Duration // when the client's request came
@@ -81,8 +83,6 @@ type Order struct {
 	// Every keeps all from starving: each so many'th pick goes to the priority that has waited longest for one, and each so
 	// many'th of a tenant to the oldest of its items. 0: DefaultEvery.
 	Every int
-	// Weights are the tenants' shares; one that is not named has 1.
-	Weights map[string]float64
 }
 
 // DefaultEvery leaves seven of eight picks to the order that was asked for.
@@ -188,14 +188,13 @@ func (q *Queue) insert(it *Item) {
 	i := slices.IndexFunc(b.flows, func(f *flow) bool { return f.tenant == it.Tenant })
 	if i < 0 {
 		i = len(b.flows)
-		f := &flow{band: b, tenant: it.Tenant, weight: 1, start: max(b.virtual, b.idle[it.Tenant])}
-		if w := q.order.Weights[it.Tenant]; w > 0 {
-			f.weight = w
-		}
+		b.flows = append(b.flows, &flow{band: b, tenant: it.Tenant, start: max(b.virtual, b.idle[it.Tenant])})
 		delete(b.idle, it.Tenant)
-		b.flows = append(b.flows, f)
 	}
 	f := b.flows[i]
+	if f.weight = it.Weight; f.weight <= 0 {
+		f.weight = 1
+	}
 	n, _ := slices.BinarySearchFunc(f.items, it, (*Item).before)
 	f.items = slices.Insert(f.items, n, it)
 	it.place = f
@@ -287,8 +286,12 @@ func (q *Queue) Next() *Item {
 	return f.items[n]
 }
 
-// Take takes the next item out, and its tenant pays for it.
-func (q *Queue) Take() *Item {
+// Take takes the next item out, and its tenant pays for its tokens.
+func (q *Queue) Take() *Item { return q.TakePart(math.MaxInt64) }
+
+// TakePart takes the next item out, and its tenant pays for as many of its tokens only: the caller does a part of the work,
+// and pushes the rest again.
+func (q *Queue) TakePart(tokens int64) *Item {
 	if q.count == 0 {
 		return nil
 	}
@@ -298,7 +301,7 @@ func (q *Queue) Take() *Item {
 	f.band.picked = q.picks
 	f.picks++
 	f.band.virtual = f.start
-	f.start += float64(it.tokens()) / f.weight
+	f.start += float64(min(tokens, it.tokens())) / f.weight
 	q.remove(f, n)
 	it.place = nil
 	return it

@@ -34,7 +34,7 @@ type line struct {
 
 func (w *line) do(t *testing.T, d *datadriven.TestData) string {
 	switch d.Cmd {
-	case "queue": // policy=NAME [patience=DUR] [every=N] [weights=TENANT:N or (TENANT:N,...)]: a new one
+	case "queue": // policy=NAME [patience=DUR] [every=N]: a new one
 		var policy, patience string
 		o := sched.Order{}
 		d.ScanArgs(t, "policy", &policy)
@@ -45,18 +45,8 @@ func (w *line) do(t *testing.T, d *datadriven.TestData) string {
 			return err.Error()
 		}
 		o.Patience = moment(t, d, patience)
-		o.Weights = map[string]float64{}
-		for _, a := range d.CmdArgs {
-			if a.Key != "weights" {
-				continue
-			}
-			for _, w := range a.Vals {
-				name, value, _ := strings.Cut(w, ":")
-				o.Weights[name] = number(t, d, value)
-			}
-		}
 		*w = line{queue: sched.NewQueue(o), items: map[string]*sched.Item{}, names: map[*sched.Item]string{}}
-	case "push": // a line each: NAME [tenant=NAME] [priority=N] [tokens=N] [at=DUR] [due=DUR] [begun]
+	case "push": // a line each: NAME [tenant=NAME] [weight=N] [priority=N] [tokens=N] [at=DUR] [due=DUR] [begun]
 		for _, l := range strings.Split(d.Input, "\n") {
 			fields := strings.Fields(l)
 			it := &sched.Item{Due: sched.Never}
@@ -65,6 +55,8 @@ func (w *line) do(t *testing.T, d *datadriven.TestData) string {
 				switch name {
 				case "tenant":
 					it.Tenant = value
+				case "weight":
+					it.Weight = number(t, d, value)
 				case "priority":
 					it.Priority = int(number(t, d, value))
 				case "tokens":
@@ -82,6 +74,15 @@ func (w *line) do(t *testing.T, d *datadriven.TestData) string {
 			w.items[fields[0]], w.names[it] = it, fields[0]
 			w.queue.Push(it)
 		}
+	case "part": // tokens=N: a part of the next item is taken, and the rest comes back
+		var tokens, left int
+		d.ScanArgs(t, "tokens", &tokens)
+		it := w.queue.TakePart(int64(tokens))
+		if it.Tokens -= int64(tokens); it.Tokens > 0 {
+			left = int(it.Tokens)
+			w.queue.Push(it)
+		}
+		return fmt.Sprintf("%s, %d left\n", w.names[it], left)
 	case "take": // [n=N]: what comes out, as long as there is something
 		n := 1000
 		d.MaybeScanArgs(t, "n", &n)
@@ -167,8 +168,10 @@ func number(t *testing.T, d *datadriven.TestData, s string) float64 {
 }
 
 func anItem(t *rapid.T, tenants, priorities int) *sched.Item {
+	tenant := fmt.Sprint(rapid.IntRange(1, tenants).Draw(t, "tenant"))
 	it := &sched.Item{
-		Tenant:   fmt.Sprint(rapid.IntRange(1, tenants).Draw(t, "tenant")),
+		Tenant:   tenant,
+		Weight:   weights[tenant],
 		Priority: rapid.IntRange(1, priorities).Draw(t, "priority"),
 		Tokens:   rapid.Int64Range(0, 100).Draw(t, "tokens"),
 		Arrived:  time.Duration(rapid.IntRange(0, 20).Draw(t, "arrived")) * time.Second,
@@ -180,12 +183,14 @@ func anItem(t *rapid.T, tenants, priorities int) *sched.Item {
 	return it
 }
 
+// weights are those of some tenants.
+var weights = map[string]float64{"1": 2, "2": 0.5}
+
 func anOrder(t *rapid.T) sched.Order {
 	return sched.Order{
 		Policy:   sched.Policy(rapid.IntRange(0, 2).Draw(t, "policy")),
 		Patience: 30 * time.Second,
 		Every:    rapid.IntRange(2, 10).Draw(t, "every"),
-		Weights:  map[string]float64{"1": 2, "2": 0.5},
 	}
 }
 
@@ -306,7 +311,7 @@ func TestQueueIsFair(t *testing.T) {
 		most := map[string]int64{"1": int64(rapid.IntRange(1, 200).Draw(t, "most of 1")), "3": int64(rapid.IntRange(1, 200).Draw(t, "most of 3"))}
 		push := func(tenant string) {
 			it := anItem(t, 1, 1)
-			it.Tenant, it.Tokens = tenant, rapid.Int64Range(1, max(1, most[tenant])).Draw(t, "size")
+			it.Tenant, it.Weight, it.Tokens = tenant, weights[tenant], rapid.Int64Range(1, max(1, most[tenant])).Draw(t, "size")
 			q.Push(it)
 		}
 		for range 3 {
@@ -315,7 +320,7 @@ func TestQueueIsFair(t *testing.T) {
 		}
 		had := map[string]float64{}
 		weight := func(tenant string) float64 {
-			if w := o.Weights[tenant]; w > 0 {
+			if w := weights[tenant]; w > 0 {
 				return w
 			}
 			return 1
@@ -343,11 +348,10 @@ func TestQueueStarvesNobody(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const tenants, priorities = 3, 3
 		o := anOrder(t)
-		o.Weights = nil
 		q := sched.NewQueue(o)
 		for range rapid.IntRange(0, 20).Draw(t, "before") {
 			it := anItem(t, tenants, priorities)
-			it.Tokens, it.Arrived = 10, 0
+			it.Tokens, it.Weight, it.Arrived = 10, 0, 0
 			q.Push(it)
 		}
 		older := q.Len()

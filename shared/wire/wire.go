@@ -110,6 +110,28 @@ type Prefill struct {
 	Spec    *mem.Handle  // else the object that holds it
 	MM      []mem.Handle // one MM object a picture, in order
 	Hits    int          // of MM: taken from the cache
+	Place   Place
+}
+
+// Place is what puts a request in order among others that a stage has taken (sched.Item).
+type Place struct {
+	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
+
+	Tenant   string
+	Weight   float64 // of the tenant; 0 is 1
+	Priority int     // lower ones go first
+	// Waited is how long ago the client's request had come when the message was published, and Left the time left then until
+	// its first token was due, below 0 when it was late; only with Target.
+	Waited time.Duration
+	Target bool
+	Left   time.Duration
+}
+
+// After is the place when some time has passed.
+func (p Place) After(d time.Duration) Place {
+	p.Waited += d
+	p.Left -= d
+	return p
 }
 
 // Join is the value of the join record of a request and attempt in BucketJoin: made by the gateway before it publishes

@@ -40,7 +40,8 @@ func messages() map[string]any {
 	req := wire.Request{ID: "C994PusI7lpuROgi4cfBBR", Attempt: 2, Gateway: "gateway-1", Left: 90 * time.Second}
 	spec := mem.Handle{Node: "node-1", Object: 3, Generation: 4, Kind: mem.KindSpec, NPU: -1, Bytes: 9, Capability: []byte("c")}
 	lp := []wire.Logprob{{Own: -0.5, IDs: []int32{5, 6}, Top: []float32{-0.5, -1.5}}}
-	prefill := wire.Prefill{Request: req, Inline: []byte{1, 2, 3}, Spec: &spec, MM: []mem.Handle{handle(1)}, Hits: 1}
+	prefill := wire.Prefill{Request: req, Inline: []byte{1, 2, 3}, Spec: &spec, MM: []mem.Handle{handle(1)}, Hits: 1,
+		Place: wire.Place{Tenant: "tenant", Weight: 2.5, Priority: -3, Waited: 20 * time.Millisecond, Target: true, Left: -time.Second}}
 	return map[string]any{
 		"spec": &wire.Spec{
 			Model: [32]byte{1, 2}, Prompt: []int32{1, 100, 70000}, Pictures: []wire.Picture{{Offset: 4, Grid: [3]int{1, 12, 12}, Content: [32]byte{9}}},

@@ -90,8 +90,9 @@ type Request struct {
 	N     int // requests that are let in together
 	Bytes Bytes
 	Class string // under which it is counted while it waits
-	// Tenant, Priority and Tokens are those of a sched.Item.
+	// Tenant, Weight, Priority and Tokens are those of a sched.Item.
 	Tenant   string
+	Weight   float64
 	Priority int
 	Tokens   int64
 	Arrived  time.Time
@@ -111,7 +112,6 @@ type Gate struct {
 	open     int
 	ahead    int // open requests without their first token
 	queue    *sched.Queue
-	waiting  map[*sched.Item]*waiter
 	classes  map[string]int // waiting requests
 
 	let  sched.Rate // tokens of requests let in out of the queue, while there is one
@@ -130,8 +130,7 @@ type waiter struct {
 func New(limits Limits, now func() time.Time) *Gate {
 	limits.Order.Patience = limits.Wait
 	return &Gate{
-		limits: limits, now: now, epoch: now(), queue: sched.NewQueue(limits.Order),
-		waiting: map[*sched.Item]*waiter{}, classes: map[string]int{},
+		limits: limits, now: now, epoch: now(), queue: sched.NewQueue(limits.Order), classes: map[string]int{},
 	}
 }
 
@@ -163,7 +162,7 @@ func (g *Gate) Acquire(ctx context.Context, r Request) (*Credit, error) {
 		return credit, nil
 	}
 	w := &waiter{Request: r, decided: make(chan struct{}), item: &sched.Item{
-		Tenant: r.Tenant, Priority: r.Priority, Tokens: r.Tokens, Arrived: g.at(r.Arrived), Due: sched.Never,
+		Tenant: r.Tenant, Weight: r.Weight, Priority: r.Priority, Tokens: r.Tokens, Arrived: g.at(r.Arrived), Due: sched.Never,
 	}}
 	var late <-chan time.Time
 	if !r.Due.IsZero() {
@@ -172,7 +171,7 @@ func (g *Gate) Acquire(ctx context.Context, r Request) (*Credit, error) {
 	g.push(w)
 	if g.queue.Len() > g.limits.Queue {
 		if last := g.queue.Last(); last != nil {
-			g.refuse(g.waiting[last], QueueFull)
+			g.refuse(last.Owner.(*waiter), QueueFull)
 		} else {
 			g.refuse(w, QueueFull)
 		}
@@ -256,15 +255,14 @@ func (g *Gate) push(w *waiter) {
 	if g.queue.Len() == 0 {
 		g.let.Start(g.at(g.now()))
 	}
+	w.item.Owner = w
 	g.queue.Push(w.item)
-	g.waiting[w.item] = w
 	g.classes[w.Class] += w.N
 }
 
 // leave takes w out of the line, if it is in it still.
 func (g *Gate) leave(w *waiter) {
 	g.queue.Remove(w.item)
-	delete(g.waiting, w.item)
 	if g.classes[w.Class] -= w.N; g.classes[w.Class] == 0 {
 		delete(g.classes, w.Class)
 	}
@@ -441,10 +439,10 @@ func (g *Gate) grant() {
 	}
 	now := g.at(g.now())
 	for _, it := range g.queue.Overdue(now) {
-		g.tooLate(g.waiting[it])
+		g.tooLate(it.Owner.(*waiter))
 	}
 	for it := g.queue.Next(); it != nil; it = g.queue.Next() {
-		w := g.waiting[it]
+		w := it.Owner.(*waiter)
 		if !g.fits(w.N, w.Bytes, it.Begun) {
 			return
 		}

@@ -1,0 +1,98 @@
+package prefill
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/kv"
+	"trireme.dev/shared/sched"
+	"trireme.dev/shared/stage/runner"
+	"trireme.dev/shared/wire"
+)
+
+// Which lanes are in a step, and how much of each: by what has begun, priority, tenant, and the policy, anew for each step. A
+// long prompt keeps a short or urgent one waiting for a chunk, not for all of it.
+func TestOrderOfLanes(t *testing.T) {
+	target := func(left time.Duration) wire.Place { return wire.Place{Target: true, Left: left} }
+	type prompt struct {
+		tokens int
+		place  wire.Place
+		resume bool
+		step   int // comes before this step
+	}
+	for name, c := range map[string]struct {
+		policy  sched.Policy
+		prompts []prompt // named a, b, c, …
+		want    string   // lanes and tokens, step by step
+	}{
+		"who came first": {sched.FCFS, []prompt{{tokens: 25}, {tokens: 5}, {tokens: 8, place: wire.Place{Waited: time.Hour}, step: 1}},
+			"a10, c8 a2, a10, a3 b5"},
+		"the least that is left": {sched.SJF, []prompt{{tokens: 25}, {tokens: 8, step: 1}, {tokens: 13, step: 1}},
+			"a10, b8 c2, c10, c1 a9, a6"},
+		"who is due first": {sched.SLO, []prompt{{tokens: 15, place: target(3 * time.Hour)}, {tokens: 5}, {tokens: 12, place: target(time.Hour), step: 1}},
+			"b5 a5, c10, c2 a8, a2"},
+		"late ones go last": {sched.SLO, []prompt{{tokens: 15, place: target(-time.Hour)}, {tokens: 8, place: target(time.Hour)}, {tokens: 8}},
+			"c8 b2, b6 a4, a10, a1"},
+		"priorities": {sched.FCFS, []prompt{{tokens: 25}, {tokens: 12, place: wire.Place{Priority: -1}, step: 1}},
+			"a10, b10, b2 a8, a7"},
+		"tenants": {sched.FCFS, []prompt{{tokens: 30, place: wire.Place{Tenant: "x"}}, {tokens: 30, place: wire.Place{Tenant: "x"}},
+			{tokens: 20, place: wire.Place{Tenant: "y"}}}, "a10, c10, a10, c10, a10, b10, b10, b10"},
+		"answers that have begun": {sched.FCFS, []prompt{{tokens: 15}, {tokens: 9, resume: true, place: wire.Place{Priority: 5}}},
+			"b8 a2, b1 a9, a4"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &prefill{
+				epoch: time.Now().Add(-time.Minute), queue: sched.NewQueue(sched.Order{Policy: c.policy, Patience: time.Minute}), jobs: map[*job]bool{},
+			}
+			names := map[*lane]string{}
+			var steps []string
+			for n := 0; ; n++ {
+				for i, q := range c.prompts {
+					if q.step != n {
+						continue
+					}
+					spec := &wire.Spec{Prompt: make([]int32, q.tokens), Choices: 1}
+					if q.resume {
+						spec.Prompt, spec.Resume = spec.Prompt[1:], [][]int32{{1}}
+					}
+					place := q.place
+					place.Waited -= time.Duration(i) * time.Second // one came after the other
+					j := &job{spec: spec, place: place, rope: make([][3]int32, q.tokens), choices: []choice{{seq: &kv.Sequence{}}}}
+					l := &lane{job: j, tokens: make([]int32, q.tokens)}
+					names[l] = string(rune('a' + i))
+					p.wait(l)
+				}
+				step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10})}
+				step.Begin()
+				before := map[*lane]int64{}
+				for l := range names {
+					before[l] = int64(len(l.tokens) - l.pos)
+				}
+				p.Form(step)
+				if len(p.taken) == 0 {
+					break
+				}
+				var line []string
+				rows := step.Tokens()
+				for _, l := range p.taken {
+					chunk := min(rows, len(l.tokens)-l.pos)
+					if prompt := len(l.job.spec.Prompt); l.pos < prompt {
+						chunk = min(chunk, prompt-l.pos)
+					}
+					rows -= chunk
+					l.pos += chunk
+					if l.pos < len(l.tokens) {
+						p.wait(l)
+					}
+					line = append(line, fmt.Sprint(names[l], chunk))
+				}
+				steps = append(steps, strings.Join(line, " "))
+			}
+			if got := strings.Join(steps, ", "); got != c.want {
+				t.Errorf("the steps were %s, want %s", got, c.want)
+			}
+		})
+	}
+}
