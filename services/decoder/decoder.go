@@ -67,7 +67,7 @@ func Role(cfg Config) stage.Role {
 		if d.resends, err = s.Bus.Handle(wire.SubjectResend(s.ID), d.resend); err != nil {
 			return nil, fmt.Errorf("listening for resend requests: %w", err)
 		}
-		s.Runner.AddSource(stage.Decode, d, cfg.Slots, cfg.Slots)
+		s.Runner.AddDecoding(stage.Decode, d, cfg.Slots)
 		return d, nil
 	}}
 }
@@ -124,9 +124,6 @@ func (d *decoder) work(ctx context.Context, m *wire.Decode, claim *hbm.Claim) er
 	if err := d.open(ctx, s, m.Log); err != nil {
 		if errors.Is(err, mem.ErrCorrupt) { // what of it is cached must not be given to the next attempt
 			err = errors.Join(err, d.HBM.Forget(ctx, s.objects...))
-		}
-		if errors.Is(err, mem.ErrExhausted) && d.starving(m.Request.ID) {
-			err = fmt.Errorf("another sequence lacks room already: %v: %w", err, stage.ErrNoRoom)
 		}
 		return fmt.Errorf("attaching the KV of choice %d: %w", m.Choice, err)
 	}

@@ -2,7 +2,6 @@ package decoder
 
 import (
 	"fmt"
-	"slices"
 	"time"
 
 	"trireme.dev/shared/stage"
@@ -11,8 +10,9 @@ import (
 // Sequences take slabs as they grow, and a gateway that does not know how long an answer gets lets in more of them than
 // fit to the end. When slabs run out, each would wait with all it holds for one more, for ever. So the decoder gives up
 // the youngest: its gateway lets go of its memory and starts it again where it stands when all of it fits. The oldest
-// is never given up, so somebody always ends. One that finds no room to begin while another is short is given up the same
-// way, and not tried again in a moment: what it shares of the prefix cache may be just what the other lacks.
+// is never given up, so somebody always ends. Work that finds no room to begin while a sequence is short is given up the same
+// way, and not tried again in a moment (stage.Settle): what it shares of the prefix cache may be just what the other lacks, or,
+// where pictures or prompts are computed on the same NPU, what it has there already.
 
 // roomGrace is the least time between two sequences given up: what the first held is free only when its gateway has
 // told the HMM.
@@ -23,7 +23,7 @@ func (d *decoder) short(s *sequence) {
 	if d.live[s.key()] != s || s.kv.Room() > s.position() {
 		return
 	}
-	s.short = true
+	d.lacks(s, true)
 	if time.Since(d.gave) < roomGrace {
 		return
 	}
@@ -35,13 +35,12 @@ func (d *decoder) short(s *sequence) {
 	d.drop(v, fmt.Errorf("%d tokens in, giving its memory to older sequences: %w", v.answer, stage.ErrNoRoom))
 }
 
-// starving reports whether a sequence of another request can take no step for want of a slab.
-func (d *decoder) starving(request string) bool {
-	answer := make(chan bool, 1)
-	d.do(func() { // the loop outlives all handlers
-		answer <- slices.ContainsFunc(d.active, func(s *sequence) bool { return s.short && s.request.ID != request })
-	})
-	return <-answer
+// lacks notes whether s can take no step for want of a slab.
+func (d *decoder) lacks(s *sequence, short bool) {
+	if s.short != short {
+		s.short = short
+		d.Short(s.request.ID, short)
+	}
 }
 
 // victim is the youngest sequence that may be given up, nil when there is none. The request of the oldest is spared:

@@ -86,6 +86,7 @@ func (d *decoder) drop(s *sequence, err error) {
 			break
 		}
 	}
+	d.lacks(s, false)
 	s.release()
 	s.done <- err
 }
@@ -126,7 +127,8 @@ func (d *decoder) prepare(s *sequence) (bool, error) {
 
 // addSlab gives s the slab that was fetched for it.
 func (d *decoder) addSlab(s *sequence, o *hbm.Object) {
-	s.growing, s.short = false, false
+	s.growing = false
+	d.lacks(s, false)
 	switch {
 	case d.live[s.key()] != s:
 	case !s.claim.Held():

@@ -158,9 +158,7 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 // stopWait is how long requests may take to end once they were told to.
 const stopWait = 2 * time.Second
 
-// refresh asks the HMM how much memory there is: for KV that of the decoders' NPUs, where KV lies for most of its life, and
-// for MM objects, which lie with the encoders and then with prefill, the lesser of the two. For a role that no instance is
-// known of, all NPUs count.
+// refresh asks the HMM how much memory there is, and whose it is.
 func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -169,29 +167,20 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 		g.log.Warn("asking the HMM for its capacity", "error", err)
 		return
 	}
-	of := func(role string) (sum, smallest int64) {
-		instances := make(map[string]bool)
+	r, c := capacities(npus, func(role string) map[string]bool {
+		has := make(map[string]bool)
 		for _, i := range g.instances.Role(role) {
-			instances[i.ID] = true
+			has[i.ID] = true
 		}
-		var all, least int64
-		for _, n := range npus {
-			all, least = all+n.Bytes, smaller(least, n.Bytes)
-			if instances[n.Instance] {
-				sum, smallest = sum+n.Bytes, smaller(smallest, n.Bytes)
-			}
-		}
-		if sum == 0 {
-			return all, least
-		}
-		return sum, smallest
-	}
-	var r rooms
-	var encode, prefill, decode int64
-	encode, r.encode = of("encode")
-	prefill, r.prefill = of("prefill")
-	decode, r.decode = of("decode")
+		return has
+	})
 	g.rooms.Store(&r)
-	g.gate.SetAhead(g.cfg.Ahead * max(1, len(g.instances.Role("encode"))+len(g.instances.Role("prefill"))))
-	g.gate.SetCapacity(admission.Bytes{KV: decode, MM: min(encode, prefill)})
+	ahead := make(map[string]bool) // instances that bring requests to their first token
+	for _, role := range []string{"encode", "prefill"} {
+		for _, i := range g.instances.Role(role) {
+			ahead[i.ID] = true
+		}
+	}
+	g.gate.SetAhead(g.cfg.Ahead * max(1, len(ahead)))
+	g.gate.SetCapacity(c)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -18,6 +19,46 @@ import (
 // of them may get the request. What only a cache keeps is free. 0: not known.
 type rooms struct {
 	encode, prefill, decode int64
+}
+
+// capacities says how much one request and all of them can have of NPUs; instances gives those that have a role. KV lies on
+// the decoders' NPUs for most of its life, and MM objects lie with the encoders and then with prefill, so that the lesser of
+// the two counts. For a role that no instance is known of, all NPUs count. NPUs of instances with several roles have
+// several of these at once (RATIONALE.md): what there is for both together bounds both together.
+func capacities(npus []NPUCapacity, instances func(role string) map[string]bool) (rooms, admission.Capacity) {
+	encoders, prefills, decoders := instances("encode"), instances("prefill"), instances("decode")
+	of := func(has ...map[string]bool) (sum, smallest int64) { // of NPUs that have any of these
+		var all, least int64
+		for _, n := range npus {
+			all, least = all+n.Bytes, smaller(least, n.Bytes)
+			if slices.ContainsFunc(has, func(h map[string]bool) bool { return h[n.Instance] }) {
+				sum, smallest = sum+n.Bytes, smaller(smallest, n.Bytes)
+			}
+		}
+		if sum == 0 {
+			return all, least
+		}
+		return sum, smallest
+	}
+	shared := func(a, b map[string]bool) bool {
+		return slices.ContainsFunc(npus, func(n NPUCapacity) bool { return a[n.Instance] && b[n.Instance] })
+	}
+	var r rooms
+	var c admission.Capacity
+	var encode, prefill int64
+	encode, r.encode = of(encoders)
+	prefill, r.prefill = of(prefills)
+	c.KV, r.decode = of(decoders)
+	c.MM = min(encode, prefill)
+	if shared(encoders, decoders) || shared(prefills, decoders) {
+		first, _ := of(encoders, decoders)
+		then, _ := of(prefills, decoders)
+		c.Both = min(first, then)
+	}
+	if shared(encoders, prefills) {
+		c.Prompt, _ = of(encoders, prefills)
+	}
+	return r, c
 }
 
 // smaller is the smaller of two sizes; a is 0 before the first.
@@ -69,7 +110,11 @@ func overloaded(r *admission.Refusal, o *objective) *openai.Error {
 	for _, k := range []struct {
 		what                 string
 		need, used, capacity int64
-	}{{"KV", r.Need.KV, r.Used.KV, r.Capacity.KV}, {"pictures", r.Need.MM, r.Used.MM, r.Capacity.MM}} {
+	}{
+		{"KV", r.Need.KV, r.Used.KV, r.Capacity.KV},
+		{"pictures", r.Need.MM, r.Used.MM, r.Capacity.MM},
+		{"both together", r.Need.KV + r.Need.MM, r.Used.KV + r.Used.MM, r.Capacity.Both},
+	} {
 		if k.need > 0 && k.capacity > 0 {
 			needs = append(needs, fmt.Sprintf("%v for %s (%v of %v are taken)",
 				conf.Bytes(k.need), k.what, conf.Bytes(k.used), conf.Bytes(k.capacity)))

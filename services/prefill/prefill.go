@@ -57,7 +57,7 @@ func Role(cfg Config) stage.Role {
 			rows: s.Metrics.Rows.WithLabelValues(stage.Prefill), jobs: map[*job]bool{},
 			epoch: time.Now(), queue: sched.NewQueue(sched.Order{Policy: cfg.Policy, Patience: patience}),
 		}
-		s.Runner.AddSource(stage.Prefill, p, cfg.Rows, cfg.Slots)
+		s.Runner.AddPrompts(stage.Prefill, p, cfg.Rows, cfg.Slots)
 		return p, nil
 	}}
 }

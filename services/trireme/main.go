@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/pprof"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -23,6 +24,7 @@ import (
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/obs"
+	"trireme.dev/shared/stage"
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
@@ -50,6 +52,7 @@ type cli struct {
 	Encoder encoderCmd `cmd:"" help:"Run an encoder: pixels to multimodal tokens." group:"Services"`
 	Prefill prefillCmd `cmd:"" help:"Run a prefill instance: prompt to KV and the first token." group:"Services"`
 	Decoder decoderCmd `cmd:"" help:"Run a decoder: KV to tokens." group:"Services"`
+	Stage   stageCmd   `cmd:"" help:"Run an instance with several of these roles on one NPU." group:"Services"`
 	Hmm     hmmCmd     `cmd:"" help:"Run the HBM daemon of a node, which owns its device memory." group:"Services"`
 
 	Healthcheck healthcheckCmd `cmd:"" help:"Exit with 0 if a URL answers 200: for containers, which have no curl." group:"Use"`
@@ -115,7 +118,10 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		kong.Configuration(conf.YAML),
 		kong.DefaultEnvars("TRIREME"),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
-		kong.Vars{"data": defaultData(), "profiles": strings.Join(pace.Names(), ", ")},
+		kong.Vars{
+			"data": defaultData(), "profiles": strings.Join(pace.Names(), ", "),
+			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
+		},
 	)
 	if err != nil {
 		panic("BUG: command line: " + err.Error())

@@ -23,8 +23,10 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/obs"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/transfer"
+	"trireme.dev/shared/wire"
 )
 
 // connectFlags are what every service needs.
@@ -49,6 +51,8 @@ type stageFlags struct {
 	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
+
+	mixed sched.Mixed // zero: the default
 }
 
 // paceFlag slows host NPUs down.
@@ -66,6 +70,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait,
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		Mixed:   f.mixed,
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {
@@ -113,6 +118,51 @@ type decoderCmd struct {
 func (c *decoderCmd) Run(e *env) error {
 	return c.run(e, stage.Decode, func(ctx context.Context, s *stage.Stage) error {
 		return decoder.Serve(ctx, s, decoder.Config{Slots: c.Slots})
+	})
+}
+
+// stageCmd runs several roles in one process: what the commands of single roles run, beside one another on one NPU.
+type stageCmd struct {
+	stageFlags
+	Roles     string `help:"What the instance does, by letters: E encodes, P computes prompts, D decodes. EPD does all of it." required:"" placeholder:"EPD"`
+	Rows      int    `help:"Most prompt tokens of one batch." default:"512"`
+	Requests  int    `help:"Requests whose prompts are in work at once." default:"32"`
+	Sequences int    `help:"Sequences that decode at once." default:"256"`
+
+	StepTokens int `help:"Most tokens of a step in which prompts are computed beside sequences that decode: fewer make gaps between tokens shorter, more make first tokens come sooner." default:"${stepTokens}"`
+	StepBlocks int `help:"Most KV blocks that the tokens of such a step attend to together; 0: any number." default:"${stepBlocks}"`
+}
+
+// Help is shown by `trireme stage --help`.
+func (stageCmd) Help() string {
+	return `Examples:
+  trireme stage --roles EPD                     encodes, computes prompts and decodes
+  trireme stage --roles PD --step-tokens 64     prompts and decoding, with shorter gaps between tokens
+
+One role alone is what the commands encoder, prefill and decoder run. In 'trireme up --topology
+2EPD1D' instances with several roles are run by this command.`
+}
+
+// Run runs an instance with several roles.
+func (c *stageCmd) Run(e *env) error {
+	if err := conf.CheckRoles(c.Roles); err != nil {
+		return fmt.Errorf("%w--roles: %w", errUsage, err)
+	}
+	of := map[rune]stage.Role{
+		'E': encoder.Role(),
+		'P': prefill.Role(prefill.Config{Rows: c.Rows, Slots: c.Requests}),
+		'D': decoder.Role(decoder.Config{Slots: c.Sequences}),
+	}
+	var roles []stage.Role
+	var names []string
+	for _, letter := range c.Roles {
+		roles = append(roles, of[letter])
+		names = append(names, of[letter].Name)
+	}
+	c.mixed = stage.MixedDefault
+	c.mixed.Tokens, c.mixed.Blocks = c.StepTokens, c.StepBlocks
+	return c.run(e, strings.Join(names, wire.RoleSeparator), func(ctx context.Context, s *stage.Stage) error {
+		return s.Serve(ctx, roles...)
 	})
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,11 +79,9 @@ func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status
 	}
 	s.Instances = view.All()
 	order := []string{"gateway", "encode", "prefill", "decode"}
+	at := func(i wire.Instance) int { return slices.Index(order, wire.Roles(i.Role)[0]) }
 	slices.SortFunc(s.Instances, func(a, b wire.Instance) int {
-		if d := slices.Index(order, a.Role) - slices.Index(order, b.Role); d != 0 {
-			return d
-		}
-		return strings.Compare(a.ID, b.ID)
+		return cmp.Or(at(a)-at(b), strings.Compare(a.Role, b.Role), strings.Compare(a.ID, b.ID))
 	})
 	if s.Queues, err = b.Queues(ctx); err != nil {
 		return nil, err

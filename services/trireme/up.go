@@ -44,7 +44,7 @@ type upCmd struct {
 	Monitor    string     `help:"Address of NATS' monitoring pages; port 0: a free one." default:"127.0.0.1:8222"`
 	NATSURL    string     `name:"nats-url" help:"An existing NATS server with JetStream, instead of the embedded one." placeholder:"URL"`
 	Model      string     `help:"Hugging Face folder of the model; by default the bundled one." type:"path" placeholder:"DIR"`
-	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; +2 two spare NPUs." default:"1E1P1D"`
+	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; +2 two spare NPUs." default:"1E1P1D"`
 	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
@@ -63,6 +63,7 @@ func (upCmd) Help() string {
 	return `Examples:
   trireme up                                          the bundled model at http://127.0.0.1:8080
   trireme up --model ~/models/Qwen3-VL-30B-A3B-Instruct --topology 1E1P2D
+  trireme up --topology 1EPD                          one instance that encodes, computes prompts and decodes
   trireme up --http 127.0.0.1:0 --nats 127.0.0.1:0 --monitor 127.0.0.1:0
                                                       beside another one, on free ports (give it its own --data)
   trireme up --topology 5E2P1D --pace epd-minicpm-a100
@@ -140,8 +141,8 @@ func (c *upCmd) plan() (*plan, error) {
 		return nil, err
 	}
 	for _, g := range t.Groups {
-		if len(g.Roles) > 1 || g.NPUs > 1 {
-			return nil, fmt.Errorf("%wtopology %s: instances with several roles or several NPUs cannot be run yet; write 1E1P1D", errUsage, t)
+		if g.NPUs > 1 {
+			return nil, fmt.Errorf("%wtopology %s: instances with several NPUs cannot be run yet; write 1E1P1D", errUsage, t)
 		}
 	}
 	for _, role := range []byte("PD") {
@@ -220,8 +221,8 @@ func checkMemory(cfg *model.Text, memory conf.Bytes) error {
 	return nil
 }
 
-// checkWeights refuses a model whose weights do not fit into what a memory domain may have of them. The encoders' and the
-// others' are two sets, in one domain or in several.
+// checkWeights refuses a model whose weights do not fit into what a memory domain may have of them. Those for encoding and
+// those for the rest are two sets, in one domain or in several.
 func (c *upCmd) checkWeights(p *plan) error {
 	f, err := hf.Open(p.model)
 	if err != nil {
@@ -233,6 +234,7 @@ func (c *upCmd) checkWeights(p *plan) error {
 		domains = p.topology.NPUs()
 	}
 	room := cmp.Or(c.WeightsMemory, conf.Bytes(hmm.DefaultWeights(domains)))
+	both := slices.ContainsFunc(p.topology.Groups, func(g conf.Group) bool { return len(g.Roles) > 1 && g.Roles[0] == 'E' })
 	var most, all conf.Bytes
 	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
 		sizes, err := f.Needs(part)
@@ -245,7 +247,7 @@ func (c *upCmd) checkWeights(p *plan) error {
 		}
 		most, all = max(most, need), all+need
 	}
-	if domains > 1 {
+	if domains > 1 && !both { // an NPU has the weights of its instance's roles
 		all = most
 	}
 	if all > room {
@@ -344,9 +346,12 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 	}
 	var stages []supervise.Child
 	for _, g := range p.topology.Groups {
-		service := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[g.Roles]
+		service, combined := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[g.Roles], []string(nil)
+		if service == "" {
+			service, combined = "stage", []string{"--roles", g.Roles}
+		}
 		for range g.Count {
-			args := append([]string{}, common...)
+			args := slices.Concat(combined, common)
 			if c.Threads > 0 {
 				args = append(args, "--threads", strconv.Itoa(c.Threads))
 			}

@@ -49,7 +49,7 @@ func TestHeartbeats(t *testing.T) {
 	encoder := connect(t, url, ttl)
 	go func() {
 		stopped <- encoder.Announce(ctx, func() wire.Instance {
-			return wire.Instance{ID: "e0", Role: "encode", NPUs: []int{3}, Ready: ready.Load()}
+			return wire.Instance{ID: "e0", Role: "encode+prefill", NPUs: []int{3}, Ready: ready.Load()}
 		})
 	}()
 	dying := connect(t, url, ttl)
@@ -65,6 +65,11 @@ func TestHeartbeats(t *testing.T) {
 		encoders := view.Role("encode")
 		return len(encoders) == 1 && encoders[0].Ready
 	})
+	for role, n := range map[string]int{"encode": 1, "prefill": 1, "decode": 1, "code": 0, "encode+prefill": 0} {
+		if got := view.Role(role); len(got) != n {
+			t.Errorf("%d instances with role %s, want %d", len(got), role, n)
+		}
+	}
 	late, err := watcher.Instances(t.Context())
 	if err != nil {
 		t.Fatal(err)

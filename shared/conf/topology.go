@@ -60,8 +60,8 @@ func ParseTopology(s string) (Topology, error) {
 		if err == nil && (g.Count < 1 || g.NPUs < 1) {
 			err = errors.New("numbers are at least 1")
 		}
-		if err == nil && !strings.Contains("EPD", g.Roles) && g.Roles != "ED" {
-			err = fmt.Errorf("roles %q: each of E, P, D at most once, in this order", g.Roles)
+		if err == nil {
+			err = CheckRoles(g.Roles)
 		}
 		if err != nil {
 			return Topology{}, fmt.Errorf("%w %q: %w", ErrTopology, s, err)
@@ -73,6 +73,14 @@ func ParseTopology(s string) (Topology, error) {
 		return Topology{}, fmt.Errorf("%w %q: no instance", ErrTopology, s)
 	}
 	return t, nil
+}
+
+// CheckRoles says what is wrong with the letters of an instance's roles.
+func CheckRoles(letters string) error {
+	if letters == "" || !strings.Contains("EPD", letters) && letters != "ED" {
+		return fmt.Errorf("roles %q: each of E, P, D at most once, in this order", letters)
+	}
+	return nil
 }
 
 func number(s string) (int, error) {

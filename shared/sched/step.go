@@ -7,8 +7,9 @@ import "trireme.dev/shared/model"
 
 // Limits bound the steps of an instance.
 type Limits struct {
-	Seqs int // sequences of any step, as the engine's buffers have room for
-	Rows int // new tokens of any step, likewise
+	Seqs   int // sequences of any step, as the engine's buffers have room for
+	Rows   int // new tokens of any step, likewise
+	Prompt int // of them prompt tokens; 0: as many as Rows
 	Mixed
 }
 
@@ -35,6 +36,9 @@ type Step struct {
 func NewStep(l Limits) Step {
 	if l.Tokens == 0 {
 		l.Tokens = l.Rows
+	}
+	if l.Prompt == 0 {
+		l.Prompt = l.Rows
 	}
 	return Step{limits: l}
 }
@@ -65,7 +69,7 @@ func (s *Step) Chunk(pos, left int) int {
 	if s.seqs >= s.limits.Seqs {
 		return 0
 	}
-	n := min(left, s.limits.Rows-s.Tokens())
+	n := min(left, s.limits.Rows-s.Tokens(), s.limits.Prompt-s.prompt)
 	if s.decoding > 0 {
 		n = min(n, max(s.affordable(pos, s.limits.Tokens-s.Tokens()), s.limits.Least-s.prompt))
 	}

@@ -37,10 +37,10 @@ type seq struct {
 
 func (w *world) do(t *testing.T, d *datadriven.TestData) string {
 	switch d.Cmd {
-	case "limits": // seqs=N rows=N [tokens=N] [blocks=N] [least=N]: of all steps from now on
+	case "limits": // seqs=N rows=N [prompt=N] [tokens=N] [blocks=N] [least=N]: of all steps from now on
 		w.limits = sched.Limits{}
 		for name, to := range map[string]*int{
-			"seqs": &w.limits.Seqs, "rows": &w.limits.Rows,
+			"seqs": &w.limits.Seqs, "rows": &w.limits.Rows, "prompt": &w.limits.Prompt,
 			"tokens": &w.limits.Tokens, "blocks": &w.limits.Blocks, "least": &w.limits.Least,
 		} {
 			d.MaybeScanArgs(t, name, to)
@@ -128,6 +128,7 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := sched.Limits{
 			Seqs: rapid.IntRange(1, 20).Draw(t, "seqs"), Rows: rapid.IntRange(20, 200).Draw(t, "rows"),
+			Prompt: rapid.IntRange(0, 100).Draw(t, "prompt tokens"),
 			Mixed: sched.Mixed{
 				Tokens: rapid.IntRange(0, 100).Draw(t, "tokens"), Blocks: rapid.IntRange(0, 300).Draw(t, "blocks"),
 				Least: rapid.IntRange(1, 32).Draw(t, "least"),
@@ -150,7 +151,7 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 				if n < 0 || n > left {
 					t.Fatalf("%d of %d tokens", n, left)
 				}
-				if i == 0 && free && n < min(left, l.Least, l.Rows-decoding) {
+				if i == 0 && free && n < min(left, l.Least, l.Rows-decoding) && (l.Prompt == 0 || n < l.Prompt) {
 					t.Fatalf("the first prompt gets %d of %d tokens", n, left)
 				}
 				if n > 0 {
@@ -160,6 +161,9 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 				for j := range n {
 					blocks += (pos+j)/model.BlockTokens + 1
 				}
+			}
+			if l.Prompt > 0 && prompt > l.Prompt {
+				t.Fatalf("%d prompt tokens within %+v", prompt, l)
 			}
 			if seqs > l.Seqs || decoding+prompt > l.Rows || step.Tokens() != decoding+prompt {
 				t.Fatalf("%d sequences, %d and %d tokens (it says %d) within %+v", seqs, decoding, prompt, step.Tokens(), l)

@@ -25,7 +25,8 @@ const (
 )
 
 // ErrNoRoom is what the work on a delivery ends with that gives up its memory for the sake of others. The gateway starts
-// the request again when there is room for all of it.
+// the request again when there is room for all of it. Work that finds no memory while a sequence of another request in the same
+// process lacks it for its next step (Short) ends the same way: what its request holds may be just what the other one lacks.
 var ErrNoRoom = errors.New("no room for all")
 
 // Fault is an error whose cause is the request itself: another attempt would end the same way.
@@ -48,7 +49,7 @@ func (f *Fault) Unwrap() error { return f.Err }
 //	request or attempt ended, err is nil    acked
 //	ctx ended, or the HMM is lost           handed back, to come to somebody at once
 //	no memory                               handed back, to be tried again in a moment, perhaps elsewhere; after
-//	                                        maxRoomTries as the next
+//	                                        maxRoomTries, or when another one is Short, as the next
 //	gives up its room                       acked after the gateway was told that the attempt found no room
 //	any other error                         acked after the gateway was told that the attempt is lost
 func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, claim *hbm.Claim, err error) {
@@ -77,7 +78,7 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 		s.handBack(d, req, 0, "handed back")
 	case errors.Is(err, mem.ErrFenced): // the holder before had written once more: the log is to be read again
 		s.handBack(d, req, 0, "again")
-	case errors.Is(err, mem.ErrExhausted) && d.Count <= maxRoomTries:
+	case errors.Is(err, mem.ErrExhausted) && d.Count <= maxRoomTries && !s.othersShort(req.ID):
 		s.Log.Info("no memory for now", "request", req.ID, "error", err)
 		s.handBack(d, req, min(time.Duration(d.Count)*roomWait, maxRoomWait), "no memory")
 	case errors.Is(err, ErrNoRoom), errors.Is(err, mem.ErrExhausted):

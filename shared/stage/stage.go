@@ -98,6 +98,7 @@ type Stage struct {
 	ready     atomic.Bool
 	running   atomic.Int64
 	ended     endedSet
+	short     shortage
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed

@@ -105,14 +105,15 @@ func TestSettle(t *testing.T) {
 		tries   int32
 		lost    *wire.Lost
 	}{
-		"done":         {nil, "done", 1, nil},
-		"ended":        {fmt.Errorf("attaching: %w", mem.ErrEnded), "ended", 1, nil},
-		"no memory":    {fmt.Errorf("allocating: %w", mem.ErrExhausted), "no memory", 2, nil},
-		"old writer":   {fmt.Errorf("appending: %w", mem.ErrFenced), "again", 2, nil},
-		"HMM is lost":  {fmt.Errorf("attaching: %w", mem.ErrLost), "handed back", 2, nil},
-		"wrong bytes":  {fmt.Errorf("reading: %w", mem.ErrCorrupt), "lost", 1, &wire.Lost{Attempt: 1, Status: 500}},
-		"gives up":     {fmt.Errorf("growing: %w", stage.ErrNoRoom), "no room", 1, &wire.Lost{Attempt: 1, Status: 500, NoRoom: true}},
-		"client fault": {fmt.Errorf("reading: %w", fault), "lost", 1, &wire.Lost{Attempt: 1, Final: true, Status: 400, Param: "messages"}},
+		"done":               {nil, "done", 1, nil},
+		"ended":              {fmt.Errorf("attaching: %w", mem.ErrEnded), "ended", 1, nil},
+		"no memory":          {fmt.Errorf("allocating: %w", mem.ErrExhausted), "no memory", 2, nil},
+		"old writer":         {fmt.Errorf("appending: %w", mem.ErrFenced), "again", 2, nil},
+		"HMM is lost":        {fmt.Errorf("attaching: %w", mem.ErrLost), "handed back", 2, nil},
+		"wrong bytes":        {fmt.Errorf("reading: %w", mem.ErrCorrupt), "lost", 1, &wire.Lost{Attempt: 1, Status: 500}},
+		"gives up":           {fmt.Errorf("growing: %w", stage.ErrNoRoom), "no room", 1, &wire.Lost{Attempt: 1, Status: 500, NoRoom: true}},
+		"client fault":       {fmt.Errorf("reading: %w", fault), "lost", 1, &wire.Lost{Attempt: 1, Final: true, Status: 400, Param: "messages"}},
+		"others lack memory": {fmt.Errorf("allocating: %w", mem.ErrExhausted), "no room", 1, &wire.Lost{Attempt: 1, Status: 500, NoRoom: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var tries atomic.Int32
@@ -123,6 +124,9 @@ func TestSettle(t *testing.T) {
 				return nil
 			})
 			defer stop()
+			if name == "others lack memory" {
+				s.Short("another", true)
+			}
 			r.gateway = r.Gateway()
 			req := r.publish()
 			r.Until("it is settled", func() bool { return tries.Load() == x.tries })
@@ -346,7 +350,6 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
-// Done events are remembered for a request and for a choice of it.
 // A message that an instance had taken and not yet claimed when it died goes to the next instance at once; one that somebody
 // has claimed does not, and one whose request has ended leaves the queue.
 func TestStraysAreHandedBack(t *testing.T) {
@@ -399,7 +402,7 @@ func TestStraysAreHandedBack(t *testing.T) {
 	if gone, err := r.HBM.Gone(t.Context(), stage.Decode); gone || err != nil {
 		t.Errorf("the stage has looked, and another one is to look again: %v, %v", gone, err)
 	}
-	other, err := hbm.Dial(t.Context(), r.Stage.HMM, hbm.Hello{Instance: "other", Role: stage.Encode})
+	other, err := hbm.Dial(t.Context(), r.Stage.HMM, hbm.Hello{Instance: "other", Role: "encode+prefill"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -411,12 +414,15 @@ func TestStraysAreHandedBack(t *testing.T) {
 	if err := other.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if gone, err := r.HBM.Gone(t.Context(), stage.Encode); !gone || err != nil {
-		t.Errorf("after an encoder has gone: %v, %v", gone, err)
+	for _, role := range []string{stage.Encode, stage.Prefill} {
+		if gone, err := r.HBM.Gone(t.Context(), role); !gone || err != nil {
+			t.Errorf("after an encoder and prefill has gone: %s: %v, %v", role, gone, err)
+		}
 	}
 	r.Done(claimed.ID, -1)
 }
 
+// Done events are remembered for a request and for a choice of it.
 func TestEnded(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	var told atomic.Int32

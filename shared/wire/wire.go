@@ -274,8 +274,11 @@ type Gone struct {
 	Node, Instance, Role string // Role as the instance has named itself: see Roles
 }
 
-// Roles takes the name of an instance's role apart: one with several has them joined by "+", as in prefill+decode.
-func Roles(role string) []string { return strings.Split(role, "+") }
+// RoleSeparator joins the roles of an instance that has several, as in prefill+decode.
+const RoleSeparator = "+"
+
+// Roles takes the role of an instance apart.
+func Roles(role string) []string { return strings.Split(role, RoleSeparator) }
 
 // HasRole reports whether a role is among those of an instance.
 func HasRole(of, role string) bool { return slices.Contains(Roles(of), role) }

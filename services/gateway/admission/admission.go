@@ -27,7 +27,7 @@ import (
 // ErrFull is what a *Refusal wraps.
 var ErrFull = errors.New("all capacity is in use")
 
-// Bytes is an amount of device memory, by what it is for: the two lie on NPUs of different stages.
+// Bytes is an amount of device memory, by what it is for: the two lie on NPUs of different stages, unless these have the same.
 type Bytes struct {
 	KV int64 // keys, values and token logs
 	MM int64 // encoded pictures
@@ -39,9 +39,21 @@ func (b Bytes) Plus(o Bytes) Bytes { return Bytes{b.KV + o.KV, b.MM + o.MM} }
 // Minus is the difference of both kinds.
 func (b Bytes) Minus(o Bytes) Bytes { return Bytes{b.KV - o.KV, b.MM - o.MM} }
 
-// within reports whether b is no more than a capacity, of which what is 0 is not known and does not count.
-func (b Bytes) within(capacity Bytes) bool {
-	return (capacity.KV == 0 || b.KV <= capacity.KV) && (capacity.MM == 0 || b.MM <= capacity.MM)
+// Capacity is how much memory there is. What is 0 is not known, or no bound of its own, and does not count.
+type Capacity struct {
+	KV int64 // of all requests
+	MM int64 // of all requests
+	// Both is for KV and pictures of all requests together, where the same NPUs have both.
+	Both int64
+	// Prompt is for the pictures of all requests and the KV of the one let in last, where NPUs encode pictures and compute
+	// prompts: KV stays there for a short time only, but must find room beside the pictures.
+	Prompt int64
+}
+
+// lets reports whether a request that needs own bytes may be let in when that makes all bytes.
+func (c Capacity) lets(own, all Bytes) bool {
+	within := func(bytes, capacity int64) bool { return capacity == 0 || bytes <= capacity }
+	return within(all.KV, c.KV) && within(all.MM, c.MM) && within(all.KV+all.MM, c.Both) && within(all.MM+own.KV, c.Prompt)
 }
 
 // Reason says why a request was refused.
@@ -60,11 +72,11 @@ type Refusal struct {
 	// RetryAfter is how long the request would have waited (longer) where it stood, if nothing else had come: what goes
 	// before it, and itself, at the rate at which requests were let in lately. Whole seconds, at least one.
 	RetryAfter time.Duration
-	Need       Bytes // what was asked for
-	Used       Bytes // what others had credit for in this moment
-	Capacity   Bytes // what there was; what is 0 was not known
-	Open       int   // requests that were let in
-	Waiting    int   // requests that waited for credit
+	Need       Bytes    // what was asked for
+	Used       Bytes    // what others had credit for in this moment
+	Capacity   Capacity // what there was
+	Open       int      // requests that were let in
+	Waiting    int      // requests that waited for credit
 }
 
 // Error says what happened and when to come again.
@@ -106,8 +118,8 @@ type Gate struct {
 	epoch  time.Time // times of sched count from here
 
 	mu       sync.Mutex
-	capacity Bytes // what is 0 is not known, and not counted
-	places   int   // for requests without their first token; 0: no bound
+	capacity Capacity
+	places   int // for requests without their first token; 0: no bound
 	used     Bytes
 	open     int
 	ahead    int // open requests without their first token
@@ -134,11 +146,11 @@ func New(limits Limits, now func() time.Time) *Gate {
 	}
 }
 
-// SetCapacity sets how many bytes there are; 0 of a kind when that is not known. It may let waiting requests in.
-func (g *Gate) SetCapacity(bytes Bytes) {
+// SetCapacity sets how many bytes there are. It may let waiting requests in.
+func (g *Gate) SetCapacity(c Capacity) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.capacity = bytes
+	g.capacity = c
 	g.grant()
 }
 
@@ -410,7 +422,7 @@ func (g *Gate) fits(n int, bytes Bytes, begun bool) bool {
 		return true
 	}
 	place := begun || g.places == 0 || g.ahead == 0 || g.ahead+n <= g.places
-	return place && g.open+n <= g.limits.Requests && g.used.Plus(bytes).within(g.capacity)
+	return place && g.open+n <= g.limits.Requests && g.capacity.lets(bytes, g.used.Plus(bytes))
 }
 
 func (g *Gate) take(n int, bytes Bytes, ahead int) {

@@ -16,7 +16,7 @@ import (
 func TestCreditsAndOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(Bytes{KV: 100})
+		g.SetCapacity(Capacity{KV: 100})
 		first, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: 80}})
 		if err != nil {
 			t.Fatal(err)
@@ -60,7 +60,7 @@ func TestCreditsAndOrder(t *testing.T) {
 func TestCreditsGrow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(Bytes{KV: 100})
+		g.SetCapacity(Capacity{KV: 100})
 		first, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: 50}})
 		if err != nil {
 			t.Fatal(err)
@@ -93,7 +93,7 @@ func TestCreditsGrow(t *testing.T) {
 func TestExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Hour}, time.Now)
-		g.SetCapacity(Bytes{KV: 100})
+		g.SetCapacity(Capacity{KV: 100})
 		acquire := func(bytes int64) *Credit {
 			c, err := g.Acquire(t.Context(), Request{N: 1, Bytes: Bytes{KV: bytes}, Arrived: time.Now()})
 			if err != nil {
@@ -139,7 +139,7 @@ func TestExchange(t *testing.T) {
 func TestExchangeGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := New(Limits{Requests: 10, Queue: 10, Wait: time.Minute}, time.Now)
-		g.SetCapacity(Bytes{KV: 100})
+		g.SetCapacity(Capacity{KV: 100})
 		both, err := g.Acquire(t.Context(), Request{N: 2, Bytes: Bytes{KV: 100}})
 		if err != nil {
 			t.Fatal(err)
@@ -213,7 +213,10 @@ func TestRefusals(t *testing.T) {
 func TestNeverOverCommits(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		const requests = 4
-		capacity := Bytes{KV: 100, MM: rapid.SampledFrom([]int64{0, 60}).Draw(rt, "MM")} // 0: not known
+		capacity := Capacity{ // 0: not known, or no bound
+			KV: 100, MM: rapid.SampledFrom([]int64{0, 60}).Draw(rt, "MM"),
+			Both: rapid.SampledFrom([]int64{0, 120}).Draw(rt, "both"), Prompt: rapid.SampledFrom([]int64{0, 80}).Draw(rt, "prompt"),
+		}
 		sizes := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) Bytes {
 			return Bytes{KV: rapid.Int64Range(0, 150).Draw(t, "KV"), MM: max(0, rapid.Int64Range(-50, 90).Draw(t, "MM"))}
 		}), 1, 12).Draw(rt, "sizes")
@@ -253,7 +256,8 @@ func TestNeverOverCommits(t *testing.T) {
 					if places > 0 && ahead > places {
 						t.Errorf("%d without their first token, %d places", ahead, places)
 					}
-					if open > requests || open > 1 && (kv > capacity.KV || capacity.MM > 0 && mm > capacity.MM) {
+					over := kv > capacity.KV || capacity.MM > 0 && mm > capacity.MM || capacity.Both > 0 && kv+mm > capacity.Both
+					if open > requests || open > 1 && over {
 						t.Errorf("%d open with %d and %d bytes", open, kv, mm)
 					}
 					mu.Unlock()
@@ -277,4 +281,39 @@ func TestNeverOverCommits(t *testing.T) {
 			}
 		})
 	})
+}
+
+// Where the same NPUs have KV and pictures, both count together; where pictures lie beside the KV of prompts only, the one let
+// in last finds room for its own, so that somebody always gets on.
+func TestSharedNPUs(t *testing.T) {
+	fill := Bytes{KV: 40, MM: 40} // what is let in first
+	for name, x := range map[string]struct {
+		capacity Capacity
+		need     Bytes
+		fits     bool
+	}{
+		"apart":                   {Capacity{KV: 100, MM: 100}, Bytes{KV: 60, MM: 60}, true},
+		"together":                {Capacity{KV: 100, MM: 100, Both: 100}, Bytes{KV: 10, MM: 10}, true},
+		"too much together":       {Capacity{KV: 100, MM: 100, Both: 100}, Bytes{KV: 11, MM: 10}, false},
+		"a prompt beside":         {Capacity{KV: 100, MM: 100, Prompt: 100}, Bytes{KV: 50, MM: 10}, true},
+		"no room for the prompt":  {Capacity{KV: 100, MM: 100, Prompt: 100}, Bytes{KV: 51, MM: 10}, false},
+		"KV of others is no harm": {Capacity{KV: 200, MM: 100, Prompt: 100}, Bytes{KV: 60, MM: 0}, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			g := New(Limits{Requests: 9, Queue: 9, Wait: time.Second}, time.Now)
+			g.SetCapacity(x.capacity)
+			first, err := g.Acquire(t.Context(), Request{N: 1, Bytes: fill})
+			if err != nil {
+				t.Fatal(err)
+			}
+			second, err := g.Acquire(t.Context(), Request{N: 1, Bytes: x.need})
+			if (err == nil) != x.fits {
+				t.Errorf("%s: %v", name, err)
+			}
+			if err == nil {
+				second.Release()
+			}
+			first.Release()
+		})
+	}
 }

@@ -107,7 +107,7 @@ func TestPolicies(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		c, first := newCrowd(t, Limits{Requests: 10})
-		c.g.SetCapacity(Bytes{KV: 100})
+		c.g.SetCapacity(Capacity{KV: 100})
 		first.Grow(Bytes{KV: 50})
 		c.comes("large", Request{Bytes: Bytes{KV: 95}})
 		c.comes("small", Request{Bytes: Bytes{KV: 10}})

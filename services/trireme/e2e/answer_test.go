@@ -76,10 +76,15 @@ func mixed(tb testing.TB, i int) openai.ChatCompletionNewParams {
 // 200 streams at once, mixed 0 to 4 pictures, greedy and seeded: each answer is the one that it gets alone.
 func TestTwoHundredStreamsAtOnce(t *testing.T) {
 	c := start(t, "--topology", "2E1P2D")
-	const streams = 200
+	manyAtOnce(t, c, c, 200)
+}
+
+// manyAtOnce asks one cluster for mixed answers one after the other, and then another, or the same one, for all at once.
+func manyAtOnce(t *testing.T, first, c *cluster, streams int) {
+	t.Helper()
 	alone := make([]streamed, streams)
 	for i := range streams {
-		s, err := c.stream(t.Context(), mixed(t, i), nil)
+		s, err := first.stream(t.Context(), mixed(t, i), nil)
 		if err != nil {
 			t.Fatalf("request %d alone: %v", i, err)
 		}

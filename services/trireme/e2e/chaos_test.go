@@ -260,30 +260,39 @@ func busy(pids []int) int {
 	return pids[most]
 }
 
-// Encoder, prefill and decoder are killed again and again, at random moments: every client gets one complete answer, the
-// same as undisturbed.
+// Instances of every role are killed again and again, at random moments: every client gets one complete answer, the same as
+// undisturbed.
 func TestChaosOfKills(t *testing.T) {
 	for name, x := range map[string]struct {
 		few   int
 		share float64
 		args  []string
+		roles []string // of what is killed; none: encoder, prefill and decoder
 	}{
-		"with siblings": {6, 1, []string{"--topology", "2E2P2D"}},
+		"with siblings": {6, 1, []string{"--topology", "2E2P2D"}, nil},
 		// A process that dies soon after its start is started again later and later (supervise.Backoff).
-		"without siblings": {4, 0.2, []string{"--topology", "1E1P1D"}},
+		"without siblings": {4, 0.2, []string{"--topology", "1E1P1D"}, nil},
 		// A successor needs memory beside that of the one before it.
-		"short of memory": {4, 0.2, []string{"--topology", "1E1P2D", "--npu-memory", "12MiB"}},
+		"short of memory": {4, 0.2, []string{"--topology", "1E1P2D", "--npu-memory", "12MiB"}, nil},
+		// All that a process does ends at once, and is succeeded by others, or by itself.
+		"several roles":           {4, 0.4, []string{"--topology", "2EPD"}, []string{"stage"}},
+		"several roles, one left": {2, 0.1, []string{"--topology", "1EPD"}, []string{"stage"}},
+		"roles apart and joined":  {4, 0.2, []string{"--topology", "1EP1PD1D"}, []string{"stage", "stage", "decoder"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := start(t, append(x.args, "--threads", "1")...)
 			l := newLoad(t, c)
 			rng := rand.New(rand.NewPCG(chaosSeed(t), 0))
 			kills, _ := disturbances(t, x.few, x.share)
+			roles := x.roles
+			if roles == nil {
+				roles = []string{"encoder", "prefill", "decoder"}
+			}
 			l.begin()
 			var at []time.Time
 			for range kills {
 				time.Sleep(time.Duration(50+rng.IntN(1000)) * time.Millisecond)
-				pid := c.pick(t, rng, []string{"encoder", "prefill", "decoder"}[rng.IntN(3)])
+				pid := c.pick(t, rng, roles[rng.IntN(len(roles))])
 				at = append(at, time.Now())
 				kill(t, pid)
 			}

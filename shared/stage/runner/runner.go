@@ -4,9 +4,6 @@
 package runner
 
 import (
-	"errors"
-	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -15,12 +12,6 @@ import (
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched"
 )
-
-// ErrTooMany is returned by Start when there are more sources than a runner is made for.
-var ErrTooMany = errors.New("too many sources of work")
-
-// maxSources bounds the sources, as each set of them has a name of its own.
-const maxSources = 8
 
 // Source brings sequences to the steps. All its methods are called by the runner's goroutine.
 type Source interface {
@@ -50,7 +41,8 @@ type Observer interface{ Observe(seconds float64) }
 
 // Runner owns the NPU once it runs. Its methods but Do are called before that.
 type Runner struct {
-	sources []*source
+	sources []*source // as they were added; their names are joined in this order
+	turns   []*source // those that decode, then the others: see sched.Step
 	pieces  []Piece
 	text    *engine.Text // nil when there are no sources
 	inbox   chan func()
@@ -63,6 +55,8 @@ type Runner struct {
 type source struct {
 	Source
 	name       string
+	decodes    bool
+	bit        int // in a set of sources
 	rows, seqs int
 	from, to   int // its sequences in the step
 }
@@ -72,10 +66,19 @@ func New() *Runner {
 	return &Runner{inbox: make(chan func(), 64), stop: make(chan struct{}), ended: make(chan struct{})}
 }
 
-// AddSource adds a source of at most seqs sequences and rows new tokens a step. Sources are asked in the order in which they
-// were added: those that decode have to come before those that bring prompts. name is for metrics.
-func (r *Runner) AddSource(name string, src Source, rows, seqs int) {
-	r.sources = append(r.sources, &source{Source: src, name: name, rows: rows, seqs: seqs})
+// AddDecoding adds a source of at most seqs sequences that decode: a step has at most one token of each. name is for metrics.
+func (r *Runner) AddDecoding(name string, src Source, seqs int) {
+	r.add(&source{Source: src, name: name, decodes: true, rows: seqs, seqs: seqs})
+}
+
+// AddPrompts adds a source of prompts: at most rows new tokens of seqs sequences a step. name is for metrics.
+func (r *Runner) AddPrompts(name string, src Source, rows, seqs int) {
+	r.add(&source{Source: src, name: name, rows: rows, seqs: seqs})
+}
+
+func (r *Runner) add(s *source) {
+	s.bit = 1 << len(r.sources)
+	r.sources = append(r.sources, s)
 }
 
 // AddPieces adds work that is done between steps.
@@ -85,14 +88,14 @@ func (r *Runner) AddPieces(p Piece) { r.pieces = append(r.pieces, p) }
 // decode and prompts are computed. took gives, for the names of the sources that had part in a step, joined with +, whoever
 // is told how long it took.
 func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mixed sched.Mixed, took func(names string) Observer) error {
-	if len(r.sources) > maxSources {
-		return fmt.Errorf("%d of %d: %w", len(r.sources), maxSources, ErrTooMany)
-	}
 	if len(r.sources) > 0 {
 		l := sched.Limits{Mixed: mixed}
 		for _, s := range r.sources {
 			l.Rows += s.rows
 			l.Seqs += s.seqs
+			if !s.decodes {
+				l.Prompt += s.rows
+			}
 		}
 		var err error
 		if r.text, err = engine.NewText(cfg, w, c, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
@@ -100,19 +103,24 @@ func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mix
 		}
 		r.step = Step{Step: sched.NewStep(l), seqs: make([]engine.Seq, 0, l.Seqs)}
 	}
+	for _, decodes := range []bool{true, false} {
+		for _, s := range r.sources {
+			if s.decodes == decodes {
+				r.turns = append(r.turns, s)
+			}
+		}
+	}
 	for set := range 1 << len(r.sources) {
 		var names []string
-		for i, s := range r.sources {
-			if set>>i&1 == 1 {
+		for _, s := range r.sources {
+			if set&s.bit != 0 {
 				names = append(names, s.name)
 			}
 		}
-		slices.Sort(names)
-		var o Observer
+		r.took = append(r.took, nil)
 		if set != 0 {
-			o = took(strings.Join(names, "+"))
+			r.took[set] = took(strings.Join(names, "+"))
 		}
-		r.took = append(r.took, o)
 	}
 	go func() {
 		defer close(r.ended)
@@ -178,11 +186,11 @@ func (r *Runner) compute() bool {
 	r.step.Begin()
 	r.step.seqs = r.step.seqs[:0]
 	set := 0
-	for i, s := range r.sources {
+	for _, s := range r.turns {
 		s.from = len(r.step.seqs)
 		s.Form(&r.step)
 		if s.to = len(r.step.seqs); s.to > s.from {
-			set |= 1 << i
+			set |= s.bit
 		}
 	}
 	if set == 0 {
@@ -191,7 +199,7 @@ func (r *Runner) compute() bool {
 	start := time.Now()
 	logits, err := r.text.Forward(r.step.seqs)
 	r.took[set].Observe(time.Since(start).Seconds())
-	for _, s := range r.sources {
+	for _, s := range r.turns {
 		switch {
 		case s.from == s.to:
 		case err != nil:

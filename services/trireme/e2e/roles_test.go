@@ -1,0 +1,116 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/openai/openai-go/v3"
+)
+
+// Every reference case gives the reference answer in any topology, all of them at once: in instances with all roles prompts are
+// computed beside sequences that decode, and pictures between their steps.
+func TestGoldenAnswersInAnyTopology(t *testing.T) {
+	for _, topology := range []string{"1EPD", "2EPD", "1E1PD", "1EP1D", "1ED1P", "1EPD1E1P1D"} {
+		t.Run(topology, func(t *testing.T) {
+			c := start(t, "--topology", topology, "--threads", "1")
+			var wg sync.WaitGroup
+			for _, g := range loadGoldens(t) {
+				p := g.params(t)
+				p.MaxTokens = openai.Int(320) // as the references were made
+				wg.Go(func() {
+					s, err := c.stream(context.Background(), p, nil)
+					if err != nil || s.text != g.Output || s.usage.CompletionTokens != int64(len(g.OutputIDs)) {
+						t.Errorf("%s: %v, %q, %d tokens; want %q, %d", g.Name, err, s.text, s.usage.CompletionTokens, g.Output, len(g.OutputIDs))
+					}
+				})
+			}
+			wg.Wait()
+			c.expectNoMemory(t)
+		})
+	}
+}
+
+// 200 streams at once on instances with all roles: each answer is the one that separate instances give to it alone.
+func TestTwoHundredStreamsOnSeveralRoles(t *testing.T) {
+	manyAtOnce(t, start(t), start(t, "--topology", "2EPD"), 200)
+}
+
+// One NPU holds MM objects, KV of prompts and KV of answers at once, and is full of them. What it will hold is counted before a
+// request is let in, so that nobody has to give up what it has, whatever waits for what; and the answers are those that there
+// are without haste.
+func TestSeveralRolesOnAnNPUThatIsFull(t *testing.T) {
+	for _, topology := range []string{"1EPD", "1EP1D", "1E1PD"} {
+		t.Run(topology, func(t *testing.T) {
+			if yields := fullNPU(t, topology, "4MiB", 16, func(i int, p *openai.ChatCompletionNewParams) {
+				p.MaxTokens = openai.Int(int64(20 + i))
+			}); yields != 0 {
+				t.Errorf("%d requests gave up their memory: what they need was not counted", yields)
+			}
+		})
+	}
+}
+
+// Some of the answers on such an NPU are longer than was counted, to as much as there is: then others give up what they have
+// until there is room, also those whose pictures are encoded and whose prompts wait.
+func TestAnswersGrowOnAnNPUThatIsFull(t *testing.T) {
+	yields := fullNPU(t, "1EPD", "4MiB", 8, func(i int, p *openai.ChatCompletionNewParams) {
+		if i%4 != 3 {
+			p.MaxTokens = openai.Int(int64(20 + i))
+		}
+	})
+	t.Logf("%d yields", yields)
+}
+
+// fullNPU asks for answers about four pictures each, first one after the other, then all at once, on NPUs that have room for one
+// or two of them. It returns how often requests gave their memory up.
+func fullNPU(t *testing.T, topology, memory string, requests int, change func(int, *openai.ChatCompletionNewParams)) int {
+	c := start(t, "--topology", topology, "--npu-memory", memory, "--threads", "1")
+	ask := make([]openai.ChatCompletionNewParams, requests)
+	alone := make([]streamed, requests)
+	for i := range ask {
+		ask[i] = mixed(t, 5*i+4)
+		ask[i].SetExtraFields(map[string]any{"ignore_eos": true})
+		ask[i].MaxTokens = openai.ChatCompletionNewParams{}.MaxTokens
+		change(i, &ask[i])
+		var err error
+		if alone[i], err = c.stream(t.Context(), ask[i], nil); err != nil {
+			t.Fatalf("request %d alone: %v", i, err)
+		}
+	}
+	var wg sync.WaitGroup
+	for i, p := range ask {
+		wg.Go(func() {
+			got, err := c.stream(context.Background(), p, nil)
+			if want := alone[i]; err != nil || got.text != want.text || got.finish != want.finish {
+				t.Errorf("request %d: %v, %d bytes (%s), alone %d (%s)", i, err, len(got.text), got.finish, len(want.text), want.finish)
+			}
+		})
+	}
+	wg.Wait()
+	if n := c.metric(t, "trireme_request_restarts_total"); n != 0 {
+		t.Errorf("%d requests were started again as if something had failed", n)
+	}
+	c.expectNoMemory(t)
+	return c.metric(t, "trireme_request_yields_total")
+}
+
+// An instance with several roles is one process with one NPU and one heartbeat, and is shown as such.
+func TestStatusOfSeveralRoles(t *testing.T) {
+	c := start(t, "--topology", "1EPD")
+	var stages []string
+	for _, i := range c.status(t)["instances"].([]any) {
+		i := i.(map[string]any)
+		if i["role"] != "gateway" {
+			stages = append(stages, fmt.Sprint(i["role"], " ", i["npus"], " ", i["ready"]))
+		}
+	}
+	if got := strings.Join(stages, "; "); got != "encode+prefill+decode [0] true" {
+		t.Errorf("status shows %s", got)
+	}
+	if memory := c.memory(t); len(memory.Memory) != 2 { // of the host, and of the one NPU
+		t.Errorf("there are %d NPUs", len(memory.Memory))
+	}
+}
