@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -44,7 +45,7 @@ func TestTwoHundredStreamsOnSeveralRoles(t *testing.T) {
 func TestSeveralRolesOnAnNPUThatIsFull(t *testing.T) {
 	for _, topology := range []string{"1EPD", "1EP1D", "1E1PD"} {
 		t.Run(topology, func(t *testing.T) {
-			if yields := fullNPU(t, topology, "4MiB", 16, func(i int, p *openai.ChatCompletionNewParams) {
+			if yields := fullNPU(t, topology, "4MiB", 8, func(i int, p *openai.ChatCompletionNewParams) {
 				p.MaxTokens = openai.Int(int64(20 + i))
 			}); yields != 0 {
 				t.Errorf("%d requests gave up their memory: what they need was not counted", yields)
@@ -53,37 +54,44 @@ func TestSeveralRolesOnAnNPUThatIsFull(t *testing.T) {
 	}
 }
 
-// Some of the answers on such an NPU are longer than was counted, to as much as there is: then others give up what they have
-// until there is room, also those whose pictures are encoded and whose prompts wait.
-func TestAnswersGrowOnAnNPUThatIsFull(t *testing.T) {
-	yields := fullNPU(t, "1EPD", "4MiB", 8, func(i int, p *openai.ChatCompletionNewParams) {
-		if i%4 != 3 {
-			p.MaxTokens = openai.Int(int64(20 + i))
-		}
-	})
-	t.Logf("%d yields", yields)
+// salted is a request that shares no cached pictures and no cached KV with others, and gets an answer of full length.
+func salted(salt string, p openai.ChatCompletionNewParams) openai.ChatCompletionNewParams {
+	p.SetExtraFields(map[string]any{"ignore_eos": true, "cache_salt": salt})
+	return p
 }
 
-// fullNPU asks for answers about four pictures each, first one after the other, then all at once, on NPUs that have room for one
-// or two of them. It returns how often requests gave their memory up.
+// eightPictures asks about pictures whose MM objects take 1.5 MiB, and the KV 1.6 MiB.
+func eightPictures(tb testing.TB, i int) openai.ChatCompletionNewParams {
+	tb.Helper()
+	var parts []openai.ChatCompletionContentPartUnionParam
+	for n := range 8 {
+		url := dataURL(tb, filepath.Join(golden, fmt.Sprintf("case23_%d.png", (i+n)%10)))
+		parts = append(parts, openai.ImageContentPart(openai.ChatCompletionContentPartImageImageURLParam{URL: url}))
+	}
+	return openai.ChatCompletionNewParams{
+		Model:    "shapes-vl-moe",
+		Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage(append(parts, openai.TextContentPart("Describe each image.")))},
+	}
+}
+
+// fullNPU asks for answers about eight pictures each, first one after the other, then all at once, on NPUs that have room for
+// one of them. It returns how often requests gave their memory up.
 func fullNPU(t *testing.T, topology, memory string, requests int, change func(int, *openai.ChatCompletionNewParams)) int {
 	c := start(t, "--topology", topology, "--npu-memory", memory, "--threads", "1")
 	ask := make([]openai.ChatCompletionNewParams, requests)
 	alone := make([]streamed, requests)
 	for i := range ask {
-		ask[i] = mixed(t, 5*i+4)
-		ask[i].SetExtraFields(map[string]any{"ignore_eos": true})
-		ask[i].MaxTokens = openai.ChatCompletionNewParams{}.MaxTokens
+		ask[i] = eightPictures(t, i)
 		change(i, &ask[i])
 		var err error
-		if alone[i], err = c.stream(t.Context(), ask[i], nil); err != nil {
+		if alone[i], err = c.stream(t.Context(), salted("alone", ask[i]), nil); err != nil {
 			t.Fatalf("request %d alone: %v", i, err)
 		}
 	}
 	var wg sync.WaitGroup
 	for i, p := range ask {
 		wg.Go(func() {
-			got, err := c.stream(context.Background(), p, nil)
+			got, err := c.stream(context.Background(), salted(fmt.Sprint(i), p), nil)
 			if want := alone[i]; err != nil || got.text != want.text || got.finish != want.finish {
 				t.Errorf("request %d: %v, %d bytes (%s), alone %d (%s)", i, err, len(got.text), got.finish, len(want.text), want.finish)
 			}
