@@ -125,7 +125,9 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	defer unlink()
 	defer g.unsubscribe()
 	wg.Go(func() { g.dispatch.run(links) })
-	wg.Go(func() { g.memory.run(links, capacityInterval, g.refresh) })
+	members := make(chan struct{}, 1)
+	wg.Go(func() { g.watchRoles(links, members) })
+	wg.Go(func() { g.memory.run(links, capacityInterval, members, g.refresh) })
 	wg.Go(func() {
 		if err := g.bus.Announce(links, g.heartbeat); err != nil {
 			g.log.Error("the heartbeat has ended", "error", err)
@@ -157,6 +159,31 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 
 // stopWait is how long requests may take to end once they were told to.
 const stopWait = 2 * time.Second
+
+// watchRoles leaves a value in changed when there are other instances, or with other roles, than before, until ctx ends: whose
+// NPUs they have says what fits, which must not be found out only when requests have been let in.
+func (g *Gateway) watchRoles(ctx context.Context, changed chan<- struct{}) {
+	var before []string
+	for {
+		next := g.instances.Changed()
+		var now []string
+		for _, i := range g.instances.All() {
+			now = append(now, i.ID+" "+i.Role)
+		}
+		if !slices.Equal(now, before) {
+			before = now
+			select {
+			case changed <- struct{}{}:
+			default: // one look is due anyway
+			}
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
 
 // refresh asks the HMM how much memory there is, and whose it is.
 func (g *Gateway) refresh(ctx context.Context, m Memory) {

@@ -66,8 +66,8 @@ func newMemoryLink(dial Dialer, log *slog.Logger) *memoryLink {
 }
 
 // run connects until ctx ends. each is called for every connection and may talk to it; it is called again every
-// interval.
-func (l *memoryLink) run(ctx context.Context, interval time.Duration, each func(context.Context, Memory)) {
+// interval, and when there is a value in again.
+func (l *memoryLink) run(ctx context.Context, interval time.Duration, again <-chan struct{}, each func(context.Context, Memory)) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
@@ -92,6 +92,8 @@ func (l *memoryLink) run(ctx context.Context, interval time.Duration, each func(
 		for lost := false; !lost; {
 			select {
 			case <-tick.C:
+				each(ctx, m)
+			case <-again:
 				each(ctx, m)
 			case <-m.Lost():
 				l.log.Warn("the HMM is lost")
