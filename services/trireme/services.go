@@ -128,6 +128,7 @@ type stageCmd struct {
 	Rows      int    `help:"Most prompt tokens of one batch." default:"512"`
 	Requests  int    `help:"Requests whose prompts are in work at once." default:"32"`
 	Sequences int    `help:"Sequences that decode at once." default:"256"`
+	policyFlag
 
 	StepTokens int `help:"Most tokens of a step in which prompts are computed beside sequences that decode: fewer make gaps between tokens shorter, more make first tokens come sooner." default:"${stepTokens}"`
 	StepBlocks int `help:"Most KV blocks that the tokens of such a step attend to together; 0: any number." default:"${stepBlocks}"`
@@ -148,9 +149,13 @@ func (c *stageCmd) Run(e *env) error {
 	if err := conf.CheckRoles(c.Roles); err != nil {
 		return fmt.Errorf("%w--roles: %w", errUsage, err)
 	}
+	policy, err := c.policy()
+	if err != nil {
+		return err
+	}
 	of := map[rune]stage.Role{
 		'E': encoder.Role(),
-		'P': prefill.Role(prefill.Config{Rows: c.Rows, Slots: c.Requests}),
+		'P': prefill.Role(prefill.Config{Rows: c.Rows, Slots: c.Requests, Policy: policy}),
 		'D': decoder.Role(decoder.Config{Slots: c.Sequences}),
 	}
 	var roles []stage.Role

@@ -358,7 +358,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 			if c.Pace != "" {
 				args = append(args, "--pace", c.Pace)
 			}
-			if service == "prefill" {
+			if strings.Contains(g.Roles, "P") {
 				args = append(args, c.policyFlag.args()...)
 			}
 			stages = append(stages, child(fmt.Sprintf("%s-%d", service, len(stages)), service, args...))
