@@ -35,6 +35,13 @@ const (
 var binaryDir string
 
 func TestMain(m *testing.M) {
+	if at := os.Getenv(natsVariable); at != "" {
+		if err := serveNATS(at); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	status := m.Run()
 	if err := os.RemoveAll(binaryDir); err != nil {
 		fmt.Fprintln(os.Stderr, "removing the binary of the tests:", err)
