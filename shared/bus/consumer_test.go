@@ -212,7 +212,7 @@ func TestEachMessageToOne(t *testing.T) {
 
 func TestDropIsRedelivered(t *testing.T) {
 	t.Parallel()
-	b := connect(t, bustest.Run(t).URL(), bus.WithAckWait(300*time.Millisecond))
+	b := connect(t, bustest.Run(t).URL(), bus.WithAckWait(2*time.Second))
 	c := consumer(t, b, bus.StageDecode)
 	publish(t, b, bus.StageDecode, "r", "")
 	d := next(t, c, 1, 1, long)[0]
@@ -227,12 +227,12 @@ func TestDropIsRedelivered(t *testing.T) {
 
 func TestInProgressOutlivesAckWait(t *testing.T) {
 	t.Parallel()
-	const ackWait = time.Second
+	const ackWait = 3 * time.Second
 	b := connect(t, bustest.Run(t).URL(), bus.WithAckWait(ackWait))
 	c := consumer(t, b, bus.StageDecode)
 	publish(t, b, bus.StageDecode, "r", "")
 	d := next(t, c, 1, 1, long)[0]
-	next(t, c, 1, 0, 5*ackWait/2)
+	next(t, c, 1, 0, 2*ackWait)
 	ack(t, d)
 	if q := queue(t, b, bus.StageDecode); q.InWork != 0 || q.Redelivered != 0 {
 		t.Errorf("after the ack: %+v", q)

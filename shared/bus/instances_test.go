@@ -32,7 +32,7 @@ func waitFor(t *testing.T, v *bus.Instances, ok func([]wire.Instance) bool) {
 func TestHeartbeats(t *testing.T) {
 	t.Parallel()
 	url := bustest.Run(t).URL()
-	ttl := bus.WithInstanceTTL(2 * time.Second)
+	ttl := bus.WithInstanceTTL(5 * time.Second)
 	watcher := connect(t, url, ttl)
 	view, err := watcher.Instances(t.Context())
 	if err != nil {

@@ -131,10 +131,10 @@ func TestTakerThatDoesNotRead(t *testing.T) {
 
 func TestTakerThatStaysAway(t *testing.T) {
 	s := newShelf()
-	server, addr := serve(t, transfer.ServerConfig{Source: s, Stall: 50 * time.Millisecond})
+	server, addr := serve(t, transfer.ServerConfig{Source: s, Stall: time.Second})
 	p := newProxy(t, addr)
 	p.stallAfter(mib)
-	c := connect(t, p.addr(), transfer.ClientConfig{Streams: 1, Retries: -1, Stall: 10 * time.Second})
+	c := connect(t, p.addr(), transfer.ClientConfig{Streams: 1, Retries: -1, Stall: time.Minute})
 	big := s.put(48*mib, true)
 	go func() {
 		until(t, "the server to drop it", func() bool { st := server.Stats(); return st.Spans > 0 && st.Connections == 0 })
