@@ -298,6 +298,7 @@ func TestNoCapacity(t *testing.T) {
 	if got := <-first; got != 200 {
 		t.Errorf("the one with the credit got %d", got)
 	}
+	f.settled() // its credit is back
 	if status, _, _ := f.post("/v1/chat/completions", body); status != 200 {
 		t.Errorf("after that: %d", status)
 	}

@@ -152,7 +152,7 @@ func (s *stages) note(f func()) {
 // await waits until what f looks at is so.
 func (s *stages) await(what string, f func() bool) {
 	s.t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(time.Minute)
 	for {
 		s.mu.Lock()
 		ok, changed := f(), s.changed

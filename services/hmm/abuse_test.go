@@ -26,7 +26,7 @@ func raw(t testing.TB, socket string) *net.UnixConn {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
 	must(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
-	must(t, conn.SetDeadline(time.Now().Add(20*time.Second)))
+	must(t, conn.SetDeadline(time.Now().Add(time.Minute)))
 	return conn
 }
 
@@ -152,7 +152,7 @@ func TestBadHello(t *testing.T) {
 }
 
 func TestClientThatNeverReads(t *testing.T) {
-	d, socket := daemon(t, func(c *hmm.Config) { c.WriteTimeout = 50 * time.Millisecond })
+	d, socket := daemon(t, func(c *hmm.Config) { c.WriteTimeout = time.Second })
 	conn := raw(t, socket)
 	send(t, conn, 1, protocol.OpHello, hello(protocol.Version))
 	eventually(t, "it is connected", func() bool { return d.Stats().Connections == 1 })

@@ -73,7 +73,7 @@ func mapOf(o *hbm.Object) uintptr { return uintptr(unsafe.Pointer(&o.Bytes()[0])
 
 func dial(t testing.TB, socket string, h hbm.Hello) *hbm.Client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if h.Instance == "" {
 		h.Instance = "i1"
@@ -135,7 +135,7 @@ func wantErr(t testing.TB, err, want error) {
 // eventually waits for what another process or goroutine brings about.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("never happened: %s", what)
 		}

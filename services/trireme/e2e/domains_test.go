@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"sync"
 	"testing"
 
@@ -68,12 +69,14 @@ func TestDomainsPerNPU(t *testing.T) {
 
 	// In the middle of an answer its KV lies in one place, the decoder's, but for what prefill's cache keeps; what prefill
 	// has had is free, and a successor, in whatever domain, goes on without a prompt token computed again.
+	c.during(t, p, func() {
+		c.expectMemory(t, "the KV in one domain only", func(s hbm.Stats) bool { return domainsWithKV(s) == 1 })
+	})
+	c.expectNoMemory(t)
 	t.Run("decoder killed", func(t *testing.T) {
 		before := c.metric(t, "trireme_prefill_computed_tokens_total")
 		got, err := c.stream(t.Context(), p, func(n int) {
 			switch n {
-			case 20:
-				c.expectMemory(t, "the KV in one domain only", func(s hbm.Stats) bool { return domainsWithKV(s) == 1 })
 			case 30, 90, 150:
 				kill(t, c.pid(t, "decoder"))
 			}
@@ -99,6 +102,25 @@ func TestDomainsPerNPU(t *testing.T) {
 	}
 	c.waitReady(t)
 	c.expectNoMemory(t)
+}
+
+// during asks for a long answer, calls f in the middle of it and leaves.
+func (c *cluster) during(tb testing.TB, p openai.ChatCompletionNewParams, f func()) {
+	tb.Helper()
+	p.MaxTokens = openai.Int(4000) // not over before f is, however fast the machine
+	ctx, cancel := context.WithCancel(tb.Context())
+	defer cancel()
+	called := false
+	_, err := c.stream(ctx, p, func(n int) {
+		if n == 20 {
+			called = true
+			f()
+			cancel()
+		}
+	})
+	if !called {
+		tb.Errorf("the answer ended before its middle: %v", err)
+	}
 }
 
 // domainsWithKV is the number of NPUs with KV that somebody holds.

@@ -146,6 +146,10 @@ func TestTwoNodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	n.during(t, p, func() {
+		n.b.expectMemory(t, "the sequence's KV", func(s hbm.Stats) bool { return s.Memory[1].Kinds["kv"].Used > 0 })
+	})
+	n.gone(t)
 	for name, x := range map[string]struct {
 		role string
 		at   *cluster
@@ -155,9 +159,6 @@ func TestTwoNodes(t *testing.T) {
 			before := n.metric(t, "trireme_prefill_computed_tokens_total")
 			got, err := n.stream(t.Context(), p, func(i int) {
 				if i == 30 {
-					if name == "decoder" {
-						n.b.expectMemory(t, "the sequence's KV", func(s hbm.Stats) bool { return s.Memory[1].Kinds["kv"].Used > 0 })
-					}
 					n.kill(t, x.role, x.at)
 				}
 			})
