@@ -200,7 +200,7 @@ func TestExpectedWaits(t *testing.T) {
 	var errs []float64
 	for _, o := range simulate(overload(7), sched.Order{Policy: sched.FCFS}, 8, 100, false) {
 		if o.expected > time.Second {
-			errs = append(errs, (o.waited - o.expected).Seconds()/o.expected.Seconds())
+			errs = append(errs, (o.waited-o.expected).Seconds()/o.expected.Seconds())
 		}
 	}
 	slices.SortFunc(errs, func(a, b float64) int { return cmp.Compare(math.Abs(a), math.Abs(b)) })
