@@ -68,6 +68,7 @@ type benchCmd struct {
 	Memory  benchcmd.Memory  `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
 	Serve   benchcmd.Serve   `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
 	Control benchcmd.Control `cmd:"" help:"What everything around the models costs: hops, messages, many streams at once."`
+	IRP     benchcmd.IRP     `cmd:"" name:"irp" help:"What it brings that a request's pictures are encoded in parallel, on paced NPUs."`
 	Give    benchcmd.Give    `cmd:"" hidden:""`
 	NATS    benchcmd.NATS    `cmd:"" name:"nats" hidden:""`
 	StandIn benchcmd.StandIn `cmd:"" hidden:""`
