@@ -3,7 +3,9 @@ package bus_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,8 +38,16 @@ func next(t *testing.T, c *bus.Consumer, limit, n int, wait time.Duration) []*bu
 	return got
 }
 
+// messages counts what publish made ids for.
+var messages atomic.Int64
+
+// publish stores one message. An empty msgID is one of its own: without any, a try that is slow to be confirmed leaves a
+// second message.
 func publish(t *testing.T, b *bus.Bus, stage, request, msgID string) {
 	t.Helper()
+	if msgID == "" {
+		msgID = fmt.Sprintf("message%d", messages.Add(1))
+	}
 	m := &wire.Encode{Request: wire.Request{ID: request, Attempt: 1}}
 	if err := b.Publish(t.Context(), stage, request, msgID, m); err != nil {
 		t.Fatal(err)

@@ -29,7 +29,7 @@ func TestLateMessageIsGivenBack(t *testing.T) {
 	late.mu.Lock()
 	late.over = true // as finish does, while the message is on its way
 	late.mu.Unlock()
-	if err := b.Publish(t.Context(), StageDecode, "r", "", &wire.Done{Request: "r"}); err != nil {
+	if err := b.Publish(t.Context(), StageDecode, "r", "once", &wire.Done{Request: "r"}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := c.Next(t.Context(), 1, DefaultAckWait*2/3)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,6 +45,7 @@ type Rig struct {
 
 	tb                 testing.TB
 	requests, gateways int // made so far
+	messages           atomic.Int64
 }
 
 // Long and Short are times after which a message that nobody keeps in progress comes again: longer than any test, and
@@ -165,7 +167,8 @@ func (r *Rig) Request(gateway string) wire.Request {
 // Publish puts a message on a stage's queue.
 func (r *Rig) Publish(role, request string, m any) {
 	r.tb.Helper()
-	if err := r.Bus.Publish(r.tb.Context(), role, request, "", m); err != nil {
+	id := fmt.Sprintf("message%d", r.messages.Add(1)) // or a try that is slow to be confirmed leaves a second message
+	if err := r.Bus.Publish(r.tb.Context(), role, request, id, m); err != nil {
 		r.tb.Fatal(err)
 	}
 }
