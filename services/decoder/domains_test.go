@@ -42,7 +42,7 @@ func TestSequencesBetweenDomains(t *testing.T) {
 	r := apart(t)
 	for _, choices := range []int{1, 3} {
 		spec := r.Model.Random(slices.Repeat(prompt(t, "case02"), 20), 400, choices)
-		r.gateway.Set(func() { r.gateway.Deaf = true }) // they park in the middle
+		r.deaf(true) // they park in the middle
 		_, stop := r.decoder(decoder.Config{})
 		req := r.start(spec)
 		for c := range choices {
@@ -53,7 +53,7 @@ func TestSequencesBetweenDomains(t *testing.T) {
 			t.Errorf("%d and %d bytes are held in the other domains, want all in the first", r.held(1), r.held(2))
 		}
 		stop()
-		r.gateway.Set(func() { r.gateway.Deaf = false })
+		r.deaf(false)
 		busy, err := hbm.Dial(t.Context(), r.Stage.HMM, hbm.Hello{Instance: "busy", Role: "encode", NPUs: 1})
 		if err != nil || busy.NPUs()[0] != 1 {
 			t.Fatalf("the test does not get the first decoder's NPU: %v", err)
@@ -65,9 +65,7 @@ func TestSequencesBetweenDomains(t *testing.T) {
 		for c := range choices {
 			r.same(spec, c, r.gateway.Ended(req.ID, c))
 		}
-		if r.held(0)+r.held(1) != 0 {
-			t.Errorf("%d bytes are left in the domain of the decoder before", r.held(0)+r.held(1))
-		}
+		r.Until("the domain of the decoder before is free", func() bool { return r.held(0)+r.held(1) == 0 })
 		r.end(req)
 		stop()
 		if err := busy.Close(); err != nil {
@@ -81,7 +79,7 @@ func TestSequencesBetweenDomains(t *testing.T) {
 func TestKnownBlocksAreNotCopiedAgain(t *testing.T) {
 	r := apart(t)
 	r.decoder(decoder.Config{})
-	r.gateway.Set(func() { r.gateway.Deaf = true })
+	r.deaf(true)
 	tokens := slices.Repeat(prompt(t, "case02"), 45)
 	if n := kv.Blocks(len(tokens)); n <= 2*kv.SlabBlocks || n >= 3*kv.SlabBlocks {
 		t.Fatalf("a prompt of %d blocks does not fill two slabs and a part", n)
@@ -103,7 +101,7 @@ func TestKnownBlocksAreNotCopiedAgain(t *testing.T) {
 	if n := slabs(); alone != 3 || n != alone+2 {
 		t.Errorf("%d slabs are held for one sequence, %d for three that begin alike; want 3 and 5", alone, n)
 	}
-	r.gateway.Set(func() { r.gateway.Deaf = false })
+	r.deaf(false)
 	r.same(spec, 0, r.gateway.Ended(first.ID, 0))
 	r.Done(first.ID, -1)
 	for c := range 2 {

@@ -31,7 +31,7 @@ import (
 type HMM func(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error
 
 // patience is how long a test waits for what must happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // Rig is one test's surroundings. They end with the test.
 type Rig struct {
