@@ -114,6 +114,8 @@ func TestUpRefuses(t *testing.T) {
 		"no folder":            {with(freePorts, "--model", "/does/not/exist"), "/does/not/exist"},
 		"topology":             {with(freePorts, "--topology", "1E1P"), "role D"},
 		"topology notation":    {with(freePorts, "--topology", "many"), "many"},
+		"order of roles":       {with(freePorts, "--topology", "1PE1D"), `"PE"`},
+		"several NPUs":         {with(freePorts, "--topology", "1EPDx2"), "several NPUs"},
 		"setting":              {with(freePorts, "--config", settings), "up.htttp"},
 		"flag":                 {with(freePorts, "--htttp", "x"), "--htttp"},
 	} {

@@ -75,7 +75,7 @@ func eightPictures(tb testing.TB, i int) openai.ChatCompletionNewParams {
 }
 
 // fullNPU asks for answers about eight pictures each, first one after the other, then all at once, on NPUs that have room for
-// one of them. It returns how often requests gave their memory up.
+// one or two of them. It returns how often requests gave their memory up.
 func fullNPU(t *testing.T, topology, memory string, requests int, change func(int, *openai.ChatCompletionNewParams)) int {
 	c := start(t, "--topology", topology, "--npu-memory", memory, "--threads", "1")
 	ask := make([]openai.ChatCompletionNewParams, requests)
