@@ -12,7 +12,7 @@ import (
 	"trireme.dev/services/hmm/ledger"
 )
 
-// answer does what a request asks for: one of those that are answered at once, but Attach.
+// answer does what a request asks for: one of those that take no time, but Attach.
 func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 	switch op {
 	case protocol.OpSeal:

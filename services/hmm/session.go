@@ -35,7 +35,7 @@ type session struct {
 	working sync.WaitGroup // allocations, and questions that wait
 	allocs  chan struct{}
 	finds   chan struct{}
-	placing sync.Mutex // weights, one part after the other
+	weights chan struct{} // closed when the last PlaceWeights, SealWeights or CloseWeights so far is done; nil: there was none
 }
 
 // refuse says why and closes.
@@ -217,7 +217,8 @@ func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, er
 		}
 		plain := false // answered at once
 		switch op {
-		case protocol.OpAlloc, protocol.OpPlaceWeights, protocol.OpFindMM, protocol.OpOpenWeights:
+		case protocol.OpAlloc, protocol.OpFindMM, protocol.OpOpenWeights:
+		case protocol.OpPlaceWeights, protocol.OpSealWeights, protocol.OpCloseWeights:
 		case protocol.OpAttach:
 			plain = !s.d.pulls(a)
 		default:
@@ -236,12 +237,18 @@ func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, er
 				<-s.allocs
 				s.reply(id, err, out)
 			})
-		case protocol.OpPlaceWeights: // the same
+		case protocol.OpPlaceWeights, protocol.OpSealWeights, protocol.OpCloseWeights: // the same, one after the other
 			s.allocs <- struct{}{}
+			before, done := s.weights, make(chan struct{})
+			s.weights = done
 			s.working.Go(func() {
-				out, err := s.placeWeights(body)
-				<-s.allocs
+				if before != nil {
+					<-before
+				}
+				out, err := s.changeWeights(op, body)
 				s.reply(id, err, out)
+				<-s.allocs
+				close(done)
 			})
 		case protocol.OpFindMM, protocol.OpOpenWeights: // waits for another client, so it must not keep this one's other requests waiting
 			select {

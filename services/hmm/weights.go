@@ -61,15 +61,24 @@ func (s *session) openWeights(ctx context.Context, body []byte) (any, error) {
 	}
 }
 
+// changeWeights answers a request about a set that the client holds. A session's requests of this sort are answered one
+// after the other, in the order in which they came. A client that gives up while memory is still being given to the set
+// closes it without waiting for that: if it were closed at once, somebody else could open the set and write what the system
+// then fills with zeros, or the memory could be given to another before it is there. And what fails has to be what came last.
+func (s *session) changeWeights(op protocol.Op, body []byte) (any, error) {
+	if op == protocol.OpPlaceWeights {
+		return s.placeWeights(body)
+	}
+	return s.answer(op, body)
+}
+
 // placeWeights answers a PlaceWeights: it books memory, then has the system give it, which takes the time of touching it,
-// on all processors. A session places one part after the other, so that what fails is what came last.
+// on all processors.
 func (s *session) placeWeights(body []byte) (any, error) {
 	var p protocol.PlaceWeights
 	if err := protocol.Decode(body, &p); err != nil {
 		return nil, err
 	}
-	s.placing.Lock()
-	defer s.placing.Unlock()
 	var grants []protocol.Grant
 	var fresh int
 	err := mem.ErrLost
