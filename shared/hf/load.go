@@ -36,7 +36,7 @@ const (
 )
 
 // layoutVersion is part of the keys of sets; it is raised when what the objects hold changes, or their order.
-const layoutVersion = 1
+const layoutVersion = 2
 
 // objectAlign is the alignment of matrices in an object, in elements: one cache line.
 const objectAlign = 32
@@ -79,7 +79,7 @@ func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, pro
 	plan.progress = progress
 	b := newBuilder(f, parts, pack)
 	if len(plan.sizes) > 0 {
-		if b.objects, err = m.Weights(ctx, f.setKey(parts), plan.sizes, plan.fill); err != nil {
+		if b.objects, err = m.Weights(ctx, plan.setKey(), plan.sizes, plan.fill); err != nil {
 			return nil, fmt.Errorf("weights of %s: %w", f.Dir, err)
 		}
 	}
@@ -105,13 +105,19 @@ func (f *Folder) Needs(part Parts) ([]int64, error) {
 	return plan.sizes, nil
 }
 
-// setKey names the objects of parts by the model's content and their layout.
-func (f *Folder) setKey(parts Parts) [32]byte {
+// setKey names the objects of a plan by the model's content and by what each of them holds: a matrix that is a view in one
+// folder is a copy in another with the same tensors, if it begins at an odd address there.
+func (b *builder) setKey() [32]byte {
 	h := sha256.New()
 	writeSized(h, []byte("trireme weights"))
 	writeNumber(h, layoutVersion)
-	writeNumber(h, int(parts))
-	h.Write(f.Config.Digest[:])
+	writeNumber(h, int(b.parts))
+	h.Write(b.folder.Config.Digest[:])
+	for _, j := range b.jobs {
+		writeSized(h, []byte(j.name))
+		writeNumber(h, j.to)
+		writeNumber(h, len(j.from.Data))
+	}
 	return [32]byte(h.Sum(nil))
 }
 

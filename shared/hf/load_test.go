@@ -116,6 +116,31 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// TestSameModelOtherFiles loads a model from folders whose files lie otherwise, so that other matrices need a copy, into one
+// memory, and expects the right weights from each: nothing that was kept for one may be taken for the other's.
+func TestSameModelOtherFiles(t *testing.T) {
+	m := newTiny(24)
+	s := newShelf(t)
+	digests := map[[32]byte]bool{}
+	for _, f := range []form{{}, {misaligned: true}, {shards: 2}} {
+		folder := open(t, m.write(t, f))
+		digests[folder.Config.Digest] = true
+		w, err := folder.Load(t.Context(), s, hf.All)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(w, &m.weights) {
+			t.Errorf("%+v: the weights differ from the model that was written", f)
+		}
+	}
+	if len(digests) != 1 {
+		t.Errorf("one model has %d digests", len(digests))
+	}
+	if len(s.sets) != 3 { // the experts, shared by the aligned; all matrices of the misaligned one, text and vision
+		t.Errorf("%d sets were made, want 3", len(s.sets))
+	}
+}
+
 // holding is the number of the object that holds a matrix, over all sets; -1 when none does.
 func (s *shelf) holding(m model.Matrix) int {
 	at := uintptr(unsafe.Pointer(&m.Data[0]))
