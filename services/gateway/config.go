@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"strings"
 	"time"
 
 	"trireme.dev/services/gateway/media"
@@ -40,12 +41,14 @@ type Config struct {
 
 	Deadline   time.Duration // longest life of a request; 0 means 10 min
 	WriteWait  time.Duration // longest time for which a client may read nothing; 0 means 10 s
+	StoreWait  time.Duration // longest time for which NATS may store nothing before requests that need it fail; 0 means 30 s
 	BodyWait   time.Duration // longest time for a request's body to arrive; 0 means 2 min
 	Grace      time.Duration // after Run's ctx has ended, open requests may go on for so long; 0 means not at all
 	Attempts   int           // tries of a request; 0 means 3
 	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
 
-	AckWait time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
 	// ConfirmWait is the longest time between the end of an answer and the end of the request, for decoders to have the
 	// end confirmed; 0 means 2 s.
@@ -67,6 +70,7 @@ func (c Config) withDefaults() Config {
 	def(&c.QueueWait, 30*time.Second)
 	def(&c.Deadline, 10*time.Minute)
 	def(&c.WriteWait, 10*time.Second)
+	def(&c.StoreWait, 30*time.Second)
 	def(&c.BodyWait, 2*time.Minute)
 	def(&c.Attempts, 3)
 	def(&c.Policy, sched.SLO.String())
@@ -96,8 +100,10 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf(format, args...))
 		}
 	}
-	if u, err := url.Parse(c.NATSURL); err != nil || u.Host == "" {
-		fault(true, "NATS URL %q is not like nats://host:port", c.NATSURL)
+	for one := range strings.SplitSeq(c.NATSURL, ",") {
+		if u, err := url.Parse(strings.TrimSpace(one)); err != nil || u.Host == "" {
+			fault(true, "NATS URL %q is not like nats://host:port, or several of a cluster with commas between", c.NATSURL)
+		}
 	}
 	for _, h := range c.Media.AllowHosts {
 		if err := media.CheckHost(h); err != nil {
@@ -107,9 +113,9 @@ func (c Config) Validate() error {
 	fault(c.HTTP == "", "no address to listen on")
 	fault(c.HMMSocket == "", "no HMM socket")
 	fault(c.ModelDir == "", "no model folder")
-	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0, "a limit is negative")
+	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0 || c.Replicas < 0, "a limit is negative")
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
-	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
+	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
 		c.ConfirmWait < 0 || c.AckWait < 0,
 		"a time is negative")
 	errs = append(errs, c.checkOrder())

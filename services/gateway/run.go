@@ -26,7 +26,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("serving HTTP: %w", err)
 	}
-	b, err := bus.Connect(ctx, cfg.NATSURL, cfg.Instance, log, bus.WithAckWait(cfg.AckWait))
+	b, err := bus.Connect(ctx, cfg.NATSURL, cfg.Instance, log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas))
 	if err != nil {
 		_ = l.Close()
 		if ctx.Err() != nil {

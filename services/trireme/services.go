@@ -19,6 +19,7 @@ import (
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
 	"trireme.dev/services/trireme/modelcmd"
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/npu"
@@ -31,7 +32,7 @@ import (
 
 // connectFlags are what every service needs.
 type connectFlags struct {
-	NATSURL string `name:"nats-url" help:"NATS server." default:"nats://127.0.0.1:4222"`
+	NATSURL string `name:"nats-url" help:"NATS server, or those of a cluster with commas between." default:"nats://127.0.0.1:4222"`
 	HMM     string `name:"hmm" help:"Socket of the node's HMM." default:"${data}/hmm.sock" type:"path"`
 	Model   string `help:"Hugging Face folder of the model; by default the bundled one." type:"path"`
 	Data    string `help:"Folder for state and the unpacked model." default:"${data}" type:"path"`
@@ -41,7 +42,8 @@ type connectFlags struct {
 
 // ackFlag must say the same to all that use one NATS.
 type ackFlag struct {
-	AckWait time.Duration `help:"Time without a sign of life after which a message goes to another instance; the same for everything on one NATS." default:"30s" hidden:""`
+	Replicas int           `help:"Servers of a NATS cluster that have each message; 0: three where there are three, else one. What is there stays as it is unless this says a number. The same for everything on one NATS." default:"0" placeholder:"N"`
+	AckWait  time.Duration `help:"Time without a sign of life after which a message goes to another instance; the same for everything on one NATS." default:"30s" hidden:""`
 }
 
 // stageFlags are what every stage needs.
@@ -68,7 +70,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
-		AckWait: f.AckWait,
+		AckWait: f.AckWait, Replicas: f.Replicas,
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
 		Mixed:   f.mixed,
 		Loading: modelcmd.LoadProgress(e.err),
@@ -205,7 +207,7 @@ func (c *gatewayCmd) Run(e *env) error {
 	}
 	cfg := gateway.Config{
 		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
-		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait, Replicas: c.Replicas,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
 	}
 	if err := c.apply(&cfg); err != nil {
@@ -215,7 +217,7 @@ func (c *gatewayCmd) Run(e *env) error {
 }
 
 type hmmCmd struct {
-	NATSURL    string     `name:"nats-url" help:"NATS server; empty: none, then requests end by their deadlines only." default:"nats://127.0.0.1:4222"`
+	NATSURL    string     `name:"nats-url" help:"NATS server, or those of a cluster with commas between; empty: none, then requests end by their deadlines only." default:"nats://127.0.0.1:4222"`
 	Socket     string     `help:"Unix socket to listen on." default:"${data}/hmm.sock" type:"path"`
 	Node       string     `help:"Name of the node; by default the host's."`
 	NPUs       int        `name:"npus" help:"Host NPUs of the node." default:"8"`
@@ -289,8 +291,7 @@ func (c *hmmCmd) Run(e *env) error {
 	}
 	var conn *nats.Conn
 	if c.NATSURL != "" {
-		if conn, err = nats.Connect(c.NATSURL, nats.Name("hmm-"+c.Node), nats.MaxReconnects(-1), nats.RetryOnFailedConnect(true),
-			nats.ReconnectWait(250*time.Millisecond)); err != nil {
+		if conn, err = nats.Connect(c.NATSURL, append(bus.Lasting("hmm-"+c.Node), nats.RetryOnFailedConnect(true))...); err != nil {
 			return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
 		}
 		defer conn.Close()

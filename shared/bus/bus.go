@@ -54,6 +54,8 @@ var (
 	ErrStage = errors.New("no such stage")
 	// ErrNoJetStream is returned by Connect when the NATS server runs without JetStream.
 	ErrNoJetStream = errors.New("NATS server runs without JetStream (start it with -js)")
+	// ErrNoStore is returned by PublishWithin and CreateJoinWithin when the server stores nothing.
+	ErrNoStore = errors.New("NATS stores no messages")
 	// ErrClosed is returned by calls that wait while the Bus is closed.
 	ErrClosed = errors.New("bus is closed")
 )
@@ -90,11 +92,17 @@ func WithAckWait(d time.Duration) Option {
 // every fifth of it.
 func WithInstanceTTL(d time.Duration) Option { return func(b *Bus) { b.instanceTTL = d } }
 
+// WithReplicas sets on how many servers of a cluster of NATS each message and record is. 0, the default: as many as there are
+// when a stream is made, three of three servers or more, else one; what is there already stays as it is. All that connect to
+// one NATS say the same.
+func WithReplicas(n int) Option { return func(b *Bus) { b.replicas = n } }
+
 // Bus is a connection to NATS. It is safe for concurrent use; its owner calls Close.
 type Bus struct {
 	log         *slog.Logger
 	ackWait     time.Duration
 	instanceTTL time.Duration
+	replicas    int // 0: automatic
 
 	conn       *nats.Conn
 	js         jetstream.JetStream
@@ -170,9 +178,13 @@ func (b *Bus) open(ctx context.Context) (err error) {
 	return nil
 }
 
-// dial connects, trying again while the server cannot be reached.
-func (b *Bus) dial(ctx context.Context, url, name string) error {
-	opts := []nats.Option{
+// Lasting are the options of connections to NATS that outlive whatever happens to it, of this package and of others. name is
+// what monitoring shows. A connection that breaks is made again for ever, some ten times a second; a network that swallows
+// everything is noticed after 15 to 20 s (nats.go breaks the connection when the fourth ping finds three unanswered). What is
+// sent meanwhile waits in the client, 8 MiB of it (nats.DefaultReconnectBufSize), and is sent, late, when the connection is
+// back: no receiver may rely on a message being young.
+func Lasting(name string) []nats.Option {
+	return []nats.Option{
 		nats.Name(name),
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(reconnectWait),
@@ -180,6 +192,12 @@ func (b *Bus) dial(ctx context.Context, url, name string) error {
 		nats.Timeout(2 * time.Second),
 		nats.PingInterval(5 * time.Second),
 		nats.MaxPingsOutstanding(3),
+	}
+}
+
+// dial connects, trying again while the server cannot be reached.
+func (b *Bus) dial(ctx context.Context, url, name string) error {
+	opts := append(Lasting(name),
 		nats.DrainTimeout(drainTimeout),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) {
 			if sub != nil {
@@ -194,8 +212,7 @@ func (b *Bus) dial(ctx context.Context, url, name string) error {
 			}
 		}),
 		nats.ReconnectHandler(b.reconnected),
-		nats.ClosedHandler(func(*nats.Conn) { close(b.gone) }),
-	}
+		nats.ClosedHandler(func(*nats.Conn) { close(b.gone) }))
 	for wait := newPause(); ; {
 		var err error
 		if b.conn, err = nats.Connect(url, opts...); err == nil {
@@ -246,6 +263,10 @@ func (b *Bus) ensure(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
 	for _, s := range stages {
+		copies, err := b.copies(ctx, s.stream)
+		if err != nil {
+			return err
+		}
 		stream, err := b.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 			Name:        s.stream,
 			Description: s.holds,
@@ -256,6 +277,7 @@ func (b *Bus) ensure(ctx context.Context) error {
 			Duplicates:  dedupeWindow,
 			MaxMsgSize:  wire.MaxMessage,
 			MaxMsgs:     maxMessages,
+			Replicas:    copies,
 		})
 		if err != nil {
 			return fmt.Errorf("stream %s: %w", s.stream, err)
@@ -273,22 +295,53 @@ func (b *Bus) ensure(ctx context.Context) error {
 			return fmt.Errorf("consumer %s of stream %s: %w", s.consumer, s.stream, err)
 		}
 	}
-	_, err := b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: wire.BucketJoin, Description: "which pictures of a request are encoded",
-		TTL: joinTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.FileStorage,
-	})
-	if err != nil {
-		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
-	}
-	_, err = b.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: wire.BucketInstances, Description: "heartbeats of all instances",
-		TTL: b.instanceTTL, History: 1, MaxValueSize: wire.MaxMessage, Storage: jetstream.MemoryStorage,
-	})
-	if err != nil {
-		return fmt.Errorf("bucket %s: %w", wire.BucketInstances, err)
+	for _, bucket := range []jetstream.StreamConfig{
+		{Name: wire.BucketJoin, Description: "which pictures of a request are encoded", MaxAge: joinTTL, Storage: jetstream.FileStorage},
+		{Name: wire.BucketInstances, Description: "heartbeats of all instances", MaxAge: b.instanceTTL, Storage: jetstream.MemoryStorage},
+	} {
+		if err := b.ensureBucket(ctx, bucket); err != nil {
+			return fmt.Errorf("bucket %s: %w", bucket.Name, err)
+		}
 	}
 	return nil
 }
+
+// ensureBucket makes a key-value bucket of the stream behind it, with the settings that nats.go gives one (NATS ADR-8) but
+// direct gets: in a cluster any server answers those, also one that has not heard yet of what was just written, and a
+// join record would not be there for the first encoder that looks for it.
+func (b *Bus) ensureBucket(ctx context.Context, bucket jetstream.StreamConfig) (err error) {
+	name := bucket.Name
+	bucket.Name, bucket.Subjects = "KV_"+name, []string{"$KV." + name + ".>"}
+	bucket.MaxMsgsPerSubject, bucket.MaxMsgSize, bucket.Discard = 1, wire.MaxMessage, jetstream.DiscardNew
+	bucket.AllowRollup, bucket.DenyDelete = true, true
+	bucket.Duplicates = min(dedupeWindow, bucket.MaxAge)
+	if bucket.Replicas, err = b.copies(ctx, bucket.Name); err != nil {
+		return err
+	}
+	_, err = b.js.CreateOrUpdateStream(ctx, bucket)
+	return err
+}
+
+// copies is how many servers a stream is to be on. A stream that is there keeps its number unless the user has said one: a
+// service that sees only a part of the cluster must not take copies away.
+func (b *Bus) copies(ctx context.Context, stream string) (int, error) {
+	if b.replicas > 0 {
+		return b.replicas, nil
+	}
+	info, err := b.js.Stream(ctx, stream)
+	switch {
+	case err == nil:
+		return info.CachedInfo().Config.Replicas, nil
+	case !errors.Is(err, jetstream.ErrStreamNotFound):
+		return 0, fmt.Errorf("reading stream %s: %w", stream, err)
+	case b.conn.ConnectedClusterName() != "" && len(b.conn.Servers()) >= mostCopies:
+		return mostCopies, nil
+	}
+	return 1, nil
+}
+
+// mostCopies is the automatic number of replicas in a cluster: with three, one may fail.
+const mostCopies = 3
 
 // reconnected makes again what a server with a lost store no longer has, and wakes whoever must ask again.
 func (b *Bus) reconnected(conn *nats.Conn) {

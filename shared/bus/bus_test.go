@@ -18,7 +18,10 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	bustest.ServeIfAsked()
+	goleak.VerifyTestMain(m)
+}
 
 // connect opens a Bus that is closed before the test's server stops.
 func connect(t *testing.T, url string, opts ...bus.Option) *bus.Bus {

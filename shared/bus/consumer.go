@@ -28,7 +28,7 @@ func (b *Bus) Consumer(ctx context.Context, stage string) (*Consumer, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = retry(ctx, func(ctx context.Context) error {
+	err = b.retry(ctx, func(ctx context.Context) error {
 		_, err := b.js.Consumer(ctx, s.stream, s.consumer)
 		return err
 	})

@@ -39,7 +39,7 @@ func (b *Bus) newDelivery(stage string, msg *nats.Msg) *Delivery {
 // Ack takes the message off the queue and returns once the server has confirmed it (a repeated Ack is confirmed too).
 // It tries until ctx ends; on an error the message is still kept in progress and Ack may be called again.
 func (d *Delivery) Ack(ctx context.Context) error {
-	err := retry(ctx, func(ctx context.Context) error {
+	err := d.bus.retry(ctx, func(ctx context.Context) error {
 		_, err := d.bus.conn.RequestWithContext(ctx, d.Reply, ackAck)
 		return err
 	})

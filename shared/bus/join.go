@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -24,11 +25,16 @@ var (
 // CreateJoin stores the join record of a request and attempt under its wire.JoinKey. Storing the same record again is
 // no error; another one under the key is ErrJoinExists.
 func (b *Bus) CreateJoin(ctx context.Context, key string, j *wire.Join) error {
+	return b.CreateJoinWithin(ctx, 0, key, j)
+}
+
+// CreateJoinWithin is to CreateJoin as PublishWithin is to Publish.
+func (b *Bus) CreateJoinWithin(ctx context.Context, patience time.Duration, key string, j *wire.Join) error {
 	data, err := wire.Marshal(j)
 	if err != nil {
 		return err
 	}
-	err = retry(ctx, func(ctx context.Context) error {
+	err = b.retryWithin(ctx, patience, func(ctx context.Context) error {
 		_, err := b.joins.Create(ctx, key, data)
 		if !errors.Is(err, jetstream.ErrKeyExists) {
 			return err
@@ -52,7 +58,7 @@ func (b *Bus) CreateJoin(ctx context.Context, key string, j *wire.Join) error {
 // Join reads a join record. It fails with ErrNoJoin when there is none.
 func (b *Bus) Join(ctx context.Context, key string) (*wire.Join, error) {
 	j := new(wire.Join)
-	err := retry(ctx, func(ctx context.Context) error {
+	err := b.retry(ctx, func(ctx context.Context) error {
 		entry, err := b.joins.Get(ctx, key)
 		if err != nil {
 			return err
@@ -74,7 +80,7 @@ func (b *Bus) Join(ctx context.Context, key string) (*wire.Join, error) {
 // Marking again replaces the handle. It fails with ErrNoJoin, and with wire.ErrMalformed for a part out of range.
 func (b *Bus) MarkJoin(ctx context.Context, key string, part int, mm mem.Handle, hit bool) (*wire.Join, error) {
 	var j *wire.Join
-	err := retry(ctx, func(ctx context.Context) error {
+	err := b.retry(ctx, func(ctx context.Context) error {
 		for {
 			var err error
 			if j, err = b.tryMark(ctx, key, part, mm, hit); !errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
@@ -126,7 +132,7 @@ func (b *Bus) tryMark(ctx context.Context, key string, part int, mm mem.Handle, 
 // marker behind: there is a record for each request with a picture.
 func (b *Bus) DeleteJoin(ctx context.Context, key string) error {
 	subject := "$KV." + wire.BucketJoin + "." + key
-	err := retry(ctx, func(ctx context.Context) error {
+	err := b.retry(ctx, func(ctx context.Context) error {
 		return b.joinStream.Purge(ctx, jetstream.WithPurgeSubject(subject))
 	})
 	if err != nil {

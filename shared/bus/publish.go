@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -16,6 +17,13 @@ import (
 // are stored once, so a caller may publish again after an error; an empty msgID switches that off. Errors at once:
 // ErrStage, wire.ErrTooLarge, and what the server refuses.
 func (b *Bus) Publish(ctx context.Context, stage, request, msgID string, m any) error {
+	return b.PublishWithin(ctx, 0, stage, request, msgID, m)
+}
+
+// PublishWithin is Publish for whoever can tell somebody that it does not work: it fails with ErrNoStore when there is a
+// connection and the server has stored nothing for as long as patience: its disk is full, say, or too few servers of a cluster
+// are there. The time in which there is no connection does not count. The message may be stored all the same.
+func (b *Bus) PublishWithin(ctx context.Context, patience time.Duration, stage, request, msgID string, m any) error {
 	if _, err := findStage(stage); err != nil {
 		return fmt.Errorf("publishing %T: %w", m, err)
 	}
@@ -28,7 +36,7 @@ func (b *Bus) Publish(ctx context.Context, stage, request, msgID string, m any) 
 	if msgID != "" {
 		opts = append(opts, jetstream.WithMsgID(msgID))
 	}
-	err = retry(ctx, func(ctx context.Context) error {
+	err = b.retryWithin(ctx, patience, func(ctx context.Context) error {
 		_, err := b.js.Publish(ctx, subject, data, opts...)
 		return err
 	})

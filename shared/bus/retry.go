@@ -44,15 +44,43 @@ func apiError(err error) *jetstream.APIError {
 	return nil
 }
 
+// awayWait is the time between two looks whether the connection is back.
+const awayWait = 50 * time.Millisecond
+
+// errAway is the last failure of a try that was not made because the connection is down.
+var errAway = errors.New("no connection to NATS")
+
 // retry calls f, each time with tryTimeout, until it succeeds, fails for good or ctx ends; then the error wraps both
-// the end of ctx and the last failure.
-func retry(ctx context.Context, f func(context.Context) error) error {
+// the end of ctx and the last failure. While the connection is down f is not called: the client would keep what each try
+// sends, and send all of it when nobody waits for it any more.
+func (b *Bus) retry(ctx context.Context, f func(context.Context) error) error {
+	return b.retryWithin(ctx, 0, f)
+}
+
+// retryWithin is retry that gives up with ErrNoStore when there is a connection and f has failed for as long as patience,
+// unless that is 0. The time in which there is no connection does not count.
+func (b *Bus) retryWithin(ctx context.Context, patience time.Duration, f func(context.Context) error) error {
+	var failing time.Time // since when, with a connection
 	for wait := newPause(); ; {
+		if b.conn.IsReconnecting() {
+			failing, wait = time.Time{}, newPause()
+			if (&pause{next: awayWait}).sleep(ctx) != nil {
+				return fmt.Errorf("%w: %w", context.Cause(ctx), errAway)
+			}
+			continue
+		}
+		began := time.Now()
 		try, cancel := context.WithTimeout(ctx, tryTimeout)
 		err := f(try)
 		cancel()
 		if err == nil || permanent(err) {
 			return err
+		}
+		if failing.IsZero() {
+			failing = began
+		}
+		if patience > 0 && ctx.Err() == nil && !b.conn.IsReconnecting() && time.Since(failing) >= patience {
+			return fmt.Errorf("%w for %v: %w", ErrNoStore, time.Since(failing).Round(time.Millisecond), err)
 		}
 		if wait.sleep(ctx) != nil {
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)

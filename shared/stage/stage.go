@@ -50,6 +50,7 @@ type Config struct {
 	NPU      npu.Options
 	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
 	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
 	Loading func(done, total int64)
@@ -143,7 +144,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		s.Log = s.Log.With("paced", s.paced)
 	}
 	s.Metrics = newMetrics(role, paced)
-	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait)); err != nil {
+	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas)); err != nil {
 		return nil, err
 	}
 	if s.instances, err = s.Bus.Instances(ctx); err != nil {
