@@ -66,7 +66,7 @@ func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Fi
 	if err != nil {
 		return c, err
 	}
-	s.silent = time.Time{}
+	s.silent.after(nil, time.Now())
 	if c.Next < 0 || c.Next > next {
 		c.Next = next
 	}
@@ -132,13 +132,27 @@ func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
 	}
 }
 
+// silence is for how long nobody has listened at a gateway.
+type silence struct{ since time.Time } // zero: somebody has, or it is not known
+
+// after takes the outcome of a question at a time and returns for how long NATS has said without a break that nobody listens:
+// the gateway's connection has ended. That there is no answer, or no NATS, says nothing of the gateway; after an outage of NATS
+// it may only be the later one to be back.
+func (s *silence) after(err error, now time.Time) time.Duration {
+	switch {
+	case !errors.Is(err, nats.ErrNoResponders):
+		s.since = time.Time{}
+		return 0
+	case s.since.IsZero():
+		s.since = now
+	}
+	return now.Sub(s.since)
+}
+
 // abandoned reports whether a gateway that did not answer, with err, is to be given up: nobody listens there, its
 // heartbeat is gone, and that for a while.
 func (d *decoder) abandoned(s *sequence, err error) bool {
-	if s.silent.IsZero() {
-		s.silent = time.Now()
-	}
-	return errors.Is(err, nats.ErrNoResponders) && time.Since(s.silent) > d.patience && !d.GatewayAlive(s.request.Gateway)
+	return s.silent.after(err, time.Now()) > d.patience && !d.GatewayAlive(s.request.Gateway)
 }
 
 // abandon ends the request of a gateway that is gone, here and in the HMM. It returns mem.ErrEnded, or why that failed.

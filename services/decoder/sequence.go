@@ -6,7 +6,6 @@ import (
 	"math"
 	"slices"
 	"sync"
-	"time"
 
 	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/hbm"
@@ -49,7 +48,7 @@ type sequence struct {
 
 	// The handler's, and its errands' while they run.
 	objects []*hbm.Object // all that is mapped for the sequence
-	silent  time.Time     // since when the gateway has not answered; zero: it has
+	silent  silence       // of the gateway
 }
 
 // errand runs f beside the loop until the loop lets go of s.

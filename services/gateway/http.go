@@ -14,6 +14,7 @@ import (
 	"github.com/labstack/echo/v4/middleware"
 
 	"trireme.dev/services/gateway/openai"
+	"trireme.dev/shared/bus"
 )
 
 // statusClientGone is what logs and metrics call the end of a request whose client left (nginx's number).
@@ -90,6 +91,9 @@ func (g *Gateway) drain(r *http.Request, w *http.ResponseController) {
 	_, _ = io.CopyN(io.Discard, r.Body, 2*g.cfg.MaxBody)
 }
 
+// storeRetry is when to come again after NATS has stored nothing. An operator has to look, most likely.
+const storeRetry = 10 * time.Second
+
 // toError makes an error of any kind one for a client; nil when the client is gone.
 func (g *Gateway) toError(err error) *openai.Error {
 	var api *openai.Error
@@ -99,6 +103,12 @@ func (g *Gateway) toError(err error) *openai.Error {
 		return api
 	case errors.Is(err, errDeadline):
 		return openai.Server(http.StatusGatewayTimeout, "The request was not finished within %v.", g.cfg.Deadline)
+	case errors.Is(err, bus.ErrNoStore):
+		g.log.Error("a request is refused; is NATS' disk full, or a server of its cluster missing?", "error", err)
+		e := openai.Server(http.StatusServiceUnavailable, "The queues take no messages at the moment; please try again in %d s.",
+			int(storeRetry.Seconds()))
+		e.RetryAfter = storeRetry
+		return e
 	case errors.Is(err, errStopping):
 		return openai.Server(http.StatusServiceUnavailable, "This server is stopping; please try again.")
 	case errors.Is(err, errClient), errors.Is(err, context.Canceled):

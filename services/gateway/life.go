@@ -309,15 +309,17 @@ func (l *life) publish(ctx context.Context) error {
 	}
 	if len(spec.Pictures) == 0 {
 		id := fmt.Sprintf("%s.%d.p", l.id, l.answer.Attempt())
-		return l.g.bus.Publish(ctx, "prefill", l.id, id, &m)
+		return l.g.bus.PublishWithin(ctx, l.g.cfg.StoreWait, "prefill", l.id, id, &m)
 	}
 	key := wire.JoinKey(l.id, l.answer.Attempt())
 	l.joins = append(l.joins, key)
 	m.MM = make([]mem.Handle, len(spec.Pictures))
 	// Whatever becomes of the client, the record is not given up while it is being made: it would be stored after it was
 	// deleted.
-	making, cancel := context.WithTimeout(context.WithoutCancel(ctx), endWait)
-	err = l.g.bus.CreateJoin(making, key, &wire.Join{Prefill: m, Have: make([]bool, len(spec.Pictures))})
+	making, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	unhook := context.AfterFunc(ctx, func() { time.AfterFunc(endWait, cancel) })
+	err = l.g.bus.CreateJoinWithin(making, l.g.cfg.StoreWait, key, &wire.Join{Prefill: m, Have: make([]bool, len(spec.Pictures))})
+	unhook()
 	cancel()
 	if err != nil {
 		return err
@@ -326,7 +328,7 @@ func (l *life) publish(ctx context.Context) error {
 		id := fmt.Sprintf("%s.%d.e.%d", l.id, l.answer.Attempt(), i)
 		e := wire.Encode{Request: l.wireRequest(), Part: i, Pixels: handles[place[i]], Grid: spec.Pictures[i].Grid,
 			Content: spec.Pictures[i].Content, Model: spec.Model, Salt: spec.Salt}
-		if err := l.g.bus.Publish(ctx, "encode", l.id, id, &e); err != nil {
+		if err := l.g.bus.PublishWithin(ctx, l.g.cfg.StoreWait, "encode", l.id, id, &e); err != nil {
 			return err
 		}
 	}
