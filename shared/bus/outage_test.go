@@ -271,3 +271,50 @@ func TestPublishWithinGivesUp(t *testing.T) {
 		t.Errorf("publishing when there is room again: %v", err)
 	}
 }
+
+// When the disk is full, publishers learn it and nothing that was confirmed is lost; when there is room again, all goes on.
+func TestDiskIsFull(t *testing.T) {
+	disk := bustest.NewDisk(t, "16m")
+	b := connect(t, bustest.RunAt(t, disk.Dir).URL(), bus.WithAckWait(time.Second))
+	c := consumer(t, b, bus.StagePrefill)
+	send := func(i int, patience time.Duration) error {
+		id := fmt.Sprint("r", i)
+		m := &wire.Prefill{Request: wire.Request{ID: id}, Inline: make([]byte, wire.MaxMessage/2)}
+		return b.PublishWithin(t.Context(), patience, bus.StagePrefill, id, id, m)
+	}
+	if err := send(0, long); err != nil {
+		t.Fatal(err)
+	}
+	disk.Fill()
+	var err error
+	stored := 1
+	for ; err == nil; stored++ {
+		err = send(stored, time.Second)
+	}
+	stored--
+	if !errors.Is(err, bus.ErrNoStore) {
+		t.Fatalf("with a full disk: %v", err)
+	}
+	disk.Free()
+	// The last one was refused: nobody must rely on it, nor on its absence.
+	for i := stored; i < stored+3; i++ {
+		if err := send(i, time.Minute); err != nil {
+			t.Fatalf("with room again: %v", err)
+		}
+	}
+	seen := map[string]bool{}
+	for len(seen) < stored+3 {
+		got, err := c.Next(t.Context(), 16, long)
+		if err != nil || len(got) == 0 {
+			t.Fatalf("%d of %d messages: %v", len(seen), stored+3, err)
+		}
+		for _, d := range got {
+			var m wire.Prefill
+			if err := wire.Unmarshal(d.Data, &m); err != nil {
+				t.Fatal(err)
+			}
+			seen[m.Request.ID] = true
+			ack(t, d)
+		}
+	}
+}

@@ -21,7 +21,13 @@ type Server struct {
 // Run starts a server with an empty store; it is shut down when the test ends.
 func Run(tb testing.TB) *Server {
 	tb.Helper()
-	s := &Server{tb: tb, dir: tb.TempDir()}
+	return RunAt(tb, tb.TempDir())
+}
+
+// RunAt is Run with the store in a folder of the caller's, which outlives the server.
+func RunAt(tb testing.TB, dir string) *Server {
+	tb.Helper()
+	s := &Server{tb: tb, dir: dir}
 	s.Start()
 	s.port, s.url = s.server.Port(), s.server.URL()
 	tb.Cleanup(func() { s.server.Shutdown() })

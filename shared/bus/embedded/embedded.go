@@ -1,5 +1,8 @@
 // Package embedded runs a real nats-server with JetStream inside this process, for `trireme up` and for tests. It makes
 // no streams (package bus does) and offers no clustering: whoever needs that runs nats-server on its own.
+//
+// A server whose disk was full stores nothing any more until it is started again (nats-server 2.15: a write error of a
+// stream is for good, and publishers get no answer). So Server does that by itself when there is room.
 package embedded
 
 import (
@@ -42,8 +45,15 @@ type Options struct {
 
 // Server is a running nats-server. Its owner calls Shutdown.
 type Server struct {
-	server  *server.Server
-	monitor bool
+	opts    *server.Options // with the ports that it was given
+	log     *slog.Logger
+	url     string
+	monitor string
+	done    chan struct{}  // closed by Shutdown
+	guard   sync.WaitGroup // of the goroutine that starts the server again
+
+	mu     sync.Mutex
+	server *server.Server
 }
 
 // Start starts a server and returns once it takes clients. It fails at once with ErrPortInUse (the error names the
@@ -80,19 +90,106 @@ func Start(o Options) (*Server, error) {
 		opts.HTTPHost = o.MonitorHost
 		opts.HTTPPort = orRandom(o.MonitorPort)
 	}
-	s, err := server.NewServer(opts)
+	s := &Server{opts: opts, log: o.Log, done: make(chan struct{})}
+	var err error
+	if s.server, err = start(opts, o.Log); err != nil {
+		return nil, err
+	}
+	addr := s.server.Addr().(*net.TCPAddr)
+	opts.Port, s.url = addr.Port, "nats://"+addr.String()
+	if o.MonitorPort >= 0 {
+		addr := s.server.MonitorAddr()
+		opts.HTTPPort, s.monitor = addr.Port, "http://"+addr.String()
+	}
+	s.guard.Go(s.watch)
+	return s, nil
+}
+
+// start starts a server and waits until it takes clients.
+func start(opts *server.Options, log *slog.Logger) (*server.Server, error) {
+	s, err := server.NewServer(opts.Clone())
 	if err != nil {
 		return nil, fmt.Errorf("starting nats-server: %w", err)
 	}
-	l := &logger{log: o.Log}
+	l := &logger{log: log}
 	s.SetLoggerV2(l, false, false, false)
 	s.Start()
 	if err := awaitReady(s, l); err != nil {
 		s.Shutdown()
 		s.WaitForShutdown()
-		return nil, fmt.Errorf("starting nats-server with store %s: %w", o.StoreDir, err)
+		return nil, fmt.Errorf("starting nats-server with store %s: %w", opts.StoreDir, err)
 	}
-	return &Server{server: s, monitor: o.MonitorPort >= 0}, nil
+	return s, nil
+}
+
+const (
+	// watchEvery is the time between two looks at a server's health.
+	watchEvery = time.Second
+	// enoughRoom is how much of the disk must be free before a server that ran out of it is started again; less on a disk
+	// of which this is more than a quarter.
+	enoughRoom = 64 << 20
+)
+
+// watch starts the server again when a stream could not be written and there is room now. Clients see their connections end and
+// connect again; what was confirmed is in the store.
+func (s *Server) watch() {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for broken := false; ; {
+		select {
+		case <-tick.C:
+		case <-s.done:
+			return
+		}
+		if !broken {
+			health := s.current().Healthz(nil)
+			if !strings.Contains(health.Error, "write error") {
+				continue
+			}
+			broken = true
+			s.log.Error("nats-server stores no messages: is the disk full? It is started again when there is room",
+				"store", s.opts.StoreDir, "error", health.Error)
+		}
+		if !hasRoom(s.opts.StoreDir) {
+			continue
+		}
+		s.log.Warn("starting nats-server again, as its store can be written again", "store", s.opts.StoreDir)
+		if err := s.restart(); err != nil {
+			s.log.Error("starting nats-server again; it is tried again", "error", err)
+			continue
+		}
+		broken = false
+	}
+}
+
+func (s *Server) current() *server.Server {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.server
+}
+
+// restart replaces the server by a new one on the same ports and store.
+func (s *Server) restart() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.server.Shutdown()
+	s.server.WaitForShutdown()
+	next, err := start(s.opts, s.log)
+	if err != nil {
+		return err
+	}
+	s.server = next
+	return nil
+}
+
+// hasRoom reports whether a folder's disk has room for messages.
+func hasRoom(dir string) bool {
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(dir, &fs); err != nil {
+		return false
+	}
+	size := uint64(fs.Bsize)
+	return fs.Bavail*size >= min(enoughRoom, fs.Blocks*size/4)
 }
 
 // awaitReady waits until the server takes clients. What it cannot go on after it only logs, as fatal.
@@ -111,23 +208,26 @@ func awaitReady(s *server.Server, l *logger) error {
 }
 
 // URL is where clients connect.
-func (s *Server) URL() string { return "nats://" + s.server.Addr().String() }
+func (s *Server) URL() string { return s.url }
 
 // Port is the client port.
-func (s *Server) Port() int { return s.server.Addr().(*net.TCPAddr).Port }
+func (s *Server) Port() int { return s.opts.Port }
 
 // MonitorURL is the address of the monitoring pages (/varz, /jsz, /connz), or empty without monitoring.
-func (s *Server) MonitorURL() string {
-	if !s.monitor {
-		return ""
-	}
-	return "http://" + s.server.MonitorAddr().String()
-}
+func (s *Server) MonitorURL() string { return s.monitor }
 
 // Shutdown closes all connections, flushes the store and returns when the server has stopped. Idempotent.
 func (s *Server) Shutdown() {
-	s.server.Shutdown()
-	s.server.WaitForShutdown()
+	s.mu.Lock()
+	select {
+	case <-s.done:
+	default:
+		close(s.done)
+	}
+	s.mu.Unlock()
+	s.guard.Wait()
+	s.current().Shutdown()
+	s.current().WaitForShutdown()
 }
 
 func orRandom(port int) int {
