@@ -173,16 +173,20 @@ func (d *dispatcher) lost(msg *nats.Msg) error {
 	if box := d.box(m.Request); box != nil {
 		box.put(event{lost: m})
 	}
+	d.answer(msg, &wire.Confirmed{})
 	return nil
 }
 
-// answer answers a Confirm.
+// answer answers a stage that asked.
 func (d *dispatcher) answer(msg *nats.Msg, c *wire.Confirmed) {
+	if msg.Reply == "" {
+		return // the sender does not want to know
+	}
 	data, err := wire.Marshal(c)
 	if err == nil {
 		err = msg.Respond(data)
 	}
 	if err != nil {
-		d.log.Debug("answering a decoder; it asks again", "error", err)
+		d.log.Debug("answering a stage; it asks again", "error", err)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
@@ -15,6 +17,12 @@ import (
 const (
 	// settleTimeout bounds the settling of one delivery; what it leaves undone is done by AckWait.
 	settleTimeout = 5 * time.Second
+	// tellTimeout bounds one try to tell a gateway something and tellLimit all of them; tellWait is the pause after a try, and
+	// untoldWait the time until a message comes back whose gateway could not be told.
+	tellTimeout = time.Second
+	tellLimit   = settleTimeout / 2
+	tellWait    = 100 * time.Millisecond
+	untoldWait  = time.Second
 	// roomWait is the pause before work that found no memory is tried again, for each delivery so far, up to
 	// maxRoomWait: room comes when others end, or give theirs up.
 	roomWait    = 100 * time.Millisecond
@@ -52,6 +60,7 @@ func (f *Fault) Unwrap() error { return f.Err }
 //	                                        maxRoomTries, or when another one is Short, as the next
 //	gives up its room                       acked after the gateway was told that the attempt found no room
 //	any other error                         acked after the gateway was told that the attempt is lost
+//	gateway is there and cannot be told     handed back: somebody tells it later
 func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, claim *hbm.Claim, err error) {
 	io, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()
@@ -81,11 +90,11 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 	case errors.Is(err, mem.ErrExhausted) && d.Count <= maxRoomTries && !s.othersShort(req.ID):
 		s.Log.Info("no memory for now", "request", req.ID, "error", err)
 		s.handBack(d, req, min(time.Duration(d.Count)*roomWait, maxRoomWait), "no memory")
+	case !s.tellLost(io, req, err):
+		s.handBack(d, req, untoldWait, "untold")
 	case errors.Is(err, ErrNoRoom), errors.Is(err, mem.ErrExhausted):
-		s.tellLost(req, err)
 		s.ack(io, d, req, "no room")
 	default:
-		s.tellLost(req, err)
 		s.ack(io, d, req, "lost")
 	}
 }
@@ -109,7 +118,9 @@ func (s *Stage) count(d *bus.Delivery, outcome string) {
 	s.Metrics.Work.WithLabelValues(d.Stage, outcome).Inc()
 }
 
-func (s *Stage) tellLost(req wire.Request, err error) {
+// tellLost tells the gateway that an attempt is lost, and reports whether it knows, or is gone. A gateway that is not told would
+// wait for tokens until the request's deadline, so it has to answer.
+func (s *Stage) tellLost(ctx context.Context, req wire.Request, err error) bool {
 	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500}
 	if f := (*Fault)(nil); errors.As(err, &f) {
 		m.Final, m.Status, m.Param = true, f.Status, f.Param
@@ -120,7 +131,18 @@ func (s *Stage) tellLost(req wire.Request, err error) {
 	} else {
 		s.Log.Warn("attempt is lost", "request", req.ID, "attempt", req.Attempt, "error", err)
 	}
-	if err := s.Bus.Send(wire.SubjectLost(req.Gateway), &m); err != nil {
-		s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "error", err)
+	ctx, cancel := context.WithTimeout(ctx, tellLimit)
+	defer cancel()
+	for {
+		try, cancel := context.WithTimeout(ctx, tellTimeout)
+		err := s.Bus.Ask(try, wire.SubjectLost(req.Gateway), &m, new(wire.Confirmed))
+		cancel()
+		if err == nil {
+			return true
+		}
+		if pause(ctx, tellWait) != nil {
+			s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "error", err)
+			return errors.Is(err, nats.ErrNoResponders) && !s.GatewayAlive(req.Gateway)
+		}
 	}
 }

@@ -209,6 +209,26 @@ func TestSettleWithoutTheClaim(t *testing.T) {
 	}
 }
 
+// A gateway that does not hear that an attempt is lost, as the word is, is told again, and the message is there until it knows.
+func TestLostIsHeard(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	r.gateway.Set(func() { r.gateway.Unheard = 1 })
+	s, _ := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { return mem.ErrCorrupt })
+	req := r.publish()
+	if got := r.gateway.Lost(1)[0]; got.Request != req.ID {
+		t.Errorf("the gateway was told %+v", got)
+	}
+	r.Empty(stage.Decode)
+	if r.Outcomes(s, "lost") != 1 {
+		t.Error("not settled as lost")
+	}
+	// One that is gone need not know.
+	r.gateway.Leave()
+	r.publish()
+	r.Until("it is settled", func() bool { return r.Outcomes(s, "lost") == 2 })
+	r.Empty(stage.Decode)
+}
+
 // A stage that is told to stop waits for its handlers and hands back what they have not finished.
 func TestServeStopsInOrder(t *testing.T) {
 	r := newRig(t, stagetest.Long)

@@ -242,7 +242,8 @@ type Resend struct {
 	From    int
 }
 
-// Lost tells a gateway that an attempt cannot go on (bytes missing or wrong): SubjectLost. Final means that another
+// Lost tells a gateway that an attempt cannot go on (bytes missing or wrong): SubjectLost. The gateway answers with an empty
+// Confirmed, before which the stage does not ack. Final means that another
 // attempt would end the same way, and Why is then for the client.
 type Lost struct {
 	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library

@@ -17,6 +17,8 @@ type Gateway struct {
 	Quiet bool                 // sends no Resend for a gap
 	Lose  func(*wire.Run) bool // true: this run does not arrive
 	Over  func(choice int) bool
+	// Unheard is how many words of lost attempts it does not get.
+	Unheard int
 
 	r       *Rig
 	mu      sync.Mutex
@@ -48,12 +50,25 @@ func (r *Rig) Gateway() *Gateway {
 	for subject, f := range map[string]func([]byte, func(any) error){
 		wire.SubjectTokens(g.ID):  g.tokens,
 		wire.SubjectConfirm(g.ID): g.confirm,
-		wire.SubjectLost(g.ID): func(data []byte, _ func(any) error) {
+		wire.SubjectLost(g.ID): func(data []byte, respond func(any) error) {
 			var m wire.Lost
 			if err := wire.Unmarshal(data, &m); err != nil {
 				r.tb.Errorf("gateway: %v", err)
 			}
-			g.Set(func() { g.lost = append(g.lost, m) })
+			unheard := false
+			g.Set(func() {
+				if unheard = g.Unheard > 0; unheard {
+					g.Unheard--
+					return
+				}
+				g.lost = append(g.lost, m)
+			})
+			if unheard {
+				return
+			}
+			if err := respond(&wire.Confirmed{}); err != nil {
+				r.tb.Errorf("gateway: %v", err)
+			}
 		},
 	} {
 		sub, err := r.Bus.Handle(subject, f)
