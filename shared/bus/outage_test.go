@@ -16,6 +16,9 @@ import (
 	"trireme.dev/shared/wire"
 )
 
+// electionWait is how long a message may take that falls into an election of a cluster on a busy machine.
+const electionWait = 2 * time.Minute
+
 // traffic is publishers and takers of one stage who go on until they are told to stop. Every message that was published is
 // taken, and its join record, as those of requests with pictures are, is made, marked and found.
 type traffic struct {
@@ -62,7 +65,7 @@ func startTraffic(t *testing.T, publish, take *bus.Bus) *traffic {
 }
 
 func (r *traffic) one(id string) {
-	ctx, cancel := context.WithTimeout(context.Background(), long)
+	ctx, cancel := context.WithTimeout(context.Background(), electionWait)
 	defer cancel()
 	if err := r.publish.CreateJoin(ctx, id, join(id, 1)); err != nil {
 		r.t.Error(err)
@@ -78,7 +81,7 @@ func (r *traffic) one(id string) {
 }
 
 func (r *traffic) work(d *bus.Delivery) {
-	ctx, cancel := context.WithTimeout(context.Background(), long)
+	ctx, cancel := context.WithTimeout(context.Background(), electionWait)
 	defer cancel()
 	id := request(r.t, d)
 	j, err := r.take.MarkJoin(ctx, id, 0, mem.Handle{Object: 7}, false)
@@ -106,7 +109,7 @@ func (r *traffic) await(n int) {
 	r.mu.Lock()
 	goal := r.progress + n
 	r.mu.Unlock()
-	for deadline := time.Now().Add(long); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(electionWait); ; time.Sleep(5 * time.Millisecond) {
 		r.mu.Lock()
 		now := r.progress
 		r.mu.Unlock()
@@ -124,7 +127,7 @@ func (r *traffic) end() {
 	r.t.Helper()
 	r.stop()
 	r.publishing.Wait()
-	for deadline := time.Now().Add(long); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(electionWait); ; time.Sleep(5 * time.Millisecond) {
 		r.mu.Lock()
 		var open string
 		for id := range r.published {
@@ -267,7 +270,7 @@ func TestPublishWithinGivesUp(t *testing.T) {
 	}
 	s.Start()
 	ack(t, next(t, consumer(t, b, bus.StageEncode), 1, 1, long)[0])
-	if err := b.PublishWithin(t.Context(), long, bus.StageEncode, "second", "second", m); err != nil {
+	if err := b.PublishWithin(t.Context(), time.Minute, bus.StageEncode, "second", "second", m); err != nil {
 		t.Errorf("publishing when there is room again: %v", err)
 	}
 }
@@ -282,7 +285,7 @@ func TestDiskIsFull(t *testing.T) {
 		m := &wire.Prefill{Request: wire.Request{ID: id}, Inline: make([]byte, wire.MaxMessage/2)}
 		return b.PublishWithin(t.Context(), patience, bus.StagePrefill, id, id, m)
 	}
-	if err := send(0, long); err != nil {
+	if err := send(0, time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	disk.Fill()

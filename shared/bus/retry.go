@@ -12,11 +12,15 @@ import (
 	"trireme.dev/shared/wire"
 )
 
+// duplicateInProcess is a cluster's answer to a message that it has had before and not stored yet (nats-server errors.json,
+// JSStreamDuplicateMessageConflict): 409, but a moment later it is stored, or not.
+const duplicateInProcess = 10158
+
 // permanent reports whether trying again cannot help: the server understood and refused, or the client is closed.
 // What is left is temporary: timeouts, no responders while a server starts, a broken connection.
 func permanent(err error) bool {
 	if api := apiError(err); api != nil {
-		return api.Code < 500
+		return api.Code < 500 && api.ErrorCode != duplicateInProcess
 	}
 	for _, e := range []error{
 		nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrMaxPayload, nats.ErrBadSubject,
