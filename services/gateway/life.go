@@ -451,21 +451,33 @@ func (l *life) end(released func()) {
 	}
 	memory, joins, id := l.memory, l.joins, l.id
 	l.g.background.Go(func() {
-		defer released()
-		ctx, cancel := context.WithTimeout(context.Background(), endWait)
-		defer cancel()
 		if memory != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), endWait)
 			if err := memory.End(ctx, id); err != nil && !errors.Is(err, mem.ErrLost) {
 				l.g.log.Warn("ending a request's memory", "request", id, "error", err)
 			}
+			cancel()
 		}
-		for _, key := range joins {
-			if err := l.g.bus.DeleteJoin(ctx, key); err != nil {
-				l.g.log.Debug("deleting a join record; it expires", "key", key, "error", err)
-			}
-		}
+		released()
+		l.g.deleteJoins(joins)
 	})
 }
+
+// deleteJoins deletes the join records of a request that has ended. An outage of NATS may have to be waited for, which holds
+// nobody up; a gateway that stops waits for endWait.
+func (g *Gateway) deleteJoins(keys []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), joinWait)
+	defer cancel()
+	defer context.AfterFunc(g.base, func() { time.AfterFunc(endWait, cancel) })()
+	for _, key := range keys {
+		if err := g.bus.DeleteJoin(ctx, key); err != nil {
+			g.log.Warn("deleting a join record; it expires", "key", key, "error", err)
+		}
+	}
+}
+
+// joinWait is how long it is tried to delete a join record.
+const joinWait = 10 * time.Minute
 
 // endWait bounds the time that the end of a request may take; what it leaves expires by itself.
 const endWait = 5 * time.Second
