@@ -30,6 +30,7 @@ import (
 	"trireme.dev/services/gateway/admission"
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/mem"
 	"trireme.dev/shared/sched"
 )
 
@@ -191,7 +192,9 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	defer cancel()
 	npus, err := m.Capacity(ctx)
 	if err != nil {
-		g.log.Warn("asking the HMM for its capacity", "error", err)
+		if !errors.Is(err, mem.ErrLost) { // which is told by whoever connects again
+			g.log.Warn("asking the HMM for its capacity", "error", err)
+		}
 		return
 	}
 	r, c := capacities(npus, func(role string) map[string]bool {
