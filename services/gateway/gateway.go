@@ -128,6 +128,7 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	wg.Go(func() { g.dispatch.run(links) })
 	members := make(chan struct{}, 1)
 	wg.Go(func() { g.watchRoles(links, members) })
+	wg.Go(func() { g.sweepJoins(links) })
 	wg.Go(func() { g.memory.run(links, capacityInterval, members, g.refresh) })
 	wg.Go(func() {
 		if err := g.bus.Announce(links, g.heartbeat); err != nil {

@@ -463,21 +463,5 @@ func (l *life) end(released func()) {
 	})
 }
 
-// deleteJoins deletes the join records of a request that has ended. An outage of NATS may have to be waited for, which holds
-// nobody up; a gateway that stops waits for endWait.
-func (g *Gateway) deleteJoins(keys []string) {
-	ctx, cancel := context.WithTimeout(context.Background(), joinWait)
-	defer cancel()
-	defer context.AfterFunc(g.base, func() { time.AfterFunc(endWait, cancel) })()
-	for _, key := range keys {
-		if err := g.bus.DeleteJoin(ctx, key); err != nil {
-			g.log.Warn("deleting a join record; it expires", "key", key, "error", err)
-		}
-	}
-}
-
-// joinWait is how long it is tried to delete a join record.
-const joinWait = 10 * time.Minute
-
 // endWait bounds the time that the end of a request may take; what it leaves expires by itself.
 const endWait = 5 * time.Second

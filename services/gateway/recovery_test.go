@@ -250,3 +250,47 @@ func TestNATSIsLost(t *testing.T) {
 	}
 	f.settled()
 }
+
+// Join records that a server brings back after they were deleted are deleted again, and no others: neither those of requests
+// that are open, nor another gateway's.
+func TestJoinRecordsAreSwept(t *testing.T) {
+	f := start(t, func(_ *gateway.Config, s *stages) { s.prefill = func(*wire.Prefill, question) bool { return true } })
+	joins := func() map[string]bool {
+		keys, err := f.bus.JoinKeys(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		is := make(map[string]bool)
+		for _, k := range keys {
+			is[k] = true
+		}
+		return is
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	left := make(chan struct{})
+	go func() {
+		defer close(left)
+		_, _ = f.client.Chat.Completions.New(ctx, openai.ChatCompletionNewParams{Messages: []openai.ChatCompletionMessageParamUnion{
+			openai.UserMessage([]openai.ChatCompletionContentPartUnionParam{
+				openai.ImageContentPart(openai.ChatCompletionContentPartImageImageURLParam{URL: dataURL(pngOf(t, 64, 64, color.White))}),
+			}),
+		}}) // it is left
+	}()
+	f.await("the open request's record", func() bool { return len(joins()) == 1 })
+	for _, x := range []struct{ request, gateway string }{{"past", "gateway-test"}, {"theirs", "gateway-other"}} {
+		record := &wire.Join{Prefill: wire.Prefill{Request: wire.Request{ID: x.request, Gateway: x.gateway, Attempt: 1}}}
+		if err := f.bus.CreateJoin(t.Context(), wire.JoinKey(x.request, 1), record); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.nats.Stop()
+	f.nats.Start()
+	f.await("the past record is deleted", func() bool { return !joins()[wire.JoinKey("past", 1)] })
+	if is := joins(); len(is) != 2 || !is[wire.JoinKey("theirs", 1)] {
+		t.Errorf("the records %v are left", is)
+	}
+	leave()
+	<-left
+	f.await("the left request's record is deleted", func() bool { return len(joins()) == 1 })
+}

@@ -373,6 +373,10 @@ func (b *Bus) connection() context.Context {
 	return b.epoch
 }
 
+// Reconnected returns a channel that is closed once the present connection has been replaced by a new one and what a server
+// must have is there again, or at Close.
+func (b *Bus) Reconnected() <-chan struct{} { return b.connection().Done() }
+
 // within returns a context that ends with ctx, after d, when the connection has been replaced, and at Close. Stop frees
 // what it holds.
 func (b *Bus) within(ctx context.Context, d time.Duration) (_ context.Context, stop func()) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -139,4 +140,25 @@ func (b *Bus) DeleteJoin(ctx context.Context, key string) error {
 		return fmt.Errorf("deleting join record %s: %w", key, err)
 	}
 	return nil
+}
+
+// JoinKeys lists the keys of all join records. It waits for a server that is away until ctx ends.
+func (b *Bus) JoinKeys(ctx context.Context) ([]string, error) {
+	prefix := "$KV." + wire.BucketJoin + "."
+	var keys []string
+	err := b.retry(ctx, func(ctx context.Context) error {
+		info, err := b.joinStream.Info(ctx, jetstream.WithSubjectFilter(prefix+">"))
+		if err != nil {
+			return err
+		}
+		keys = keys[:0]
+		for subject := range info.State.Subjects {
+			keys = append(keys, strings.TrimPrefix(subject, prefix))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing join records: %w", err)
+	}
+	return keys, nil
 }

@@ -1,6 +1,9 @@
 package wire
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // Streams and their one permanent consumer each: work queues, a message leaves on ack. Names explain themselves in
 // JetStream's monitoring.
@@ -56,3 +59,9 @@ func SubjectResend(instance string) string { return "trireme.instance." + instan
 
 // JoinKey is the key of the join record of a request and attempt.
 func JoinKey(request string, attempt int) string { return fmt.Sprintf("%s.%d", request, attempt) }
+
+// JoinRequest is the request that a JoinKey is of.
+func JoinRequest(key string) string {
+	request, _, _ := strings.Cut(key, ".")
+	return request
+}

@@ -24,6 +24,8 @@ import (
 
 	"github.com/openai/openai-go/v3"
 	"github.com/openai/openai-go/v3/option"
+
+	"trireme.dev/shared/bus/bustest"
 )
 
 const (
@@ -35,13 +37,7 @@ const (
 var binaryDir string
 
 func TestMain(m *testing.M) {
-	if at := os.Getenv(natsVariable); at != "" {
-		if err := serveNATS(at); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	bustest.ServeIfAsked()
 	status := m.Run()
 	if err := os.RemoveAll(binaryDir); err != nil {
 		fmt.Fprintln(os.Stderr, "removing the binary of the tests:", err)

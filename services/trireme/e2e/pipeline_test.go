@@ -301,16 +301,16 @@ func (c *cluster) expectNoMemory(tb testing.TB) {
 	})
 }
 
-// expectMemory waits until the HMM's memory is as ok wants it. How soon it is so TestNothingLeaks measures.
+// expectMemory waits until the HMM's memory is as ok wants it.
 func (c *cluster) expectMemory(tb testing.TB, what string, ok func(hbm.Stats) bool) {
 	tb.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		stats := c.memory(tb)
 		if ok(stats) {
 			return
 		}
 		if time.Now().After(deadline) {
-			tb.Fatalf("after a minute the HMM has not %s: %+v", what, stats)
+			tb.Fatalf("10 s after the last request the HMM has not %s: %+v", what, stats)
 		}
 	}
 }
