@@ -1,5 +1,6 @@
 // Package benchcmd holds the operator commands that measure: `trireme bench memory` this machine, with processes that it
-// starts itself, and `trireme bench serve` a running server, as its clients see it. The structs are kong commands; the main
+// starts itself, `trireme bench control` what everything around the models costs, `trireme bench irp` what several encoders
+// gain, and `trireme bench serve` a running server, as its clients see it. The structs are kong commands; the main
 // program mounts them.
 package benchcmd
 
@@ -60,10 +61,7 @@ func (c *Memory) Run(e Env) error {
 	if err != nil {
 		return err
 	}
-	if c.JSON {
-		return r.writeJSON(e.Out)
-	}
-	return r.writeTable(e.Out)
+	return write(e.Out, c.JSON, r)
 }
 
 // Give is the hidden `trireme bench give`: the second process of Memory.

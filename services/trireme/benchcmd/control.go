@@ -67,12 +67,7 @@ func (c *Control) Run(e Env) error {
 	if err != nil {
 		return err
 	}
-	if c.JSON {
-		enc := json.NewEncoder(e.Out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(r)
-	}
-	return r.writeTable(e.Out)
+	return write(e.Out, c.JSON, r)
 }
 
 // system is a NATS, an HMM, a gateway and stand-ins.

@@ -1,7 +1,6 @@
 package benchcmd
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -102,12 +101,7 @@ func (c *IRP) Run(e Env) error {
 			OneTTFT: one.ttft, AllTTFT: all.ttft, TTFT: one.ttft / all.ttft,
 		})
 	}
-	if c.JSON {
-		enc := json.NewEncoder(e.Out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(r)
-	}
-	return r.writeTable(e.Out)
+	return write(e.Out, c.JSON, r)
 }
 
 // times are medians in milliseconds.

@@ -86,12 +86,6 @@ func (r *Report) row(name string) (Row, error) {
 	return Row{}, fmt.Errorf("BUG: no row %q to compare with", name)
 }
 
-func (r *Report) writeJSON(w io.Writer) error {
-	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
-	return e.Encode(r)
-}
-
 func (r *Report) writeTable(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "MEASURED\tSAMPLES\tP50\tP99\tEACH\tGB/S\tRATIO OF P50")
@@ -163,4 +157,17 @@ func readNumber(file string) (int64, error) {
 		return 0, err
 	}
 	return strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // "max" is no number: no limit
+}
+
+// tabler is a report that a person can read.
+type tabler interface{ writeTable(io.Writer) error }
+
+// write writes a report as a table or as JSON.
+func write(w io.Writer, asJSON bool, r tabler) error {
+	if !asJSON {
+		return r.writeTable(w)
+	}
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(r)
 }
