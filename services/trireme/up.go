@@ -99,6 +99,9 @@ func (c *upCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
+	if cfg.Vision == nil { // encoders would have nothing to do
+		p.topology = p.topology.Without('E')
+	}
 	if err := checkMemory(&cfg.Text, p.memory); err != nil {
 		return err
 	}

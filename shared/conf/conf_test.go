@@ -39,6 +39,21 @@ func TestParseTopology(t *testing.T) {
 	}
 }
 
+func TestTopologyWithoutARole(t *testing.T) {
+	for before, want := range map[string]string{"1E1P1D": "1P1D", "2E2EPD1Px3+1": "2PD1Px3+1", "1P1D": "1P1D", "3ED": "3D"} {
+		top, err := conf.ParseTopology(before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := top.Without('E').String(); got != want {
+			t.Errorf("%s without encoders is %s, want %s", before, got, want)
+		}
+		if top.String() != before {
+			t.Errorf("%s has become %s", before, top)
+		}
+	}
+}
+
 func FuzzParseTopology(f *testing.F) {
 	f.Add("5E2P1D+2")
 	f.Fuzz(func(t *testing.T, s string) {

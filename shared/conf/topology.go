@@ -111,6 +111,17 @@ func (t Topology) Instances(role byte) int {
 	return n
 }
 
+// Without is the topology without a role, 'E', 'P' or 'D', and without the instances that have no other one.
+func (t Topology) Without(role byte) Topology {
+	rest := Topology{Spare: t.Spare}
+	for _, g := range t.Groups {
+		if g.Roles = strings.ReplaceAll(g.Roles, string(role), ""); g.Roles != "" {
+			rest.Groups = append(rest.Groups, g)
+		}
+	}
+	return rest
+}
+
 // String writes the notation.
 func (t Topology) String() string {
 	var b strings.Builder
