@@ -267,7 +267,7 @@ func (b *Bus) ensure(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		stream, err := b.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		stream, err := b.ensureStream(ctx, jetstream.StreamConfig{
 			Name:        s.stream,
 			Description: s.holds,
 			Subjects:    []string{wire.StageSubjects(s.name)},
@@ -282,7 +282,7 @@ func (b *Bus) ensure(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("stream %s: %w", s.stream, err)
 		}
-		_, err = stream.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
+		consumer := jetstream.ConsumerConfig{
 			Durable:       s.consumer,
 			Description:   s.takers,
 			AckPolicy:     jetstream.AckExplicitPolicy,
@@ -290,7 +290,10 @@ func (b *Bus) ensure(ctx context.Context) error {
 			MaxDeliver:    -1,
 			MaxAckPending: maxAckPending,
 			MaxWaiting:    1 << 12,
-		})
+		}
+		if _, err = stream.CreateConsumer(ctx, consumer); errors.Is(err, jetstream.ErrConsumerExists) { // with other settings
+			_, err = stream.UpdateConsumer(ctx, consumer)
+		}
 		if err != nil {
 			return fmt.Errorf("consumer %s of stream %s: %w", s.consumer, s.stream, err)
 		}
@@ -318,8 +321,18 @@ func (b *Bus) ensureBucket(ctx context.Context, bucket jetstream.StreamConfig) (
 	if bucket.Replicas, err = b.copies(ctx, bucket.Name); err != nil {
 		return err
 	}
-	_, err = b.js.CreateOrUpdateStream(ctx, bucket)
+	_, err = b.ensureStream(ctx, bucket)
 	return err
+}
+
+// ensureStream makes a stream, or changes its settings if they are others. One that is as it should be is left alone: an update
+// that changes nothing is work for the server all the same, and not harmless (RATIONALE.md).
+func (b *Bus) ensureStream(ctx context.Context, cfg jetstream.StreamConfig) (jetstream.Stream, error) {
+	stream, err := b.js.CreateStream(ctx, cfg)
+	if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+		stream, err = b.js.UpdateStream(ctx, cfg)
+	}
+	return stream, err
 }
 
 // copies is how many servers a stream is to be on. A stream that is there keeps its number unless the user has said one: a

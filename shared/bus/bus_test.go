@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/goleak"
 
 	"trireme.dev/shared/bus"
@@ -223,5 +224,41 @@ func TestServerLosesStore(t *testing.T) {
 	ack(t, next(t, c, 1, 1, long)[0])
 	if err := b.CreateJoin(t.Context(), "r.1", join("r", 1)); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who connects leaves streams alone that are as they should be, and changes those that are not.
+func TestConnectUpdatesOnlyWhatDiffers(t *testing.T) {
+	const bucket = "KV_" + wire.BucketInstances // made last
+	b := connect(t, bustest.Run(t).URL())
+	updates, err := b.Conn().SubscribeSync("$JS.EVENT.ADVISORY.STREAM.UPDATED.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	updated := func(by string) {
+		t.Helper()
+		if m, err := updates.NextMsg(time.Minute); err != nil || !strings.HasSuffix(m.Subject, "."+bucket) {
+			t.Fatalf("by %s: %v, %v", by, m, err)
+		}
+	}
+	settings := func() jetstream.StreamConfig {
+		t.Helper()
+		s, err := b.JetStream().Stream(t.Context(), bucket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.CachedInfo().Config
+	}
+	connect(t, b.Conn().ConnectedUrl())
+	other := settings()
+	other.MaxMsgSize = 1 << 10
+	if _, err := b.JetStream().UpdateStream(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	updated("the test, the first one at all")
+	connect(t, b.Conn().ConnectedUrl())
+	updated("who connected, the first one then")
+	if got := settings().MaxMsgSize; got != wire.MaxMessage {
+		t.Errorf("messages may have %d bytes, want %d", got, wire.MaxMessage)
 	}
 }

@@ -23,8 +23,9 @@ import (
 	"trireme.dev/shared/stage"
 )
 
-// inProcess runs every service as goroutines of the test, so that the race detector sees all of them.
-func inProcess(tb testing.TB) *cluster {
+// inProcess runs every service as goroutines of the test, so that the race detector sees all of them: the stages as instances
+// of one role each, or two of all roles.
+func inProcess(tb testing.TB, combined bool) *cluster {
 	tb.Helper()
 	dir, err := os.MkdirTemp("", "tri") // short: a socket's path has 107 bytes
 	if err != nil {
@@ -60,9 +61,22 @@ func inProcess(tb testing.TB) *cluster {
 		return hmm.Run(ctx, hmm.Config{Socket: socket, Node: "test", NPUs: 4, NPUBytes: 1 << 30, HostBytes: 256 << 20, NATS: conn}, log)
 	})
 	cfg := stage.Config{NATSURL: server.URL(), HMM: socket, Model: model}
-	run("encoder", func() error { return encoder.Run(ctx, cfg, log) })
-	run("prefill", func() error { return prefill.Run(ctx, prefill.Config{Stage: cfg}, log) })
-	run("decoder", func() error { return decoder.Run(ctx, decoder.Config{Stage: cfg}, log) })
+	if combined {
+		for range 2 {
+			run("stage", func() error {
+				s, err := stage.Open(ctx, "encode+prefill+decode", cfg, log)
+				if err != nil {
+					return err
+				}
+				defer s.Close()
+				return s.Serve(ctx, encoder.Role(), prefill.Role(prefill.Config{}), decoder.Role(decoder.Config{}))
+			})
+		}
+	} else {
+		run("encoder", func() error { return encoder.Run(ctx, cfg, log) })
+		run("prefill", func() error { return prefill.Run(ctx, prefill.Config{Stage: cfg}, log) })
+		run("decoder", func() error { return decoder.Run(ctx, decoder.Config{Stage: cfg}, log) })
+	}
 	run("gateway", func() error {
 		return gateway.Run(ctx, gateway.Config{
 			HTTP: fmt.Sprintf("127.0.0.1:%d", port), NATSURL: server.URL(), HMMSocket: socket, ModelDir: model,
@@ -91,7 +105,12 @@ func (w testWriter) Write(p []byte) (int, error) {
 
 // The stages as goroutines, a mixed load at once: under the race detector, and every answer right.
 func TestAllServicesInOneProcess(t *testing.T) {
-	c := inProcess(t)
+	t.Run("one role each", func(t *testing.T) { allInOneProcess(t, false) })
+	t.Run("all roles each", func(t *testing.T) { allInOneProcess(t, true) })
+}
+
+func allInOneProcess(t *testing.T, combined bool) {
+	c := inProcess(t, combined)
 	var wg sync.WaitGroup
 	for _, g := range loadGoldens(t) {
 		p := g.params(t)

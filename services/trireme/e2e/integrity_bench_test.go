@@ -23,7 +23,7 @@ import (
 // Counted are both ends of each hand-over, though only what comes before the first token is part of the TTFT: pictures
 // and MM objects sealed and verified, KV blocks sealed by prefill and verified, with the log, by the decoder.
 func BenchmarkChecksums(b *testing.B) {
-	c := inProcess(b)
+	c := inProcess(b, false)
 	r := newRogue(b, c)
 	f, err := hf.Open(filepath.Join(root, "models/shapes-vl-moe"))
 	if err != nil {
