@@ -23,7 +23,7 @@ import (
 
 const (
 	addressA, addressB = "10.99.0.1", "10.99.0.2"
-	roleVariable       = "TRIREME_TRANSFER_NODE" // serve BYTES or pull BYTES STALL
+	roleVariable       = "TRIREME_TRANSFER_NODE" // serve BYTES, or pull BYTES STALL MEMORY CRC; MEMORY: used or fresh
 )
 
 type pulled struct {
@@ -61,7 +61,12 @@ func node(role []string) error {
 	if err != nil {
 		return err
 	}
-	crc, err := strconv.ParseUint(role[3], 10, 32)
+	if role[3] == "used" { // as most that an HMM gives out, which keeps what is given back
+		for i := range p {
+			p[i] = 1
+		}
+	}
+	crc, err := strconv.ParseUint(role[4], 10, 32)
 	if err != nil {
 		return err
 	}
@@ -186,11 +191,12 @@ func (n *nodes) line(lines chan string) string {
 	return l
 }
 
-// pull pulls an object of so many bytes from a to z; atQuarter, if not nil, is called when a quarter of it is there.
-func (n *nodes) pull(bytes int, stall time.Duration, atQuarter func()) pulled {
+// pull pulls an object of so many bytes from a to z, into used memory or fresh; atQuarter, if not nil, is called when a quarter
+// of it is there.
+func (n *nodes) pull(bytes int, stall time.Duration, memory string, atQuarter func()) pulled {
 	n.b.Helper()
 	crc := n.line(n.start(n.a, fmt.Sprintf("serve %d", bytes), os.Args[0]))
-	lines := n.start(n.z, fmt.Sprintf("pull %d %v %s", bytes, stall, crc), os.Args[0])
+	lines := n.start(n.z, fmt.Sprintf("pull %d %v %s %s", bytes, stall, memory, crc), os.Args[0])
 	n.line(lines)
 	if atQuarter != nil {
 		atQuarter()
@@ -250,16 +256,16 @@ func size(bytes, seconds int) (int, int) {
 
 func BenchmarkNodes(b *testing.B) {
 	for _, tc := range []struct {
-		rate  string
-		bytes int
-	}{{"1gbit", 384 * mib}, {"5gbit", 1536 * mib}, {"", 1536 * mib}} {
-		b.Run("rate="+tc.rate, func(b *testing.B) {
+		rate, memory string
+		bytes        int
+	}{{"1gbit", "used", 384 * mib}, {"5gbit", "used", 1536 * mib}, {"5gbit", "fresh", 1536 * mib}, {"", "used", 1536 * mib}} {
+		b.Run("rate="+tc.rate+"/"+tc.memory, func(b *testing.B) {
 			for range b.N {
 				n := newNodes(b)
 				n.link(tc.rate)
 				bytes, seconds := size(tc.bytes, 3)
 				iperf := n.iperf(seconds)
-				n.report(bytes, n.pull(bytes, 10*time.Second, nil), iperf)
+				n.report(bytes, n.pull(bytes, 10*time.Second, tc.memory, nil), iperf)
 			}
 		})
 	}
@@ -271,7 +277,7 @@ func BenchmarkNodesCut(b *testing.B) {
 		n := newNodes(b)
 		n.link("1gbit")
 		const bytes = 384 * mib
-		r := n.pull(bytes, time.Second, func() {
+		r := n.pull(bytes, time.Second, "used", func() {
 			n.sh("ip -n %s link set eth9 down", n.a)
 			time.Sleep(3 * time.Second)
 			n.sh("ip -n %s link set eth9 up", n.a)
@@ -294,7 +300,7 @@ func BenchmarkNodesFar(b *testing.B) {
 				n.far(10*time.Millisecond, loss)
 				bytes, seconds := size(192*mib, 4)
 				iperf := n.iperf(seconds)
-				n.report(bytes, n.pull(bytes, 10*time.Second, nil), iperf)
+				n.report(bytes, n.pull(bytes, 10*time.Second, "used", nil), iperf)
 			}
 		})
 	}

@@ -320,18 +320,24 @@ func (s *stream) receive(p *pull, want *span) error {
 	return nil
 }
 
-// warm is how much is read before its checksum is taken: it is then still in the cache.
+// warm is how much is read before its checksum is taken and it is copied to where it belongs: it is then still in the cache.
 const warm = 256 << 10
+
+// pieces are what is read into: the kernel writes to them, and never to the mapped pages (RATIONALE.md).
+var pieces = sync.Pool{New: func() any { return new([warm]byte) }}
 
 // content reads a frame's bytes to where they belong.
 func (s *stream) content(p *pull, frame span, want uint32) error {
+	piece := pieces.Get().(*[warm]byte)
+	defer pieces.Put(piece)
 	var crc uint32
 	for at := frame.at; at < frame.end; {
 		if err := s.conn.SetReadDeadline(time.Now().Add(p.c.cfg.Stall)); err != nil {
 			return fmt.Errorf("receiving: %w", err)
 		}
-		n, err := s.conn.Read(p.dst[at:min(at+warm, frame.end)])
-		crc = mem.Extend(crc, p.dst[at:at+int64(n)])
+		n, err := s.conn.Read(piece[:min(warm, frame.end-at)])
+		crc = mem.Extend(crc, piece[:n])
+		copy(p.dst[at:], piece[:n])
 		at += int64(n)
 		if err != nil && at < frame.end {
 			p.c.wasted.Add(at - frame.at)
