@@ -67,6 +67,7 @@ func BenchmarkPull(b *testing.B) {
 func BenchmarkSend(b *testing.B) {
 	const size, frame = 64 * mib, mib
 	f, p := pages(b, size)
+	warm := make([]byte, 24+256<<10)
 	ways := map[string]func(c *net.TCPConn, at int) error{
 		"writev": func(c *net.TCPConn, at int) error {
 			v := net.Buffers{make([]byte, 24), p[at : at+frame]}
@@ -79,13 +80,24 @@ func BenchmarkSend(b *testing.B) {
 			_, err := v.WriteTo(c)
 			return err
 		},
+		"copy+crc": func(c *net.TCPConn, at int) error { // as Server does
+			for end := at + frame; at < end; {
+				n := copy(warm[24:], p[at:end])
+				_ = mem.Checksum(warm[24 : 24+n])
+				if _, err := c.Write(warm[:24+n]); err != nil {
+					return err
+				}
+				at += n
+			}
+			return nil
+		},
 		"sendfile": func(c *net.TCPConn, at int) error { return sendfile(c, f, at, frame) },
 		"sendfile+crc": func(c *net.TCPConn, at int) error {
 			_ = mem.Checksum(p[at : at+frame])
 			return sendfile(c, f, at, frame)
 		},
 	}
-	for _, name := range []string{"writev", "sendfile", "writev+crc", "sendfile+crc"} {
+	for _, name := range []string{"writev", "sendfile", "writev+crc", "sendfile+crc", "copy+crc"} {
 		b.Run(name, func(b *testing.B) {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
