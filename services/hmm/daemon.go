@@ -28,7 +28,8 @@ type Daemon struct {
 	rooms   []protocol.Space
 	domains []int // by NPU: its space
 	table   *host.Table
-	others  *peers // nil: the node is alone
+	board   *host.Board // what holders of claims say of their work, by slot
+	others  *peers      // nil: the node is alone
 
 	listener *net.UnixListener
 	peers    sync.WaitGroup // sessions, and watchers of processes whose connection has ended
@@ -95,6 +96,9 @@ func (d *Daemon) open() error {
 	if d.table, err = host.NewTable("trireme-claims", d.cfg.Claims); err != nil {
 		return err
 	}
+	if d.board, err = host.NewBoard("trireme-board", d.cfg.Claims); err != nil {
+		return err
+	}
 	if d.cfg.Peers != nil {
 		if d.others, err = openPeers(d, *d.cfg.Peers); err != nil {
 			return err
@@ -108,6 +112,7 @@ func (d *Daemon) open() error {
 		Node: d.cfg.Node, Page: d.stores[0].Page(), Spaces: spaces, Host: d.cfg.HostBytes, NPUs: npus, Slots: d.cfg.Claims, Key: key,
 		// Generations of this daemon are above those of one before it on the node, at less than one a nanosecond.
 		First:   uint64(time.Now().UnixNano()),
+		Board:   d.board.Load,
 		MMCache: d.cfg.MMCache, KVCache: d.cfg.KVCache, Weights: d.cfg.Weights,
 		Margin: d.cfg.Margin, Tombstone: d.cfg.Tombstone, MaxTombstones: maxTombstones, MaxRequests: maxRequests, Unknown: unknownDeadline,
 	}))
@@ -168,6 +173,9 @@ func (d *Daemon) close() error {
 	}
 	if d.table != nil {
 		errs = append(errs, d.table.Close())
+	}
+	if d.board != nil {
+		errs = append(errs, d.board.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -72,7 +72,13 @@ func (s *session) serve() {
 		s.reply(0, err, nil)
 	}
 	s.working.Wait()
-	s.d.books.do(func(l *ledger.Ledger, _ time.Time) { l.Disconnect(s.id) })
+	s.d.books.do(func(l *ledger.Ledger, _ time.Time) {
+		if bye == 0 {
+			l.Died(s.id)
+		} else {
+			l.Disconnect(s.id)
+		}
+	})
 	s.d.gone(s.instance, s.role)
 	if bye != 0 {
 		s.d.books.reap(s.id)
@@ -173,13 +179,17 @@ func (s *session) connect(h protocol.Hello) ([]int, error) {
 func (s *session) welcome(id uint64, npus []int) error {
 	w := protocol.Welcome{
 		Version: protocol.Version, Node: s.d.cfg.Node, NPUs: npus, Slots: s.d.table.Len(), Spaces: s.d.rooms, Domains: s.d.domains,
+		Board: true,
 	}
 	if s.role == protocol.RoleGateway {
-		w.Spaces, w.Domains = w.Spaces[:1], nil
+		w.Spaces, w.Domains, w.Board = w.Spaces[:1], nil, false
 	}
 	fds := []int{int(s.d.table.File().Fd())}
 	for i := range w.Spaces {
 		fds = append(fds, int(s.d.stores[i].File().Fd()))
+	}
+	if w.Board {
+		fds = append(fds, int(s.d.board.File().Fd()))
 	}
 	frame, err := protocol.Reply(id, nil, w)
 	if err != nil {

@@ -23,6 +23,9 @@ type Claim struct {
 	slot       int
 	generation uint64
 	log        *mem.Handle
+	strikes    int
+	before     uint32 // furthest that anyone came before
+	progress   protocol.Progress
 }
 
 // Claim takes a part for this instance, whoever had it: the generation always rises, and the one before is fenced.
@@ -39,7 +42,7 @@ func (c *Client) Claim(ctx context.Context, p Part, reply string) (*Claim, error
 	if t := c.table.Load(); t != nil && (got.Slot < 0 || got.Slot >= t.Len()) {
 		return nil, fmt.Errorf("claim in slot %d of %d: %w", got.Slot, t.Len(), mem.ErrInvalid)
 	}
-	return &Claim{c, p, got.Slot, got.Generation, got.Log}, nil
+	return &Claim{client: c, part: p, slot: got.Slot, generation: got.Generation, log: got.Log, strikes: got.Strikes, before: got.Reached}, nil
 }
 
 // Part is what the claim is for.
@@ -54,6 +57,50 @@ func (k *Claim) Log() (h mem.Handle, ok bool) {
 		return mem.Handle{}, false
 	}
 	return *k.log, true
+}
+
+// Strikes is how many holders before have died, one after the other, while they ran the part and got no further than the one
+// before: the part may be what kills them. Progress makes it 0.
+func (k *Claim) Strikes() int { return k.strikes }
+
+// Run notes that the part is being worked on from now on: if this process dies, that may be why. Rest notes that it waits.
+// One goroutine at a time calls these and Progress. They cost a store, or nothing when nothing changes.
+func (k *Claim) Run() {
+	if !k.progress.Running {
+		k.progress.Running = true
+		k.tell()
+	}
+}
+
+// Rest is the end of what Run has begun.
+func (k *Claim) Rest() {
+	if k.progress.Running {
+		k.progress.Running = false
+		k.tell()
+	}
+}
+
+// Progress notes how far the work has come, above 0, in what the stage counts. Only what is further than every holder before
+// counts against strikes; it reports whether it has just put an end to them.
+func (k *Claim) Progress(reached uint32) (cleared bool) {
+	if reached == k.progress.Reached {
+		return false
+	}
+	k.progress.Reached = reached
+	k.tell()
+	if k.strikes == 0 || reached <= k.before {
+		return false
+	}
+	k.strikes = 0
+	return true
+}
+
+// tell puts the progress where the HMM finds it if this process dies. What the slot's next holder has told may be overwritten by
+// one that does not know yet that it has lost its claim; all that costs is a strike that is not counted, or one too many.
+func (k *Claim) tell() {
+	if b := k.client.board.Load(); b != nil && k.Held() {
+		b.Store(k.slot, k.progress.Word(k.generation))
+	}
 }
 
 // Inherit makes this instance the writer of the sequence that the claim is for: its log and slabs get the request's hold,

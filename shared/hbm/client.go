@@ -53,8 +53,9 @@ type Client struct {
 	conn  *net.UnixConn
 	node  string
 	npus  []int
-	homes []int                     // of each NPU of the node: its space; none for the gateway
-	table atomic.Pointer[host.View] // of claims; nil once the connection has ended
+	homes []int                      // of each NPU of the node: its space; none for the gateway
+	table atomic.Pointer[host.View]  // of claims; nil once the connection has ended
+	board atomic.Pointer[host.Board] // what this client says of its work, by slot of the claim; nil for the gateway, and as table
 	maps  maps
 
 	writing sync.Mutex // one write at a time
@@ -199,8 +200,13 @@ func welcome(conn *net.UnixConn, payload []byte, files []*os.File) (*Client, err
 	if w.Version != protocol.Version {
 		return nil, fmt.Errorf("the HMM speaks version %d, this program %d: %w", w.Version, protocol.Version, ErrVersion)
 	}
-	if len(files) != 1+len(w.Spaces) {
-		return nil, fmt.Errorf("%d descriptors came for %d spaces and the claim table: %w", len(files), len(w.Spaces), mem.ErrInvalid)
+	boards := 0
+	if w.Board {
+		boards = 1
+	}
+	if len(files) != 1+len(w.Spaces)+boards {
+		return nil, fmt.Errorf("%d descriptors came for %d spaces, the claim table and %d boards: %w", len(files), len(w.Spaces), boards,
+			mem.ErrInvalid)
 	}
 	c := &Client{conn: conn, node: w.Node, npus: w.NPUs, homes: w.Domains, pending: map[uint64]chan reply{}, lost: make(chan struct{}), lastID: 1}
 	c.maps.live = map[place]*mapping{}
@@ -215,6 +221,13 @@ func welcome(conn *net.UnixConn, payload []byte, files []*os.File) (*Client, err
 			return nil, errors.Join(err, c.maps.close())
 		}
 		c.maps.spaces = append(c.maps.spaces, space)
+	}
+	if w.Board {
+		board, err := host.OpenBoard(files[1+len(w.Spaces)], w.Slots)
+		if err != nil {
+			return nil, errors.Join(err, c.maps.close())
+		}
+		c.board.Store(board)
 	}
 	return c, nil
 }
@@ -256,6 +269,7 @@ func (c *Client) end(cause error) {
 	}
 	c.cause = cause
 	c.table.Store(nil) // the collector unmaps it after the last Held that still looks at it
+	c.board.Store(nil)
 	close(c.lost)
 	_ = c.conn.Close() // it has ended already or has nothing left to say
 }

@@ -81,9 +81,10 @@ func TestDialMeetsStrangers(t *testing.T) {
 		fds    []byte
 		want   string
 	}{
-		"other version":    {func(w *protocol.Welcome) { w.Version = 2 }, fds, "versions differ"},
+		"other version":    {func(w *protocol.Welcome) { w.Version++ }, fds, "versions differ"},
 		"no descriptors":   {func(*protocol.Welcome) {}, nil, "0 descriptors"},
 		"one missing":      {func(w *protocol.Welcome) { w.Spaces = append(w.Spaces, w.Spaces[0]) }, fds, "2 descriptors"},
+		"no board":         {func(w *protocol.Welcome) { w.Board = true }, fds, "and 1 boards"},
 		"small space":      {func(w *protocol.Welcome) { w.Spaces[0].Bytes = 1 << 40 }, fds, "were promised"},
 		"negative space":   {func(w *protocol.Welcome) { w.Spaces[0].Bytes = -mem.HostPage }, fds, "not whole pages"},
 		"small table":      {func(w *protocol.Welcome) { w.Slots = 1 << 40 }, fds, "were promised"},

@@ -55,13 +55,15 @@ func (l *Ledger) Claim(now time.Time, id Conn, c protocol.Claim) (protocol.Claim
 		l.claims[keyOf(p)] = k
 		r.claims[k] = true
 	} else if k.owner != nil {
+		l.heard(k)
 		delete(k.owner.claims, k)
 	}
 	l.endEncoding(k.encoding)
 	k.part, k.reply, k.generation, k.owner = p, c.Reply, l.next(), l.conn(id)
 	k.owner.claims[k] = true
 	l.effects.Slots = append(l.effects.Slots, Slot{k.slot, k.generation})
-	out := protocol.Claimed{Generation: k.generation, Slot: k.slot}
+	past := r.records[keyOf(p)]
+	out := protocol.Claimed{Generation: k.generation, Slot: k.slot, Strikes: past.strikes, Reached: past.reached}
 	if o := r.logs[keyOf(p)]; o != nil {
 		h := o.handle
 		out.Log = &h
@@ -134,7 +136,9 @@ func (l *Ledger) Unclaim(id Conn, u protocol.Unclaim) error {
 	if err := l.claimed(id, u.Part, u.Generation); err != nil {
 		return fmt.Errorf("giving up part %d of %s: request %.40s: %w", u.Part.Part, u.Part.Stage, u.Part.Request, err)
 	}
-	l.release(l.claims[keyOf(u.Part)])
+	k := l.claims[keyOf(u.Part)]
+	l.heard(k)
+	l.release(k)
 	return nil
 }
 

@@ -27,6 +27,8 @@ type Config struct {
 	Key    []byte // for capabilities: secret, new at each start of the daemon
 	First  uint64 // first generation; above all of earlier daemons on this node
 
+	Board func(slot int) uint64 // reads what the holder of the claim in a slot has said: protocol.Progress; nil: nothing
+
 	MMCache int64 // most bytes of MM objects, on each NPU, that only the cache keeps; 0: no cache
 	KVCache int64 // the same of KV slabs
 	Weights int64 // most bytes of weights in each memory domain, beside what its NPUs have
@@ -165,12 +167,13 @@ func (l *Ledger) Connect(instance, role string, n int) (Conn, []int, error) {
 	return l.lastConn, c.npus, nil
 }
 
-// Disconnect notes that a client's connection has ended: its claims become orphans. What it holds stays until Reap,
-// because a mapping cannot be taken from a process that still runs.
+// Disconnect notes that a client's connection has ended, as it wanted: its claims become orphans. What it holds stays until
+// Reap, because a mapping cannot be taken from a process that still runs.
 func (l *Ledger) Disconnect(id Conn) {
 	c := l.conn(id)
 	c.gone = true
 	for k := range c.claims {
+		l.heard(k)
 		k.owner = nil
 		l.endEncoding(k.encoding)
 	}

@@ -20,6 +20,7 @@ type request struct {
 	objects map[*object]bool
 	claims  map[*claim]bool
 	logs    map[claimKey]*object // token logs by the part that they are of, see Inherit; each has the request's hold
+	records map[claimKey]record  // of parts of which there is anything to say
 	index   int                  // in its queue
 	by      *conn                // who named it first; nil once it has ended
 }
@@ -72,6 +73,7 @@ func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time
 			}
 		}
 		clear(r.logs)
+		r.again()
 	}
 	if left > 0 {
 		if e := now.Add(min(left, maxLeft) + l.cfg.Margin); !r.known || e.After(r.expiry) {
@@ -121,7 +123,7 @@ func (l *Ledger) end(now time.Time, r *request) {
 		r.by.named--
 		r.by = nil
 	}
-	r.ended, r.objects, r.claims, r.logs = true, nil, nil, nil
+	r.ended, r.objects, r.claims, r.logs, r.records = true, nil, nil, nil, nil
 	if t := now.Add(l.cfg.Tombstone); !r.known || t.After(r.expiry) {
 		r.expiry = t
 	}

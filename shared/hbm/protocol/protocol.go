@@ -11,7 +11,7 @@ import (
 
 // Version is the version of the protocol. Both sides refuse another one; it is raised by every change that an older peer
 // would misread.
-const Version = 1
+const Version = 2
 
 // Op names a request.
 type Op uint8
@@ -79,6 +79,7 @@ type Welcome struct {
 	Slots   int     // words of the claim table
 	Spaces  []Space // host memory, then the memory domains; the gateway gets the first only
 	Domains []int   // of each NPU of the node: its memory domain, as an index of Spaces; empty for the gateway
+	Board   bool    // the last descriptor is the board's, Slots words for Progress; not for the gateway
 }
 
 // Space describes one space of the node.
@@ -161,6 +162,10 @@ type Claimed struct {
 	Generation uint64
 	Slot       int
 	Log        *mem.Handle // token log of the part's last writer, as Inherit named it; nil: there was none
+	// Strikes is how many claimants in a row have died while they ran the part and came no further than Reached, which is how far
+	// anyone has come at this attempt.
+	Strikes int
+	Reached uint32
 }
 
 // Inherit makes the claimant of a part the writer of its sequence. Keep[0] is the sequence's token log from now on.

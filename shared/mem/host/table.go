@@ -77,17 +77,24 @@ func openView(f *os.File, n int) (*View, error) {
 	if err := sized(f, int64(n)*8); err != nil {
 		return nil, err
 	}
-	p, err := unix.MmapPtr(int(f.Fd()), 0, nil, uintptr(n)*8, unix.PROT_READ, unix.MAP_SHARED)
+	v := &View{}
+	var err error
+	v.words, err = mapWords(v, f, n, unix.PROT_READ)
+	return v, err
+}
+
+// mapWords maps the first n words of a file until the garbage collector finds owner unused.
+func mapWords[T any](owner *T, f *os.File, n, access int) ([]atomic.Uint64, error) {
+	p, err := unix.MmapPtr(int(f.Fd()), 0, nil, uintptr(n)*8, access, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("mapping a table of %d words: %w", n, err)
 	}
-	v := &View{unsafe.Slice((*atomic.Uint64)(p), n)}
-	runtime.AddCleanup(v, func(p unsafe.Pointer) {
+	runtime.AddCleanup(owner, func(p unsafe.Pointer) {
 		if err := unix.MunmapPtr(p, uintptr(n)*8); err != nil {
 			panic(fmt.Sprintf("BUG: unmapping a table: %v", err))
 		}
 	}, p)
-	return v, nil
+	return unsafe.Slice((*atomic.Uint64)(p), n), nil
 }
 
 // Len is the number of words.
