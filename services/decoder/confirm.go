@@ -2,11 +2,7 @@ package decoder
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"time"
-
-	"github.com/nats-io/nats.go"
 
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
@@ -66,7 +62,6 @@ func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Fi
 	if err != nil {
 		return c, err
 	}
-	s.silent.after(nil, time.Now())
 	if c.Next < 0 || c.Next > next {
 		c.Next = next
 	}
@@ -76,14 +71,8 @@ func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Fi
 // confirm asks the gateway until it has answered how far it has come, so that s may go on. It is an errand.
 func (d *decoder) confirm(ctx context.Context, s *sequence, next int) {
 	for ctx.Err() == nil {
-		c, err := d.ask(ctx, s, next, wire.FinishNone)
-		switch {
-		case err == nil:
+		if c, err := d.ask(ctx, s, next, wire.FinishNone); err == nil {
 			d.do(func() { d.confirmed(s, c) })
-			return
-		case d.abandoned(s, err):
-			err := d.abandon(ctx, s)
-			d.do(func() { d.drop(s, err) })
 			return
 		}
 		pause(ctx, silentWait)
@@ -105,15 +94,11 @@ func (d *decoder) confirmed(s *sequence, c wire.Confirmed) {
 	}
 }
 
-// confirmEnd repeats until the gateway has the last token or needs nothing more. A gateway that is gone needs nothing:
-// its request ends.
+// confirmEnd repeats until the gateway has the last token or needs nothing more, or ctx ends.
 func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
 	for {
 		if !s.claim.Held() {
 			return mem.ErrFenced
-		}
-		if d.Ended(s.request.ID, s.choice) {
-			return mem.ErrEnded
 		}
 		c, err := d.ask(ctx, s, s.answer, s.finish())
 		switch {
@@ -124,45 +109,8 @@ func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
 		case err == nil:
 			d.replay(s, c.Next)
 			pause(ctx, askWait)
-		case d.abandoned(s, err):
-			return d.abandon(ctx, s)
 		default:
 			pause(ctx, silentWait)
 		}
 	}
-}
-
-// silence is for how long nobody has listened at a gateway.
-type silence struct{ since time.Time } // zero: somebody has, or it is not known
-
-// after takes the outcome of a question at a time and returns for how long NATS has said without a break that nobody listens:
-// the gateway's connection has ended. That there is no answer, or no NATS, says nothing of the gateway; after an outage of NATS
-// it may only be the later one to be back.
-func (s *silence) after(err error, now time.Time) time.Duration {
-	switch {
-	case !errors.Is(err, nats.ErrNoResponders):
-		s.since = time.Time{}
-		return 0
-	case s.since.IsZero():
-		s.since = now
-	}
-	return now.Sub(s.since)
-}
-
-// abandoned reports whether a gateway that did not answer, with err, is to be given up: nobody listens there, its
-// heartbeat is gone, and that for a while.
-func (d *decoder) abandoned(s *sequence, err error) bool {
-	return s.silent.after(err, time.Now()) > d.patience && !d.GatewayAlive(s.request.Gateway)
-}
-
-// abandon ends the request of a gateway that is gone, here and in the HMM. It returns mem.ErrEnded, or why that failed.
-func (d *decoder) abandon(ctx context.Context, s *sequence) error {
-	d.Log.Warn("its gateway is gone: ending the request", "request", s.request.ID, "gateway", s.request.Gateway)
-	if err := d.Bus.Send(wire.SubjectDone, &wire.Done{Request: s.request.ID, Choice: -1}); err != nil {
-		return fmt.Errorf("ending the request of a gone gateway: %w", err)
-	}
-	if err := d.HBM.End(context.WithoutCancel(ctx), s.request.ID); err != nil {
-		return fmt.Errorf("ending the request of a gone gateway: %w", err)
-	}
-	return mem.ErrEnded
 }

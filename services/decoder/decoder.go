@@ -32,9 +32,8 @@ import (
 
 // Config is a decode instance's configuration.
 type Config struct {
-	Stage    stage.Config
-	Slots    int           // sequences in work at once; 0: 256
-	Patience time.Duration // a gateway without heartbeat and answer for longer has its requests ended; 0: 10 s
+	Stage stage.Config
+	Slots int // sequences in work at once; 0: 256
 }
 
 // Run serves the decode queue until ctx ends. It returns an error when it cannot start or loses the HMM.
@@ -55,13 +54,9 @@ func Role(cfg Config) stage.Role {
 	if cfg.Slots == 0 {
 		cfg.Slots = 256
 	}
-	if cfg.Patience == 0 {
-		cfg.Patience = 10 * time.Second
-	}
 	return stage.Role{Name: stage.Decode, Slots: cfg.Slots, Start: func(s *stage.Stage) (stage.Worker, error) {
 		d := &decoder{
-			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab), patience: cfg.Patience,
-			rows: s.Metrics.Rows.WithLabelValues(stage.Decode), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
+			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab), rows: s.Metrics.Rows.WithLabelValues(stage.Decode), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
 		}
 		var err error
 		if d.resends, err = s.Bus.Handle(wire.SubjectResend(s.ID), d.resend); err != nil {
@@ -75,10 +70,9 @@ func Role(cfg Config) stage.Role {
 // decoder is the running role. The loop owns what stands below resends; others reach it through do.
 type decoder struct {
 	*stage.Stage
-	space    *sample.Space
-	patience time.Duration
-	rows     prometheus.Counter
-	resends  *nats.Subscription
+	space   *sample.Space
+	rows    prometheus.Counter
+	resends *nats.Subscription
 
 	live   map[key]*sequence
 	active []*sequence // in order of arrival
@@ -89,9 +83,6 @@ type decoder struct {
 
 // do runs f on the loop's goroutine, now or later, as long as there are handlers.
 func (d *decoder) do(f func()) { d.Runner.Do(f) }
-
-// End implements stage.Worker.
-func (d *decoder) End(m wire.Done) { d.do(func() { d.end(m.Request, m.Choice) }) }
 
 // Close implements stage.Worker.
 func (d *decoder) Close() { _ = d.resends.Unsubscribe() } // it ends with the connection at the latest
@@ -104,13 +95,7 @@ func (d *decoder) Handle(ctx context.Context, dl *bus.Delivery) {
 		_ = dl.Ack(ctx)
 		return
 	}
-	claim, err := d.HBM.Claim(ctx, hbm.Part{
-		Request: m.Request.ID, Attempt: m.Request.Attempt, Left: m.Request.Left, Stage: stage.Decode, Part: m.Choice,
-	}, dl.Reply)
-	if err == nil {
-		err = d.work(ctx, &m, claim)
-	}
-	d.Settle(ctx, dl, m.Request, claim, err)
+	d.Work(ctx, dl, m.Request, m.Choice, func(ctx context.Context, claim *hbm.Claim) error { return d.work(ctx, &m, claim) })
 }
 
 // work decodes one choice to its end and has that confirmed.

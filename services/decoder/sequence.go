@@ -48,7 +48,6 @@ type sequence struct {
 
 	// The handler's, and its errands' while they run.
 	objects []*hbm.Object // all that is mapped for the sequence
-	silent  silence       // of the gateway
 }
 
 // errand runs f beside the loop until the loop lets go of s.

@@ -60,13 +60,8 @@ func (d *decoder) Computed(_ []engine.Seq, logits [][]float32, err error) {
 	}
 }
 
-// add takes a sequence into the loop, unless its end has come first. A claim that this instance held on it before is
-// void: its sequence goes.
+// add takes a sequence into the loop. A claim that this instance held on it before is void: its sequence goes.
 func (d *decoder) add(s *sequence) {
-	if d.Ended(s.request.ID, s.choice) {
-		s.done <- mem.ErrEnded
-		return
-	}
 	if old := d.live[s.key()]; old != nil {
 		d.drop(old, mem.ErrFenced)
 	}
@@ -91,21 +86,15 @@ func (d *decoder) drop(s *sequence, err error) {
 	s.done <- err
 }
 
-// end drops what a done event names.
-func (d *decoder) end(request string, choice int) {
-	for k, s := range d.live {
-		if k.request == request && (choice < 0 || k.choice == choice) {
-			d.drop(s, mem.ErrEnded)
-		}
-	}
-}
-
 // position is where the newest token stands in the sequence, and its KV will.
 func (s *sequence) position() int { return len(s.spec.Prompt) + s.answer - 1 }
 
 // prepare makes room for the next step, and sends for what is needed soon: a slab before its own are full, a
 // confirmation before its window is. It reports whether the sequence can take the step.
 func (d *decoder) prepare(s *sequence) (bool, error) {
+	if s.life.Err() != nil { // the handler is about to say so
+		return false, context.Cause(s.life)
+	}
 	if !s.claim.Held() {
 		return false, mem.ErrFenced
 	}

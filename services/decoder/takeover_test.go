@@ -303,7 +303,7 @@ func TestDoneFreesAtOnce(t *testing.T) {
 	req = r.Request(r.gateway.ID)
 	m := r.Prefilled(req, spec, 0)
 	r.Done(req.ID, 0)
-	r.Until("the stage knows", func() bool { return s.Ended(req.ID, 0) })
+	r.Until("the stage knows", func() bool { return s.Ended(req, 0) })
 	r.Publish(stage.Decode, req.ID, &m)
 	r.Until("the message is settled", func() bool { return r.Outcomes(s, "ended") == 3 })
 	if a := r.gateway.Answer(req.ID, 0); len(a.Runs) > 0 {
@@ -333,7 +333,8 @@ func TestGoneGatewayIsGivenUp(t *testing.T) {
 	for name, tokens := range map[string]int{"in the middle": 4000, "at the end": 60} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, stagetest.Long)
-			s, _ := r.decoder(decoder.Config{Patience: 100 * time.Millisecond})
+			r.Stage.Lease = 200 * time.Millisecond
+			s, _ := r.decoder(decoder.Config{})
 			r.gateway.Leave()
 			req := r.Request(r.gateway.ID)
 			m := r.Prefilled(req, r.Model.Greedy(prompt(t, "case02"), tokens), 0)

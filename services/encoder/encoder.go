@@ -80,9 +80,6 @@ func start(s *stage.Stage) (stage.Worker, error) {
 	return e, nil
 }
 
-// End implements stage.Worker: what has ended is seen before the next piece.
-func (e *encoder) End(wire.Done) {}
-
 // Close implements stage.Worker.
 func (e *encoder) Close() {}
 
@@ -94,13 +91,7 @@ func (e *encoder) Handle(ctx context.Context, d *bus.Delivery) {
 		_ = d.Ack(ctx)
 		return
 	}
-	claim, err := e.HBM.Claim(ctx, hbm.Part{
-		Request: m.Request.ID, Attempt: m.Request.Attempt, Left: m.Request.Left, Stage: stage.Encode, Part: m.Part,
-	}, d.Reply)
-	if err == nil {
-		err = e.encode(ctx, &m, claim)
-	}
-	e.Settle(ctx, d, m.Request, claim, err)
+	e.Work(ctx, d, m.Request, m.Part, func(ctx context.Context, claim *hbm.Claim) error { return e.encode(ctx, &m, claim) })
 }
 
 // encode makes the MM object of one picture and marks it in the join record.
@@ -253,7 +244,7 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	if err != nil {
 		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
 	}
-	if err := e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, request: m.Request.ID, claim: claim}); err != nil {
+	if err := e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim}); err != nil {
 		e.Free(ctx, objs...)
 		return nil, mem.Handle{}, fmt.Errorf("encoding picture %d: %w", m.Part, err)
 	}

@@ -21,8 +21,8 @@ type line struct {
 type picture struct {
 	out, pixels []float32 // see engine.Encoder.Begin
 	grid        engine.Grid
-	request     string
 	claim       *hbm.Claim
+	ctx         context.Context // of the work
 
 	begun bool
 	spent time.Duration // on the NPU
@@ -31,7 +31,7 @@ type picture struct {
 
 // compute encodes p, unless its claim is lost or its request ends before.
 func (e *encoder) compute(ctx context.Context, p *picture) error {
-	p.done = make(chan error, 1)
+	p.done, p.ctx = make(chan error, 1), ctx
 	e.Runner.Do(func() { e.line.waiting = append(e.line.waiting, p) }) // the runner outlives all handlers
 	select {
 	case err := <-p.done:
@@ -58,10 +58,10 @@ func (e *encoder) piece() (more bool) {
 	}
 	p := l.waiting[0]
 	switch {
+	case p.ctx.Err() != nil: // the handler is about to say so
+		e.drop(p, context.Cause(p.ctx))
 	case !p.claim.Held():
 		e.drop(p, mem.ErrFenced)
-	case e.Ended(p.request, -1):
-		e.drop(p, mem.ErrEnded)
 	default:
 		e.advance(p)
 	}

@@ -205,9 +205,13 @@ func (l *life) deliver(p *request.Piece) {
 	}
 }
 
-func (l *life) choiceDone(choice int) {
-	if err := l.g.bus.Send(wire.SubjectDone, &wire.Done{Request: l.id, Choice: choice}); err != nil {
-		l.g.log.Warn("telling the end of a choice", "request", l.id, "error", err)
+func (l *life) choiceDone(choice int) { l.done(wire.Done{Choice: choice}) }
+
+// done tells everyone what of the request needs nothing any more.
+func (l *life) done(m wire.Done) {
+	m.Request = l.id
+	if err := l.g.bus.Send(wire.SubjectDone, &m); err != nil {
+		l.g.log.Warn("telling the end of a request, or of a part of it", "request", l.id, "error", err)
 	}
 }
 
@@ -246,6 +250,7 @@ func (l *life) restart(ctx context.Context, why string) error {
 
 // next makes the spec that of the next attempt.
 func (l *life) next() {
+	l.done(wire.Done{Choice: -1, Attempt: l.answer.Attempt()}) // whoever still works on it stops
 	l.job.spec.Resume = l.answer.Restart()
 	l.setGap(false)
 	for choice := range l.job.spec.Choices {
@@ -446,9 +451,7 @@ func (l *life) linger() {
 // end tells everyone that the request needs nothing any more.
 func (l *life) end(released func()) {
 	l.g.dispatch.close(l.id)
-	if err := l.g.bus.Send(wire.SubjectDone, &wire.Done{Request: l.id, Choice: -1}); err != nil {
-		l.g.log.Warn("telling the end of a request", "request", l.id, "error", err)
-	}
+	l.done(wire.Done{Choice: -1})
 	memory, joins, id := l.memory, l.joins, l.id
 	l.g.background.Go(func() {
 		if memory != nil {

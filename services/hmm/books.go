@@ -106,8 +106,8 @@ func (b *books) made(key protocol.Key) <-chan struct{} {
 
 // reap frees what a client held whose maps are gone, and wakes those who wait for its NPUs.
 func (b *books) reap(id ledger.Conn) {
-	b.do(func(l *ledger.Ledger, _ time.Time) {
-		l.Reap(id)
+	b.do(func(l *ledger.Ledger, now time.Time) {
+		l.Reap(now, id)
 		close(b.reaped)
 		b.reaped = make(chan struct{})
 	})

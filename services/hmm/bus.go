@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"trireme.dev/services/hmm/ledger"
 	"trireme.dev/shared/wire"
 )
 
@@ -50,7 +52,7 @@ func (subs subscriptions) leave() error {
 	return errors.Join(errs...)
 }
 
-// onDone follows the ends of requests. The end of one choice frees nothing: its memory is its decoder's.
+// onDone follows the ends of requests and of attempts. The end of one choice frees nothing: its memory is its decoder's.
 func (d *Daemon) onDone(m *nats.Msg) {
 	var done wire.Done
 	if err := wire.Unmarshal(m.Data, &done); err != nil {
@@ -58,6 +60,10 @@ func (d *Daemon) onDone(m *nats.Msg) {
 		return
 	}
 	if done.Choice >= 0 {
+		return
+	}
+	if done.Attempt > 0 {
+		d.books.do(func(l *ledger.Ledger, now time.Time) { l.EndAttempts(now, done.Request, done.Attempt) })
 		return
 	}
 	if err := d.End(done.Request); err != nil {

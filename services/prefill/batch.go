@@ -1,6 +1,7 @@
 package prefill
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -12,12 +13,8 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// add takes a job into the loop, unless its end has come first.
+// add takes a job into the loop.
 func (p *prefill) add(j *job) {
-	if p.Ended(j.request.ID, -1) {
-		j.done <- mem.ErrEnded
-		return
-	}
 	p.jobs[j] = true
 	j.left = len(j.choices)
 	if err := p.line(j, 0, j.cached); err != nil {
@@ -69,19 +66,10 @@ func (p *prefill) drop(j *job, err error) {
 	j.done <- err
 }
 
-// end drops the jobs of a request that needs nothing any more.
-func (p *prefill) end(request string) {
-	for j := range p.jobs {
-		if j.request.ID == request {
-			p.drop(j, mem.ErrEnded)
-		}
-	}
-}
-
 // Form implements runner.Source: the lanes in the order of the queue, each with as many rows as fit. A chunk ends with the
 // prompt, so that its logits are there for every choice. Lanes that are late already go last, so that others need not be.
 func (p *prefill) Form(step *runner.Step) {
-	p.fence()
+	p.prune()
 	p.taken = p.taken[:0]
 	p.formed = time.Now()
 	for _, it := range p.queue.Overdue(p.formed.Sub(p.epoch)) {
@@ -113,10 +101,12 @@ func (p *prefill) Form(step *runner.Step) {
 	}
 }
 
-// fence drops the jobs whose claim another one has.
-func (p *prefill) fence() {
+// prune drops the jobs that are to end, and those whose claim another one has.
+func (p *prefill) prune() {
 	for j := range p.jobs {
-		if !j.claim.Held() {
+		if j.ctx.Err() != nil { // the handler is about to say so
+			p.drop(j, context.Cause(j.ctx))
+		} else if !j.claim.Held() {
 			p.drop(j, mem.ErrFenced)
 		}
 	}
@@ -193,6 +183,10 @@ func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
 // from its logits.
 func (p *prefill) promptDone(j *job, logits []float32, runs map[string][]wire.Run) error {
 	for c := range j.choices {
+		if j.choices[c].over {
+			j.left--
+			continue
+		}
 		if c > 0 {
 			if err := p.fork(j, c); err != nil {
 				return err

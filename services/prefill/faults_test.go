@@ -133,7 +133,7 @@ func TestDoneLeavesAtOnce(t *testing.T) {
 	early := &wire.Prefill{Request: r.Request(r.gateway.ID)} // ends before its message comes
 	early.Inline, _ = r.Spec(early.Request, r.long())
 	r.Done(early.Request.ID, -1)
-	r.Until("the stage knows", func() bool { return s.Ended(early.Request.ID, -1) })
+	r.Until("the stage knows", func() bool { return s.Ended(early.Request, -1) })
 	r.publish(early)
 	r.Until("it is settled", func() bool { return r.Outcomes(s, "ended") == 3 })
 	r.Empty(stage.Prefill)

@@ -20,7 +20,8 @@ import (
 // job is one request in work. After it was added, the loop owns it until done is sent.
 type job struct {
 	request wire.Request
-	place   wire.Place // Waited and Left as of the loop's epoch
+	ctx     context.Context // of the work
+	place   wire.Place      // Waited and Left as of the loop's epoch
 	spec    *wire.Spec
 	claim   *hbm.Claim
 	rope    [][3]int32 // M-RoPE position of each prompt token
@@ -50,6 +51,7 @@ type choice struct {
 	slabs   []*hbm.Object // its own
 	seq     *kv.Sequence
 	sampler *sample.Sampler
+	over    bool // it had ended when the job began: nothing is computed for it alone
 }
 
 // lane is one run of rows to compute: the prompt (and choice 0's resumed tokens), or another choice's resumed tokens.
@@ -61,9 +63,9 @@ type lane struct {
 	item   sched.Item // its place in line
 }
 
-// resume is the tokens that choice c already has.
+// resume is the tokens that choice c already has and goes on from.
 func (j *job) resume(c int) []int32 {
-	if j.spec.Resume == nil {
+	if j.spec.Resume == nil || j.choices[c].over {
 		return nil
 	}
 	return j.spec.Resume[c]
@@ -144,6 +146,10 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 		MaxSlabs: kv.Slabs(len(s.Prompt)+s.Sampling.MaxTokens) + 2,
 		Top:      max(s.Sampling.Logprobs, 0),
 	}
+	j.choices = make([]choice, s.Choices)
+	for c := range j.choices {
+		j.choices[c].over = p.Ended(j.request, c)
+	}
 	var specs []hbm.Spec
 	slabs := make([]int, s.Choices)
 	for c := range s.Choices {
@@ -169,7 +175,6 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 	}
 	j.memory = append(j.memory, objs...)
 	hbm.Prefault(objs...)
-	j.choices = make([]choice, s.Choices)
 	for c := range j.choices {
 		shape.Choice = c
 		ch := &j.choices[c]

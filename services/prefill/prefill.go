@@ -86,13 +86,6 @@ const patience = 30 * time.Second
 // do runs f on the loop's goroutine, now or later, as long as there are handlers.
 func (p *prefill) do(f func()) { p.Runner.Do(f) }
 
-// End implements stage.Worker.
-func (p *prefill) End(m wire.Done) {
-	if m.Choice < 0 {
-		p.do(func() { p.end(m.Request) })
-	}
-}
-
 // Close implements stage.Worker.
 func (p *prefill) Close() {}
 
@@ -104,13 +97,7 @@ func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 		_ = d.Ack(ctx)
 		return
 	}
-	claim, err := p.HBM.Claim(ctx, hbm.Part{
-		Request: m.Request.ID, Attempt: m.Request.Attempt, Left: m.Request.Left, Stage: stage.Prefill,
-	}, d.Reply)
-	if err == nil {
-		err = p.work(ctx, &m, claim)
-	}
-	p.Settle(ctx, d, m.Request, claim, err)
+	p.Work(ctx, d, m.Request, 0, func(ctx context.Context, claim *hbm.Claim) error { return p.work(ctx, &m, claim) })
 }
 
 // work computes one request and publishes its decode messages.
@@ -123,7 +110,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 	if len(m.MM) != len(spec.Pictures) {
 		return fmt.Errorf("%d MM objects for %d pictures: %w", len(m.MM), len(spec.Pictures), mem.ErrInvalid)
 	}
-	j := &job{request: m.Request, spec: spec, claim: claim, hits: m.Hits, place: place, done: make(chan error, 1)}
+	j := &job{request: m.Request, ctx: ctx, spec: spec, claim: claim, hits: m.Hits, place: place, done: make(chan error, 1)}
 	defer func() { p.Free(ctx, append(j.mm, j.memory...)...) }()
 	if err := p.prepare(ctx, j, m.MM); err != nil {
 		return err
@@ -149,6 +136,9 @@ func (p *prefill) publish(ctx context.Context, m *wire.Prefill, j *job) error {
 		return fmt.Errorf("handing over KV: %w", err)
 	}
 	for c := range j.choices {
+		if p.Ended(m.Request, c) { // all that there was to do for it
+			continue
+		}
 		if !j.claim.Held() {
 			return mem.ErrFenced
 		}

@@ -53,6 +53,7 @@ type stageFlags struct {
 	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
+	GatewayLease time.Duration `help:"Time without a sign of life of a gateway after which its requests are given up." default:"${lease}"`
 
 	mixed sched.Mixed // zero: the default
 }
@@ -70,7 +71,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
-		AckWait: f.AckWait, Replicas: f.Replicas,
+		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease,
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
 		Mixed:   f.mixed,
 		Loading: modelcmd.LoadProgress(e.err),

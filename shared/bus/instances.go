@@ -246,6 +246,14 @@ func (v *Instances) All() []wire.Instance {
 	return all
 }
 
+// Alive reports whether an instance is alive.
+func (v *Instances) Alive(id string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	_, ok := v.seen[id]
+	return ok
+}
+
 // Role returns the instances that are alive and have a role, perhaps beside others, sorted by role and id.
 func (v *Instances) Role(role string) []wire.Instance {
 	return slices.DeleteFunc(v.All(), func(i wire.Instance) bool { return !wire.HasRole(i.Role, role) })

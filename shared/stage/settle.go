@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
@@ -55,12 +53,13 @@ func (f *Fault) Unwrap() error { return f.Err }
 //
 //	the part was claimed by another since   nothing: the message is the other's
 //	request or attempt ended, err is nil    acked
+//	its gateway shows no sign of life       handed back, to be taken again in a moment
 //	ctx ended, or the HMM is lost           handed back, to come to somebody at once
 //	no memory                               handed back, to be tried again in a moment, perhaps elsewhere; after
 //	                                        maxRoomTries, or when another one is Short, as the next
 //	gives up its room                       acked after the gateway was told that the attempt found no room
 //	any other error                         acked after the gateway was told that the attempt is lost
-//	gateway is there and cannot be told     handed back: somebody tells it later
+//	the gateway cannot be told              handed back: somebody tells it later, or gives it up
 func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, claim *hbm.Claim, err error) {
 	io, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()
@@ -83,6 +82,8 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 		s.ack(io, d, req, "done")
 	case errors.Is(err, mem.ErrEnded):
 		s.ack(io, d, req, "ended")
+	case errors.Is(err, errHeld):
+		s.handBack(d, req, heldWait, "held")
 	case ctx.Err() != nil, errors.Is(err, mem.ErrLost):
 		s.handBack(d, req, 0, "handed back")
 	case errors.Is(err, mem.ErrFenced): // the holder before had written once more: the log is to be read again
@@ -118,8 +119,8 @@ func (s *Stage) count(d *bus.Delivery, outcome string) {
 	s.Metrics.Work.WithLabelValues(d.Stage, outcome).Inc()
 }
 
-// tellLost tells the gateway that an attempt is lost, and reports whether it knows, or is gone. A gateway that is not told would
-// wait for tokens until the request's deadline, so it has to answer.
+// tellLost tells the gateway that an attempt is lost, and reports whether it knows. A gateway that is not told would wait for
+// tokens until the request's deadline, so it has to answer.
 func (s *Stage) tellLost(ctx context.Context, req wire.Request, err error) bool {
 	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500}
 	if f := (*Fault)(nil); errors.As(err, &f) {
@@ -142,7 +143,7 @@ func (s *Stage) tellLost(ctx context.Context, req wire.Request, err error) bool 
 		}
 		if pause(ctx, tellWait) != nil {
 			s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "error", err)
-			return errors.Is(err, nats.ErrNoResponders) && !s.GatewayAlive(req.Gateway)
+			return false
 		}
 	}
 }

@@ -50,6 +50,7 @@ type Config struct {
 	NPU      npu.Options
 	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+	Lease    time.Duration // a gateway without sign of life for longer has its requests given up; 0: DefaultLease
 	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
 	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
@@ -68,11 +69,9 @@ type Role struct {
 
 // Worker is a role at work. Its methods are called by many goroutines.
 type Worker interface {
-	// Handle works on a message and settles it, and returns when both are done; ctx ends when the process is to stop, or has
-	// lost the HMM.
+	// Handle works on a message and settles it (Stage.Work), and returns when both are done; ctx ends when the process is to
+	// stop, or has lost the HMM.
 	Handle(context.Context, *bus.Delivery)
-	// End is told of requests and choices that need nothing any more.
-	End(wire.Done)
 	// Close is called after the last Handle.
 	Close()
 }
@@ -96,6 +95,8 @@ type Stage struct {
 	folder    *hf.Folder
 	weights   *weights
 	instances *bus.Instances
+	gateways  *gateways
+	works     works
 	ready     atomic.Bool
 	running   atomic.Int64
 	ended     endedSet
@@ -150,6 +151,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.instances, err = s.Bus.Instances(ctx); err != nil {
 		return nil, err
 	}
+	s.gateways = newGateways(s, s.instances, cfg.Lease, bus.DefaultInstanceTTL)
 	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: 1}); err != nil {
 		return nil, err
 	}
@@ -200,8 +202,8 @@ func (s *Stage) Close() {
 	}
 }
 
-// Ended reports whether a request, or this choice of it, is known to need nothing any more.
-func (s *Stage) Ended(request string, choice int) bool { return s.ended.has(request, choice) }
+// Ended reports whether an attempt at a request, or at this choice of it, is known to need nothing any more; choice -1: all.
+func (s *Stage) Ended(req wire.Request, choice int) bool { return s.ended.has(req, choice) }
 
 // pullWait is how long one pull waits for a message at the server.
 const pullWait = 5 * time.Second
@@ -247,7 +249,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 	for i := range gone {
 		gone[i] = make(chan struct{}, 1)
 	}
-	leave, err := s.listen(ctx, roles, workers, gone)
+	leave, err := s.listen(ctx, roles, gone)
 	defer leave()
 	if err != nil {
 		return err
@@ -263,6 +265,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 			s.Log.Error("heartbeat ended", "error", err)
 		}
 	})
+	wg.Go(func() { s.gateways.run(ctx) })
 	s.weights.wait(ctx)
 	s.ready.Store(true)
 	defer s.ready.Store(false)
@@ -345,7 +348,7 @@ func enter(ctx context.Context, places chan<- struct{}) bool {
 
 // listen subscribes to ends of requests and of instances until leave is called, which is never nil. A role's gone is notified
 // when an instance that has it has gone.
-func (s *Stage) listen(ctx context.Context, roles []Role, workers []Worker, gone []chan struct{}) (leave func(), err error) {
+func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) (leave func(), err error) {
 	var subs []*nats.Subscription
 	leave = func() {
 		for _, sub := range subs {
@@ -353,7 +356,7 @@ func (s *Stage) listen(ctx context.Context, roles []Role, workers []Worker, gone
 		}
 	}
 	for subject, f := range map[string]func([]byte){
-		wire.SubjectDone: func(data []byte) { s.done(data, workers) },
+		wire.SubjectDone: s.done,
 		wire.SubjectGone: func(data []byte) {
 			var m wire.Gone
 			if wire.Unmarshal(data, &m) != nil {
@@ -377,16 +380,14 @@ func (s *Stage) listen(ctx context.Context, roles []Role, workers []Worker, gone
 }
 
 // done notes the end of a request or of a choice.
-func (s *Stage) done(data []byte, workers []Worker) {
+func (s *Stage) done(data []byte) {
 	var m wire.Done
 	if err := wire.Unmarshal(data, &m); err != nil {
 		s.Log.Warn("ignoring a done event", "error", err)
 		return
 	}
-	s.ended.add(m.Request, m.Choice)
-	for _, w := range workers {
-		w.End(m)
-	}
+	s.ended.add(&m) // first: what is taken from now on is not begun
+	s.works.end(&m)
 }
 
 // deadWait is the delay of a dead instance's message: NATS may not have seen yet that the instance's connection has
@@ -420,16 +421,6 @@ func (s *Stage) heartbeat() wire.Instance {
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Compute.Digest(),
 		Running: int(s.running.Load()), Metrics: s.address, Paced: s.paced,
 	}
-}
-
-// GatewayAlive reports whether the gateway's heartbeat stands.
-func (s *Stage) GatewayAlive(id string) bool {
-	for _, g := range s.instances.Role("gateway") {
-		if g.ID == id {
-			return true
-		}
-	}
-	return false
 }
 
 // Ref is the request hold of req.

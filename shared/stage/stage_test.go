@@ -43,25 +43,16 @@ func newRig(t *testing.T, ackWait time.Duration) *rig {
 }
 
 // worker is a role that computes nothing.
-type worker struct {
-	handle func(context.Context, *bus.Delivery)
-	end    func(wire.Done) // or nil
-}
+type worker func(context.Context, *bus.Delivery)
 
-func (w worker) Handle(ctx context.Context, d *bus.Delivery) { w.handle(ctx, d) }
-
-func (w worker) End(m wire.Done) {
-	if w.end != nil {
-		w.end(m)
-	}
-}
+func (w worker) Handle(ctx context.Context, d *bus.Delivery) { w(ctx, d) }
 
 func (w worker) Close() {}
 
 // role is a role whose messages handle gets.
 func role(name string, slots int, handle func(context.Context, *bus.Delivery)) stage.Role {
 	return stage.Role{Name: name, Slots: slots, Start: func(*stage.Stage) (stage.Worker, error) {
-		return worker{handle: handle}, nil
+		return worker(handle), nil
 	}}
 }
 
@@ -74,11 +65,7 @@ func (r *rig) stage(do func(ctx context.Context, s *stage.Stage, req wire.Reques
 			if err := wire.Unmarshal(d.Data, &m); err != nil {
 				r.Error(err)
 			}
-			claim, err := s.HBM.Claim(ctx, part(m.Request), d.Reply)
-			if err == nil {
-				err = do(ctx, s, m.Request, claim)
-			}
-			s.Settle(ctx, d, m.Request, claim, err)
+			s.Work(ctx, d, m.Request, m.Choice, func(ctx context.Context, claim *hbm.Claim) error { return do(ctx, s, m.Request, claim) })
 		}))
 	})
 }
@@ -212,6 +199,7 @@ func TestSettleWithoutTheClaim(t *testing.T) {
 // A gateway that does not hear that an attempt is lost, as the word is, is told again, and the message is there until it knows.
 func TestLostIsHeard(t *testing.T) {
 	r := newRig(t, stagetest.Long)
+	r.Stage.Lease = 200 * time.Millisecond
 	r.gateway.Set(func() { r.gateway.Unheard = 1 })
 	s, _ := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { return mem.ErrCorrupt })
 	req := r.publish()
@@ -222,10 +210,10 @@ func TestLostIsHeard(t *testing.T) {
 	if r.Outcomes(s, "lost") != 1 {
 		t.Error("not settled as lost")
 	}
-	// One that is gone need not know.
+	// One that is gone need not know: its requests are given up.
 	r.gateway.Leave()
 	r.publish()
-	r.Until("it is settled", func() bool { return r.Outcomes(s, "lost") == 2 })
+	r.Until("it is settled", func() bool { return r.Outcomes(s, "ended") == 1 })
 	r.Empty(stage.Decode)
 }
 
@@ -446,31 +434,30 @@ func TestStraysAreHandedBack(t *testing.T) {
 // Done events are remembered for a request and for a choice of it.
 func TestEnded(t *testing.T) {
 	r := newRig(t, stagetest.Long)
-	var told atomic.Int32
-	s, err := stage.Open(t.Context(), stage.Decode, r.Stage, r.Rig.Log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Go("stage", func(ctx context.Context) error {
-		defer s.Close()
-		return s.Serve(ctx, stage.Role{Name: stage.Decode, Slots: 1, Start: func(*stage.Stage) (stage.Worker, error) {
-			return worker{end: func(wire.Done) { told.Add(1) }}, nil
-		}})
-	})
-	r.Until("it is ready", s.Ready)
+	s, _ := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { return nil })
 	r.Done("a", -1)
 	r.Done("b", 2)
+	if err := r.Bus.Send(wire.SubjectDone, &wire.Done{Request: "c", Choice: -1, Attempt: 2}); err != nil {
+		t.Fatal(err)
+	}
 	if err := r.Bus.Conn().Publish(wire.SubjectDone, []byte("no event")); err != nil {
 		t.Fatal(err)
 	}
-	r.Until("both are known", func() bool { return told.Load() == 2 })
+	r.Done("last", -1)
+	of := func(id string, attempt int) wire.Request { return wire.Request{ID: id, Attempt: attempt} }
+	r.Until("the last is known", func() bool { return s.Ended(of("last", 1), -1) })
 	for _, x := range []struct {
-		request string
-		choice  int
-		want    bool
-	}{{"a", -1, true}, {"a", 0, true}, {"a", 5, true}, {"b", 2, true}, {"b", 1, false}, {"b", -1, false}, {"c", -1, false}} {
-		if got := s.Ended(x.request, x.choice); got != x.want {
-			t.Errorf("%s/%d ended: %v", x.request, x.choice, got)
+		of     wire.Request
+		choice int
+		want   bool
+	}{
+		{of("a", 1), -1, true}, {of("a", 9), 0, true}, {of("a", 1), 5, true},
+		{of("b", 1), 2, true}, {of("b", 2), 2, true}, {of("b", 1), 1, false}, {of("b", 1), -1, false},
+		{of("c", 1), 0, true}, {of("c", 2), -1, true}, {of("c", 3), -1, false},
+		{of("d", 1), -1, false},
+	} {
+		if got := s.Ended(x.of, x.choice); got != x.want {
+			t.Errorf("attempt %d of %s/%d ended: %v", x.of.Attempt, x.of.ID, x.choice, got)
 		}
 	}
 }

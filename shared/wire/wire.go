@@ -266,7 +266,11 @@ type Done struct {
 
 	Request string
 	Choice  int // the one choice that ended early (a stop string matched), or -1 for the whole request
+	Attempt int // the last attempt that it is about: later ones go on; 0: all attempts
 }
+
+// Covers reports whether the event ends an attempt at its request, or at its choice.
+func (m *Done) Covers(attempt int) bool { return m.Attempt == 0 || attempt <= m.Attempt }
 
 // Gone tells that an instance's connection to its HMM ended. SubjectGone.
 type Gone struct {

@@ -366,7 +366,7 @@ func TestCachesAgainstModel(t *testing.T) {
 						k.conn = 0
 					}
 				}
-				s.l.Reap(old)
+				s.l.Reap(start, old)
 				var lost []*item
 				for _, o := range s.items {
 					if o.conns[old] > 0 {

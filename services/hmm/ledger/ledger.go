@@ -183,11 +183,15 @@ func (l *Ledger) Disconnect(id Conn) {
 	}
 }
 
-// Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited.
-func (l *Ledger) Reap(id Conn) {
+// Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited. The requests that a
+// gateway named first end soon, unless somebody works on them: nobody else can end them.
+func (l *Ledger) Reap(now time.Time, id Conn) {
 	c := l.conn(id)
 	if !c.gone {
 		panic("BUG: Reap of a connected client")
+	}
+	if c.role == protocol.RoleGateway {
+		l.abandon(now, c)
 	}
 	for _, o := range newestFirst(c.objects) {
 		delete(o.conns, c)

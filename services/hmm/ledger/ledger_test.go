@@ -202,7 +202,7 @@ func TestReapAfterDisconnect(t *testing.T) {
 	}
 	_, _, err = l.Connect("c", "decode", 1)
 	wantErr(t, err, mem.ErrExhausted)
-	l.Reap(a)
+	l.Reap(start, a)
 	if alive(t, l, b, g[0].Handle) || l.Leaving() {
 		t.Error("memory of a dead process is kept")
 	}
@@ -333,6 +333,64 @@ func TestRequestsWithoutEnd(t *testing.T) {
 	}
 	must(t, keep(careless, "r6", start.Add(2*time.Minute))) // the deadlines have passed
 	l.Disconnect(careless)
-	l.Reap(careless)
+	l.Reap(start, careless)
 	must(t, l.End(start.Add(2*time.Minute), "r6"))
+}
+
+// What a gateway has put into memory before it died ends a margin later, unless somebody works on the request: nobody else
+// knows of it.
+func TestRequestsOfAGoneGateway(t *testing.T) {
+	l := ledger.New(config())
+	g, _, err := l.Connect("g", protocol.RoleGateway, 0)
+	must(t, err)
+	stage := connect(t, l, "s")
+	put := func(r string) mem.Handle {
+		ref := protocol.Ref{Request: r, Attempt: 1, Left: time.Hour}
+		out, err := l.Alloc(start, g, []protocol.Spec{{Kind: mem.KindPixels, NPU: mem.HostNPU, Bytes: 100, Ref: ref}})
+		must(t, err)
+		must(t, l.Free(g, []protocol.Object{{ID: out[0].Handle.Object, Generation: out[0].Handle.Generation}}))
+		return out[0].Handle
+	}
+	alone, worked := put("alone"), put("worked")
+	l.Disconnect(g)
+	l.Reap(start, g)
+	if !alive(t, l, stage, alone) {
+		t.Error("a request's memory went with its gateway: its message may be on its way")
+	}
+	claim := protocol.Claim{Part: protocol.Part{Request: "worked", Attempt: 1, Stage: "encode", Left: time.Hour}, Reply: "x"}
+	_, err = l.Claim(start, stage, claim)
+	must(t, err)
+	l.Tick(start.Add(config().Margin))
+	if alive(t, l, stage, alone) {
+		t.Error("a request of a gone gateway is kept for as long as the gateway wanted it")
+	}
+	if !alive(t, l, stage, worked) {
+		t.Error("a request that somebody works on has ended")
+	}
+}
+
+// The end of an attempt takes what it and older ones have, and no more: a later one goes on, or begins.
+func TestEndAttempts(t *testing.T) {
+	l := ledger.New(config())
+	c := connect(t, l, "c")
+	ref := protocol.Ref{Request: "r", Attempt: 2, Left: time.Hour}
+	h := one(t, l, start, c, ref)
+	l.EndAttempts(start, "r", 1)
+	if !alive(t, l, c, h) {
+		t.Error("a later attempt has ended, too")
+	}
+	l.EndAttempts(start, "unheard of", 7)
+	l.EndAttempts(start, "r", 2)
+	if alive(t, l, c, h) {
+		t.Error("an ended attempt holds memory")
+	}
+	_, err := l.Alloc(start, c, []protocol.Spec{kv(ref)})
+	wantErr(t, err, mem.ErrEnded)
+	ref.Attempt = 3
+	_, err = l.Alloc(start, c, []protocol.Spec{kv(ref)})
+	must(t, err)
+	must(t, l.End(start, "r"))
+	l.EndAttempts(start, "r", 3)
+	_, err = l.Alloc(start, c, []protocol.Spec{kv(ref)})
+	wantErr(t, err, mem.ErrEnded)
 }

@@ -227,7 +227,7 @@ func TestAgainstModel(t *testing.T) {
 			},
 			"reap": func(t *rapid.T) {
 				id := anyConn(t, false)
-				w.l.Reap(id)
+				w.l.Reap(w.now, id)
 				delete(w.conns, id)
 				for _, o := range w.objs {
 					delete(o.conns, id)

@@ -61,19 +61,7 @@ func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time
 	case attempt < r.newest:
 		return nil, fmt.Errorf("attempt %d at request %s, the newest is %d: %w", attempt, id, r.newest, mem.ErrEnded)
 	case attempt > r.newest:
-		r.newest = attempt
-		for _, o := range newestFirst(r.objects) {
-			if o.requests[r] < attempt {
-				l.drop(r, o)
-			}
-		}
-		for k := range r.claims {
-			if k.part.Attempt < attempt {
-				l.release(k)
-			}
-		}
-		clear(r.logs)
-		r.again()
+		l.supersede(r, attempt)
 	}
 	if left > 0 {
 		if e := now.Add(min(left, maxLeft) + l.cfg.Margin); !r.known || e.After(r.expiry) {
@@ -82,6 +70,43 @@ func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time
 		}
 	}
 	return r, nil
+}
+
+// supersede makes attempt the newest: what older ones hold and claim goes.
+func (l *Ledger) supersede(r *request, attempt int) {
+	r.newest = attempt
+	for _, o := range newestFirst(r.objects) {
+		if o.requests[r] < attempt {
+			l.drop(r, o)
+		}
+	}
+	for k := range r.claims {
+		if k.part.Attempt < attempt {
+			l.release(k)
+		}
+	}
+	clear(r.logs)
+	r.again()
+}
+
+// EndAttempts drops all holds and claims of the attempts at a request up to one, if there is something of it: they are over, and
+// a later one may come.
+func (l *Ledger) EndAttempts(now time.Time, id string, last int) {
+	l.Tick(now)
+	if r, ok := l.requests[id]; ok && !r.ended && last >= r.newest {
+		l.supersede(r, last+1)
+	}
+}
+
+// abandon shortens the time of the requests that a client named first to the margin: it was a gateway, whose requests nobody
+// can end any more. Who still works on one of them tells its deadline anew with the next claim.
+func (l *Ledger) abandon(now time.Time, c *conn) {
+	for _, r := range l.live {
+		if r.by == c && r.expiry.After(now.Add(l.cfg.Margin)) {
+			r.known, r.expiry = false, now.Add(l.cfg.Margin)
+		}
+	}
+	heap.Init(&l.live)
 }
 
 func (l *Ledger) drop(r *request, o *object) {

@@ -337,7 +337,7 @@ func TestWeightsAgainstModel(t *testing.T) {
 				if len(held) > 1 || alone {
 					t.Skip("the order of rests is not fixed")
 				}
-				w.l.Reap(c)
+				w.l.Reap(start, c)
 				delete(w.conns, c)
 				w.eachObject(func(s *shelf, i int) { delete(s.alone[i], c) })
 				w.sweep()

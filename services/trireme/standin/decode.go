@@ -195,15 +195,6 @@ func (d *decoder) drop(s *sequence, err error) {
 	s.done <- err
 }
 
-// End implements stage.Worker.
-func (d *decoder) End(m wire.Done) {
-	d.do(func() {
-		if s := d.live[m.Request]; s != nil {
-			d.drop(s, mem.ErrEnded)
-		}
-	})
-}
-
 // ask asks the gateway how far it has come.
 func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Finish) (c wire.Confirmed, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askWait)
@@ -236,7 +227,7 @@ func (d *decoder) confirm(s *sequence, next int) {
 func (d *decoder) Handle(ctx context.Context, dl *bus.Delivery) {
 	n := Part{Taken: time.Now().UnixNano()}
 	var m wire.Decode
-	d.handle(ctx, dl, &m, &m.Request, func() hbm.Part { return hbm.Part{Stage: stage.Decode, Part: m.Choice} }, func(claim *hbm.Claim) error {
+	d.handle(ctx, dl, &m, func() (wire.Request, int) { return m.Request, m.Choice }, func(ctx context.Context, claim *hbm.Claim) error {
 		spec, err := d.Spec(ctx, m.Inline, m.Spec)
 		if err != nil {
 			return err
@@ -250,6 +241,7 @@ func (d *decoder) Handle(ctx context.Context, dl *bus.Delivery) {
 			select {
 			case err = <-s.done:
 			case <-ctx.Done():
+				d.do(func() { d.drop(s, context.Cause(ctx)) })
 				return context.Cause(ctx)
 			}
 		}
@@ -272,9 +264,6 @@ func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
 			return nil
 		case err == nil:
 			d.replay(s, c.Next)
-		}
-		if d.Ended(s.request.ID, -1) {
-			return mem.ErrEnded
 		}
 		time.Sleep(again)
 	}

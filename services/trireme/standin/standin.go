@@ -132,26 +132,18 @@ type part struct {
 	word int32
 }
 
-// End implements stage.Worker.
-func (part) End(wire.Done) {}
-
 // Close implements stage.Worker.
 func (part) Close() {}
 
-// handle claims a message, has do work on it, and settles it.
-func (p *part) handle(ctx context.Context, d *bus.Delivery, m any, req *wire.Request, of func() hbm.Part, do func(*hbm.Claim) error) {
+// handle reads a message and has do work on it.
+func (p *part) handle(ctx context.Context, d *bus.Delivery, m any, of func() (wire.Request, int), do func(context.Context, *hbm.Claim) error) {
 	if err := wire.Unmarshal(d.Data, m); err != nil {
 		p.Log.Error("dropping a message that cannot be read", "error", err)
 		_ = d.Ack(ctx)
 		return
 	}
-	what := of()
-	what.Request, what.Attempt, what.Left = req.ID, req.Attempt, req.Left
-	claim, err := p.HBM.Claim(ctx, what, d.Reply)
-	if err == nil {
-		err = do(claim)
-	}
-	p.Settle(ctx, d, *req, claim, err)
+	req, number := of()
+	p.Work(ctx, d, req, number, do)
 }
 
 type encoder struct{ part }
@@ -160,7 +152,7 @@ type encoder struct{ part }
 func (e *encoder) Handle(ctx context.Context, d *bus.Delivery) {
 	n := Part{Taken: time.Now().UnixNano()}
 	var m wire.Encode
-	e.handle(ctx, d, &m, &m.Request, func() hbm.Part { return hbm.Part{Stage: stage.Encode, Part: m.Part} }, func(*hbm.Claim) error {
+	e.handle(ctx, d, &m, func() (wire.Request, int) { return m.Request, m.Part }, func(ctx context.Context, _ *hbm.Claim) error {
 		n.Request, n.Passed = m.Request.ID, time.Now().UnixNano()
 		e.add(n)
 		key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
@@ -181,7 +173,7 @@ type prefill struct{ part }
 func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 	n := Part{Taken: time.Now().UnixNano()}
 	var m wire.Prefill
-	p.handle(ctx, d, &m, &m.Request, func() hbm.Part { return hbm.Part{Stage: stage.Prefill} }, func(*hbm.Claim) error {
+	p.handle(ctx, d, &m, func() (wire.Request, int) { return m.Request, 0 }, func(ctx context.Context, _ *hbm.Claim) error {
 		spec, err := p.Spec(ctx, m.Inline, m.Spec)
 		if err != nil {
 			return err

@@ -47,6 +47,14 @@ func (r *Rig) Gateway() *Gateway {
 	r.tb.Helper()
 	r.gateways++
 	g := &Gateway{ID: fmt.Sprintf("gateway%d", r.gateways), r: r, answers: map[choiceKey]*Answer{}}
+	g.Return()
+	return g
+}
+
+// Return lets a gateway listen again after Leave.
+func (g *Gateway) Return() {
+	r := g.r
+	r.tb.Helper()
 	for subject, f := range map[string]func([]byte, func(any) error){
 		wire.SubjectTokens(g.ID):  g.tokens,
 		wire.SubjectConfirm(g.ID): g.confirm,
@@ -77,7 +85,6 @@ func (r *Rig) Gateway() *Gateway {
 		}
 		g.leave = append(g.leave, sub.Unsubscribe)
 	}
-	return g
 }
 
 // Leave ends the gateway: nobody listens at its subjects.
@@ -88,6 +95,7 @@ func (g *Gateway) Leave() {
 			g.r.tb.Fatal(err)
 		}
 	}
+	g.leave = nil
 	if err := g.r.Bus.Conn().Flush(); err != nil {
 		g.r.tb.Fatal(err)
 	}
@@ -158,6 +166,12 @@ func (g *Gateway) confirm(data []byte, respond func(any) error) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if m.Request == "" { // whether it is there
+		if err := respond(&wire.Confirmed{}); err != nil {
+			g.r.tb.Errorf("gateway: %v", err)
+		}
+		return
+	}
 	a := g.answer(m.Request, m.Choice)
 	a.Confirms++
 	if g.Deaf {

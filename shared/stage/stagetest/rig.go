@@ -41,6 +41,7 @@ type Rig struct {
 	HBM   *hbm.Client // the test's own, with one NPU
 	Model *Model
 
+	NATS    *bustest.Server
 	StopHMM func() // ends the HMM before the test's end
 
 	tb                 testing.TB
@@ -69,7 +70,7 @@ func New(tb testing.TB, hmm HMM, ackWait time.Duration) *Rig {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { os.RemoveAll(dir) })
-	r := &Rig{tb: tb, Log: slog.New(slog.NewTextHandler(&testLog{tb: tb}, &slog.HandlerOptions{Level: slog.LevelInfo}))}
+	r := &Rig{tb: tb, NATS: server, Log: slog.New(slog.NewTextHandler(&testLog{tb: tb}, &slog.HandlerOptions{Level: slog.LevelInfo}))}
 	r.Stage = stage.Config{
 		NATSURL: server.URL(), HMM: filepath.Join(dir, "s"), Model: Root("models/shapes-vl-moe"), AckWait: ackWait,
 		NPU: npu.Options{Threads: 1},

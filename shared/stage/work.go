@@ -1,0 +1,142 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/wire"
+)
+
+// Work claims the part of a request that a message is about, has f work on it, and settles the message. The context that f gets
+// ends with ctx, and with mem.ErrEnded as its cause as soon as the request, the attempt or the choice needs nothing any more:
+// whatever f waits for, it waits no longer. Who computes on behalf of f looks at that context before each step.
+//
+// What has ended is not claimed, nor is what nobody would take the answers of: see gateways.
+func (s *Stage) Work(ctx context.Context, d *bus.Delivery, req wire.Request, part int, f func(context.Context, *hbm.Claim) error) {
+	work, leave := s.works.enter(ctx, d.Stage, req, part)
+	defer leave()
+	claim, err := s.begin(work, d, req, part)
+	if err == nil {
+		err = f(work, claim)
+	}
+	if cause := context.Cause(work); err != nil && errors.Is(cause, mem.ErrEnded) {
+		err = cause // whatever it has made of it
+	}
+	s.Settle(ctx, d, req, claim, err)
+}
+
+// begin claims a part, unless it is known to have ended.
+func (s *Stage) begin(ctx context.Context, d *bus.Delivery, req wire.Request, part int) (*hbm.Claim, error) {
+	choice := -1
+	if d.Stage == Decode {
+		choice = part
+	}
+	if s.Ended(req, choice) {
+		return nil, mem.ErrEnded
+	}
+	if err := s.gateways.admit(ctx, req); err != nil {
+		return nil, err
+	}
+	return s.HBM.Claim(ctx, hbm.Part{
+		Request: req.ID, Attempt: req.Attempt, Left: req.Left, Stage: d.Stage, Part: part,
+	}, d.Reply)
+}
+
+// works is what a process has in work, so that the end of a request reaches all that is done for it.
+type works struct {
+	mu sync.Mutex
+	of map[string]map[*work]struct{} // by request
+}
+
+// work is one message in work.
+type work struct {
+	request wire.Request
+	choice  int // of a decoder's work; -1: the work is for all choices
+	end     context.CancelCauseFunc
+}
+
+// enter notes that a message is in work until leave is called. The context ends when the work is to.
+func (w *works) enter(ctx context.Context, role string, req wire.Request, part int) (_ context.Context, leave func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	x := &work{request: req, choice: -1, end: cancel}
+	if role == Decode {
+		x.choice = part
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.of == nil {
+		w.of = make(map[string]map[*work]struct{})
+	}
+	if w.of[req.ID] == nil {
+		w.of[req.ID] = make(map[*work]struct{})
+	}
+	w.of[req.ID][x] = struct{}{}
+	return ctx, func() {
+		cancel(nil)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.of[req.ID], x)
+		if len(w.of[req.ID]) == 0 {
+			delete(w.of, req.ID)
+		}
+	}
+}
+
+// end ends what a done event is about. Work for all choices goes on when one of them ends.
+func (w *works) end(m *wire.Done) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for x := range w.of[m.Request] {
+		if m.Covers(x.request.Attempt) && (m.Choice < 0 || m.Choice == x.choice) {
+			x.end(mem.ErrEnded)
+		}
+	}
+}
+
+// owned returns the requests of a gateway that are in work, each attempt once.
+func (w *works) owned(gateway string) []wire.Request {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var found []wire.Request
+	for _, of := range w.of {
+		attempts := make(map[int]bool)
+		for x := range of {
+			if x.request.Gateway == gateway && !attempts[x.request.Attempt] {
+				attempts[x.request.Attempt] = true
+				found = append(found, x.request)
+			}
+		}
+	}
+	return found
+}
+
+// gateways lists those that have something in work here.
+func (w *works) gateways() map[string]bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	found := make(map[string]bool)
+	for _, of := range w.of {
+		for x := range of {
+			found[x.request.Gateway] = true
+		}
+	}
+	return found
+}
+
+// giveUp ends an attempt whose gateway is gone, everywhere: here, in the HMM, and, by the event, in all others.
+func (s *Stage) giveUp(ctx context.Context, req wire.Request) error {
+	next := Ref(req)
+	next.Attempt++ // what older attempts hold goes, and they are claimed no more; a gateway that comes back can begin this one
+	if err := s.HBM.Keep(ctx, next); err != nil && !errors.Is(err, mem.ErrEnded) {
+		return fmt.Errorf("giving a request up: %w", err)
+	}
+	if err := s.Bus.Send(wire.SubjectDone, &wire.Done{Request: req.ID, Choice: -1, Attempt: req.Attempt}); err != nil {
+		return fmt.Errorf("giving a request up: %w", err)
+	}
+	return nil
+}
