@@ -96,6 +96,7 @@ func (d *decoder) confirmed(s *sequence, c wire.Confirmed) {
 
 // confirmEnd repeats until the gateway has the last token or needs nothing more, or ctx ends.
 func (d *decoder) confirmEnd(ctx context.Context, s *sequence) error {
+	d.Pass(s.claim)
 	for {
 		if !s.claim.Held() {
 			return mem.ErrFenced

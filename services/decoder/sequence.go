@@ -72,8 +72,12 @@ func (s *sequence) finish() wire.Finish {
 // succeed): a successor, whom the claim tells the log of the decoder before it, and one who takes a sequence from another
 // domain or node.
 func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) error {
+	leave, err := d.Enter(ctx, s.claim)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	last, succeeds := s.claim.Log()
-	var err error
 	switch {
 	case succeeds:
 		err = d.succeed(ctx, s, last)

@@ -28,6 +28,10 @@ func (d *decoder) Form(step *runner.Step) {
 		}
 		i++
 		if !ready {
+			d.Pass(s.claim)
+			continue
+		}
+		if !d.Turn(s.claim) {
 			continue
 		}
 		pos := s.position()
@@ -143,6 +147,7 @@ func (d *decoder) advance(s *sequence, logits []float32) error {
 	}
 	s.last = rec.Token
 	s.answer++
+	d.Reached(s.claim, s.answer)
 	d.outbox.add(s, lp)
 	return nil
 }

@@ -232,7 +232,7 @@ func (e *encoder) grid(m *wire.Encode) (engine.Grid, error) {
 // produce encodes the picture into a sealed MM object: this process' own until it is sealed, then held by the request too.
 // The caller frees it; it is nil when there is an error.
 func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) (*hbm.Object, mem.Handle, error) {
-	pixels, err := e.pixels(ctx, m, grid)
+	pixels, err := e.pixels(ctx, m, grid, claim)
 	if err != nil {
 		return nil, mem.Handle{}, err
 	}
@@ -244,7 +244,9 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	if err != nil {
 		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
 	}
-	if err := e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim}); err != nil {
+	err = e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim})
+	e.Pass(claim)
+	if err != nil {
 		e.Free(ctx, objs...)
 		return nil, mem.Handle{}, fmt.Errorf("encoding picture %d: %w", m.Part, err)
 	}
@@ -257,7 +259,12 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 }
 
 // pixels decodes the picture into patches [patches, PatchDim].
-func (e *encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) ([]float32, error) {
+func (e *encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) ([]float32, error) {
+	leave, err := e.Enter(ctx, claim)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	src, err := e.HBM.Attach(ctx, mem.ReadOnly, -1, m.Pixels)
 	if err != nil {
 		return nil, fmt.Errorf("attaching picture %d: %w", m.Part, err)
@@ -278,5 +285,6 @@ func (e *encoder) pixels(ctx context.Context, m *wire.Encode, grid engine.Grid) 
 		return nil, &stage.Fault{Status: 400, Param: wire.PictureParam(m.Part), Err: fmt.Errorf(
 			"its header promised a patch grid of %v, its content has %v", m.Grid, got)}
 	}
+	e.Reached(claim, 1)
 	return pixels, nil
 }

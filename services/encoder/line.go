@@ -14,7 +14,8 @@ import (
 // go on between them. The process' runner owns it.
 type line struct {
 	engine  *engine.Encoder
-	waiting []*picture // in order of arrival; the first is on the NPU once it has begun
+	waiting []*picture // in order of arrival
+	on      *picture   // the one on the NPU; nil: none
 }
 
 // picture is one picture to encode. Until done is sent, the runner uses its memory.
@@ -24,9 +25,9 @@ type picture struct {
 	claim       *hbm.Claim
 	ctx         context.Context // of the work
 
-	begun bool
-	spent time.Duration // on the NPU
-	done  chan error    // one value
+	spent  time.Duration // on the NPU
+	pieces int           // computed
+	done   chan error    // one value
 }
 
 // compute encodes p, unless its claim is lost or its request ends before.
@@ -46,17 +47,24 @@ func (e *encoder) compute(ctx context.Context, p *picture) error {
 func (e *encoder) drop(p *picture, err error) {
 	if i := slices.Index(e.line.waiting, p); i >= 0 {
 		e.line.waiting = slices.Delete(e.line.waiting, i, i+1)
+		if e.line.on == p {
+			e.line.on = nil
+		}
 		p.done <- err
 	}
 }
 
-// piece does the next piece of the picture that is on the NPU, or puts the next picture there. It is a runner.Piece.
+// piece does the next piece of the first picture that has its turn, or puts it on the NPU. It is a runner.Piece.
 func (e *encoder) piece() (more bool) {
 	l := &e.line
-	if len(l.waiting) == 0 {
+	i := slices.IndexFunc(l.waiting, func(p *picture) bool { return e.Turn(p.claim) })
+	if i < 0 {
 		return false
 	}
-	p := l.waiting[0]
+	p := l.waiting[i]
+	for _, behind := range l.waiting[i+1:] { // one of them may have been on the NPU
+		behind.claim.Rest()
+	}
 	switch {
 	case p.ctx.Err() != nil: // the handler is about to say so
 		e.drop(p, context.Cause(p.ctx))
@@ -71,17 +79,20 @@ func (e *encoder) piece() (more bool) {
 // advance does the next piece of p.
 func (e *encoder) advance(p *picture) {
 	start := time.Now()
-	if !p.begun {
+	if e.line.on != p { // one that was on the NPU and had to stop begins anew
+		p.pieces = 0
 		if err := e.line.engine.Begin(p.out, p.pixels, p.grid); err != nil {
 			e.drop(p, err)
 			return
 		}
-		p.begun = true
+		e.line.on = p
 		p.spent += time.Since(start)
 		return
 	}
 	more := e.line.engine.Next()
 	p.spent += time.Since(start)
+	p.pieces++
+	e.Reached(p.claim, 1+p.pieces) // the pixels are the first
 	if more {
 		return
 	}

@@ -18,7 +18,9 @@ func (j *job) fault(m *wire.Lost) *openai.Error {
 		status = http.StatusInternalServerError
 	}
 	if status >= 500 {
-		return openai.Server(status, "%s", m.Why)
+		e := openai.Server(status, "%s", m.Why)
+		e.Code = m.Code
+		return e
 	}
 	e := openai.Invalid(m.Param, "%s", m.Why)
 	e.Status = status

@@ -77,6 +77,11 @@ func (p *prefill) Form(step *runner.Step) {
 	}
 	for it := p.queue.Next(); it != nil; it = p.queue.Next() {
 		l := it.Owner.(*lane)
+		if !p.Turn(l.job.claim) {
+			p.queue.Remove(it)
+			p.put = append(p.put, l)
+			continue
+		}
 		left := len(l.tokens) - l.pos
 		prompt := len(l.job.spec.Prompt)
 		if l.pos < prompt {
@@ -84,6 +89,7 @@ func (p *prefill) Form(step *runner.Step) {
 		}
 		n := step.Chunk(l.pos, left)
 		if n == 0 {
+			l.job.claim.Rest()
 			break
 		}
 		p.queue.TakePart(int64(n))
@@ -99,6 +105,11 @@ func (p *prefill) Form(step *runner.Step) {
 		})
 		p.taken = append(p.taken, l)
 	}
+	for _, l := range p.put {
+		p.queue.Push(&l.item)
+	}
+	clear(p.put)
+	p.put = p.put[:0]
 }
 
 // prune drops the jobs that are to end, and those whose claim another one has.
@@ -158,6 +169,9 @@ func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
 		}
 		j.choices[l.choice].seq.Seal(l.pos, l.pos+n)
 		l.pos += n
+		j.rows += n
+		p.Reached(j.claim, j.cached+j.rows)
+		j.claim.Rest()
 		var err error
 		if l.choice == 0 && l.pos == len(j.spec.Prompt) {
 			err = p.promptDone(j, logits[i], runs)

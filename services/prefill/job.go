@@ -35,6 +35,7 @@ type job struct {
 	shared  int           // of these, from the first on, in others' slabs, which are in memory, too
 	cached  int           // prompt tokens that came from the cache
 	left    int           // choices whose first token is still to come
+	rows    int           // computed
 	done    chan error    // one value
 }
 
@@ -74,6 +75,11 @@ func (j *job) resume(c int) []int32 {
 // prepare maps what is cached of the prompt and the MM objects of the rest, and allocates KV slabs and token logs. They
 // are this process' own until publish: what an instance that dies before has computed is of no use to anybody.
 func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
+	leave, err := p.Enter(ctx, j.claim)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	prompt := j.spec.Prompt
 	var grids []engine.Grid
 	for _, pic := range j.spec.Pictures {

@@ -6,8 +6,10 @@ import (
 	"testing"
 	"time"
 
+	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
@@ -44,6 +46,7 @@ func TestOrderOfLanes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := &prefill{
+				Stage: &stage.Stage{},
 				epoch: time.Now().Add(-time.Minute), queue: sched.NewQueue(sched.Order{Policy: c.policy, Patience: time.Minute}), jobs: map[*job]bool{},
 			}
 			names := map[*lane]string{}
@@ -59,7 +62,7 @@ func TestOrderOfLanes(t *testing.T) {
 					}
 					place := q.place
 					place.Waited -= time.Duration(i) * time.Second // one came after the other
-					j := &job{spec: spec, place: place, rope: make([][3]int32, q.tokens), choices: []choice{{seq: &kv.Sequence{}}}}
+					j := &job{spec: spec, claim: &hbm.Claim{}, place: place, rope: make([][3]int32, q.tokens), choices: []choice{{seq: &kv.Sequence{}}}}
 					l := &lane{job: j, tokens: make([]int32, q.tokens)}
 					names[l] = string(rune('a' + i))
 					p.wait(l)

@@ -72,6 +72,7 @@ type prefill struct {
 	lanes []*lane // in order of arrival
 	jobs  map[*job]bool
 	taken []*lane // those in the step being computed, in its order
+	put   []*lane // those out of the queue whose turn it is not, while a step is formed
 
 	epoch  time.Time    // times of sched count from here
 	queue  *sched.Queue // of lanes: all but taken
@@ -122,6 +123,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 		p.do(func() { p.drop(j, context.Cause(ctx)) })
 		err = <-j.done
 	}
+	p.Pass(claim)
 	if err != nil {
 		return err
 	}

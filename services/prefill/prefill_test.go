@@ -1,10 +1,13 @@
 package prefill_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -23,9 +26,16 @@ import (
 	"trireme.dev/shared/wire"
 )
 
+// childRows is the environment's name for the rows of a batch of a process (see stagetest.Child); 1 by default.
+const childRows = "PREFILL_TEST_ROWS"
+
 func TestMain(m *testing.M) {
 	stagetest.Child(func(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
-		return prefill.Run(ctx, prefill.Config{Stage: cfg, Rows: 1}, log)
+		rows, err := strconv.Atoi(cmp.Or(os.Getenv(childRows), "1"))
+		if err != nil {
+			return err
+		}
+		return prefill.Run(ctx, prefill.Config{Stage: cfg, Rows: rows}, log)
 	})
 	goleak.VerifyTestMain(m)
 }

@@ -39,6 +39,7 @@ var ErrNoRoom = errors.New("no room for all")
 type Fault struct {
 	Status int    // HTTP status for the client
 	Param  string // request parameter at fault, if any
+	Code   string // for programs, if there is one
 	Err    error
 }
 
@@ -64,6 +65,7 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 	io, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
 	defer cancel()
 	if claim != nil {
+		s.Pass(claim)
 		switch why := s.HBM.Unclaim(io, claim); {
 		case why == nil:
 		case errors.Is(why, mem.ErrFenced):
@@ -91,7 +93,7 @@ func (s *Stage) Settle(ctx context.Context, d *bus.Delivery, req wire.Request, c
 	case errors.Is(err, mem.ErrExhausted) && d.Count <= maxRoomTries && !s.othersShort(req.ID):
 		s.Log.Info("no memory for now", "request", req.ID, "error", err)
 		s.handBack(d, req, min(time.Duration(d.Count)*roomWait, maxRoomWait), "no memory")
-	case !s.tellLost(io, req, err):
+	case !s.tellLost(io, d.Stage, req, err):
 		s.handBack(d, req, untoldWait, "untold")
 	case errors.Is(err, ErrNoRoom), errors.Is(err, mem.ErrExhausted):
 		s.ack(io, d, req, "no room")
@@ -121,10 +123,10 @@ func (s *Stage) count(d *bus.Delivery, outcome string) {
 
 // tellLost tells the gateway that an attempt is lost, and reports whether it knows. A gateway that is not told would wait for
 // tokens until the request's deadline, so it has to answer.
-func (s *Stage) tellLost(ctx context.Context, req wire.Request, err error) bool {
-	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500}
+func (s *Stage) tellLost(ctx context.Context, stage string, req wire.Request, err error) bool {
+	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500, Stage: stage}
 	if f := (*Fault)(nil); errors.As(err, &f) {
-		m.Final, m.Status, m.Param = true, f.Status, f.Param
+		m.Final, m.Status, m.Param, m.Code = true, f.Status, f.Param, f.Code
 		s.Log.Info("request is at fault", "request", req.ID, "error", err)
 	} else if errors.Is(err, ErrNoRoom) || errors.Is(err, mem.ErrExhausted) {
 		m.NoRoom = true

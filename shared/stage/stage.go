@@ -101,6 +101,7 @@ type Stage struct {
 	running   atomic.Int64
 	ended     endedSet
 	short     shortage
+	gate      gate
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
@@ -113,6 +114,8 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics,
 		Runner: runner.New(), mixed: cfg.Mixed,
 	}
+	s.gate.runner = s.Runner
+	s.Runner.AddPieces(s.gate.round)
 	if s.mixed == (sched.Mixed{}) {
 		s.mixed = MixedDefault
 	}
@@ -307,7 +310,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 // pull has the messages of a queue handled, at most slots at once, each on a goroutine of its own in wg, until ctx ends.
 func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, slots int, handle func(context.Context, *bus.Delivery)) error {
 	busy := make(chan struct{}, slots)
-	for enter(ctx, busy) {
+	for s.gate.quiet(ctx) && enter(ctx, busy) {
 		batch, err := queue.Next(ctx, 1+cap(busy)-len(busy), pullWait)
 		<-busy
 		for _, d := range batch {

@@ -23,7 +23,10 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	stagetest.Child(nil)
+	goleak.VerifyTestMain(m)
+}
 
 func serveHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {
 	return hmm.Run(ctx, hmm.Config{Socket: socket, Node: "n", NPUs: 4, NPUBytes: 1 << 20, HostBytes: 1 << 20, NATS: conn}, log)
@@ -125,6 +128,7 @@ func TestSettle(t *testing.T) {
 				r.gateway.NothingLost()
 			} else {
 				want := *x.lost
+				want.Stage = stage.Decode
 				want.Request, want.Why = req.ID, x.err.Error()
 				if got := r.gateway.Lost(1)[0]; got != want {
 					t.Errorf("gateway was told %+v, want %+v", got, want)

@@ -30,7 +30,7 @@ func (s *Stage) Work(ctx context.Context, d *bus.Delivery, req wire.Request, par
 	s.Settle(ctx, d, req, claim, err)
 }
 
-// begin claims a part, unless it is known to have ended.
+// begin claims a part, unless it is known to have ended. It may return an error with a claim: see claim.
 func (s *Stage) begin(ctx context.Context, d *bus.Delivery, req wire.Request, part int) (*hbm.Claim, error) {
 	choice := -1
 	if d.Stage == Decode {
@@ -42,7 +42,7 @@ func (s *Stage) begin(ctx context.Context, d *bus.Delivery, req wire.Request, pa
 	if err := s.gateways.admit(ctx, req); err != nil {
 		return nil, err
 	}
-	return s.HBM.Claim(ctx, hbm.Part{
+	return s.claim(ctx, hbm.Part{
 		Request: req.ID, Attempt: req.Attempt, Left: req.Left, Stage: d.Stage, Part: part,
 	}, d.Reply)
 }

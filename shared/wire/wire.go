@@ -255,6 +255,8 @@ type Lost struct {
 	Status  int    // HTTP status for the client when Final: 400 for a picture that cannot be decoded, else 500
 	Param   string // what is at fault, if the stage can tell: a request parameter or a PictureParam
 	NoRoom  bool   // nothing is wrong but that device memory ran out: the attempt gave its place to others
+	Stage   string // that tells it
+	Code    string // when Final: what is wrong, for programs; "" when Status says enough
 }
 
 // PictureParam is the Lost.Param for picture n of Spec.Pictures: a stage does not know how the client's request named it.

@@ -147,6 +147,14 @@ func (r *Runner) Do(f func()) bool {
 	}
 }
 
+// Wake makes the runner ask its sources again if they had nothing to compute. It never blocks.
+func (r *Runner) Wake() {
+	select {
+	case r.inbox <- func() {}:
+	default: // whatever is in a full inbox wakes it
+	}
+}
+
 func (r *Runner) run() {
 	for idle := false; r.listen(idle); {
 		idle = !r.compute()

@@ -20,9 +20,13 @@ const (
 	childAck = "STAGETEST_ACK_WAIT"
 )
 
-// Child makes the test binary a stage process of its own if Rig.Process has started it, and does not return then. TestMain
-// calls it first.
+// Child makes the test binary a stage process of its own if Rig.Process has started it, or a victim of Rig.Strike, and does not
+// return then. TestMain calls it first; run may be nil where no Process is started.
 func Child(run func(context.Context, stage.Config, *slog.Logger) error) {
+	if part := os.Getenv(childStrike); part != "" {
+		fmt.Fprintln(os.Stderr, "child:", runToDeath(part))
+		os.Exit(1)
+	}
 	url := os.Getenv(childURL)
 	if url == "" {
 		return
