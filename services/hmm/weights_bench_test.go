@@ -305,7 +305,7 @@ func threeSteps(b *testing.B, cfg model.Config, w *model.Weights, steps *[3]time
 		b.Fatal(err)
 	}
 	defer c.Close()
-	text, err := engine.NewText(cfg, w, c, engine.Limits{Rows: 64, Seqs: 8})
+	text, err := engine.NewText(cfg, []engine.NPU{{Compute: c, Weights: w}}, engine.Limits{Rows: 64, Seqs: 8})
 	if err != nil {
 		b.Fatal(err)
 	}

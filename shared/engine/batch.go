@@ -7,10 +7,11 @@ import (
 	"trireme.dev/shared/model"
 )
 
-// Limits bounds one batch of a Text. They fix its scratch memory.
+// Limits bounds what one batch of a Text has on each NPU. They fix its scratch memory: as any NPU's rows may all go to the experts
+// of one, that grows with the number of NPUs.
 type Limits struct {
-	Rows int // most new tokens of one batch, all sequences together
-	Seqs int // most sequences of one batch, and most rows whose logits are wanted
+	Rows int // most new tokens of one batch, all sequences of an NPU together
+	Seqs int // most sequences of one batch on an NPU, and most rows whose logits are wanted
 }
 
 // Seq is one sequence's part of a batch: a chunk of its prompt, or one token in decode. Every slice belongs to the
@@ -23,6 +24,10 @@ type Seq struct {
 	// in decode and in models without M-RoPE.
 	Rope  [][3]int32
 	Delta int
+
+	// NPU is the number of the NPU that computes the sequence, by its place in NewText. Its blocks, and the planes of its Visuals,
+	// lie in that NPU's memory.
+	NPU int
 
 	// Blocks are the sequence's KV blocks in order, device memory, each model.Text.BlockFloats long, enough for
 	// Pos+len(Tokens) positions. Forward writes the new positions and reads the rest.
@@ -55,37 +60,12 @@ func (s *Seq) wanted() int {
 	}
 }
 
-// plan checks a batch and prepares what the layers share: the kernel's view of the sequences and the rotary angles.
-func (t *Text) plan(seqs []Seq) error {
-	if len(seqs) > t.lim.Seqs {
-		return fmt.Errorf("%w: %d sequences, the limit is %d", ErrBatch, len(seqs), t.lim.Seqs)
-	}
-	t.rows, t.planes = 0, 0
-	wanted := 0
-	t.seqs = t.seqs[:0]
-	for i := range seqs {
-		s := &seqs[i]
-		if err := t.check(s); err != nil {
-			return fmt.Errorf("%w: sequence %d: %w", ErrBatch, i, err)
-		}
-		t.seqs = append(t.seqs, kernel.Seq{Row: t.rows, Rows: len(s.Tokens), Pos: s.Pos, Blocks: s.Blocks})
-		t.rows += len(s.Tokens)
-		wanted += s.wanted()
-		for j := range s.Visual {
-			t.planes = max(t.planes, len(s.Visual[j].Planes))
-		}
-	}
-	if t.rows > t.lim.Rows || wanted > t.lim.Seqs {
-		return fmt.Errorf("%w: %d rows and logits of %d, the limits are %d and %d",
-			ErrBatch, t.rows, wanted, t.lim.Rows, t.lim.Seqs)
-	}
-	t.angles(seqs)
-	return nil
-}
-
 // check says what is wrong with one sequence.
 func (t *Text) check(s *Seq) error {
 	n := len(s.Tokens)
+	if s.NPU < 0 || s.NPU >= len(t.parts) {
+		return fmt.Errorf("on NPU %d of %d", s.NPU, len(t.parts))
+	}
 	if n == 0 || s.Pos < 0 {
 		return fmt.Errorf("%d tokens at position %d", n, s.Pos)
 	}
@@ -129,11 +109,12 @@ func (t *Text) checkIDs(ids []int32) error {
 	return nil
 }
 
-// work is what a batch is made of. One new token behind others is taken for a step of decoding.
-func work(seqs []Seq) kernel.Work {
+// work is what the part of the batch is made of. One new token behind others is taken for a step of decoding. What experts of
+// other NPUs do for its rows counts here, as if all NPUs had the same to do.
+func (p *part) work() kernel.Work {
 	var w kernel.Work
-	for i := range seqs {
-		s := &seqs[i]
+	for _, i := range p.own {
+		s := &p.t.batch[i]
 		n := len(s.Tokens)
 		if n == 1 && s.Pos > 0 {
 			w.Decoding++
@@ -150,92 +131,92 @@ func work(seqs []Seq) kernel.Work {
 }
 
 // angles fills the rotary angles of all rows.
-func (t *Text) angles(seqs []Seq) {
-	half, row := t.cfg.HeadDim/2, 0
-	for i := range seqs {
-		s := &seqs[i]
+func (p *part) angles() {
+	half, row := p.t.cfg.HeadDim/2, 0
+	for _, i := range p.own {
+		s := &p.t.batch[i]
 		for j := range s.Tokens {
-			p := int32(s.Pos + j + s.Delta)
-			pos := [3]int32{p, p, p}
+			at := int32(s.Pos + j + s.Delta)
+			pos := [3]int32{at, at, at}
 			if s.Rope != nil {
 				pos = s.Rope[j]
 			}
-			t.rotary.fill(t.cos[row*half:(row+1)*half], t.sin[row*half:(row+1)*half], pos)
+			p.t.rotary.fill(p.cos[row*half:(row+1)*half], p.sin[row*half:(row+1)*half], pos)
 			row++
 		}
 	}
 }
 
 // embed fills hidden: embeddings of text tokens in runs as long as possible, plane 0 of multimodal ones.
-func (t *Text) embed(seqs []Seq) {
-	hidden := t.cfg.Hidden
+func (p *part) embed() {
+	hidden := p.t.cfg.Hidden
 	base, from := 0, 0 // first row of the sequence, first text row not yet embedded
-	t.ids = t.ids[:0]
-	for i := range seqs {
-		s := &seqs[i]
+	p.ids = p.ids[:0]
+	for _, i := range p.own {
+		s := &p.t.batch[i]
 		at := 0
 		for j := range s.Visual {
 			v := &s.Visual[j]
-			t.ids = append(t.ids, s.Tokens[at:v.Row]...)
-			t.embedText(from)
-			t.c.Copy(t.hidden[(base+v.Row)*hidden:(base+v.Row+v.Rows)*hidden], v.Planes[0])
+			p.ids = append(p.ids, s.Tokens[at:v.Row]...)
+			p.embedText(from)
+			p.c.Copy(p.hidden[(base+v.Row)*hidden:(base+v.Row+v.Rows)*hidden], v.Planes[0])
 			at = v.Row + v.Rows
 			from = base + at
 		}
-		t.ids = append(t.ids, s.Tokens[at:]...)
+		p.ids = append(p.ids, s.Tokens[at:]...)
 		base += len(s.Tokens)
 	}
-	t.embedText(from)
+	p.embedText(from)
 }
 
 // embedText embeds the collected ids from row on and empties them.
-func (t *Text) embedText(row int) {
-	if n := len(t.ids); n > 0 {
-		t.c.Embed(t.hidden[row*t.cfg.Hidden:(row+n)*t.cfg.Hidden], t.w.Embed, t.ids)
-		t.ids = t.ids[:0]
+func (p *part) embedText(row int) {
+	if n := len(p.ids); n > 0 {
+		p.c.Embed(p.hidden[row*p.t.cfg.Hidden:(row+n)*p.t.cfg.Hidden], p.w.Embed, p.ids)
+		p.ids = p.ids[:0]
 	}
 }
 
 // deepStack adds the planes that belong behind a layer.
-func (t *Text) deepStack(seqs []Seq, layer int) {
-	if layer+1 >= t.planes {
+func (p *part) deepStack(layer int) {
+	if layer+1 >= p.planes {
 		return
 	}
-	hidden, base := t.cfg.Hidden, 0
-	for i := range seqs {
-		for j := range seqs[i].Visual {
-			v := &seqs[i].Visual[j]
+	hidden, base := p.t.cfg.Hidden, 0
+	for _, i := range p.own {
+		s := &p.t.batch[i]
+		for j := range s.Visual {
+			v := &s.Visual[j]
 			if layer+1 < len(v.Planes) {
-				t.c.Add(t.hidden[(base+v.Row)*hidden:(base+v.Row+v.Rows)*hidden], v.Planes[layer+1])
+				p.c.Add(p.hidden[(base+v.Row)*hidden:(base+v.Row+v.Rows)*hidden], v.Planes[layer+1])
 			}
 		}
-		base += len(seqs[i].Tokens)
+		base += len(s.Tokens)
 	}
 }
 
 // narrow moves the rows whose logits are wanted to the front of hidden and normed, with their angles and their
 // kernel sequences, and forgets the others. Rows are computed independently of each other, so this changes no result.
-func (t *Text) narrow(seqs []Seq) {
-	hidden, half := t.cfg.Hidden, t.cfg.HeadDim/2
+func (p *part) narrow() {
+	hidden, half := p.t.cfg.Hidden, p.t.cfg.HeadDim/2
 	to, kept := 0, 0
-	for i := range seqs {
-		n := seqs[i].wanted()
+	for i, k := range p.seqs {
+		n := p.t.batch[p.own[i]].wanted()
 		if n == 0 {
 			continue
 		}
-		k := t.seqs[i]
 		from := k.Row + k.Rows - n
 		for r := range n {
 			if dst, src := to+r, from+r; dst != src {
-				t.c.Copy(t.hidden[dst*hidden:(dst+1)*hidden], t.hidden[src*hidden:(src+1)*hidden])
-				t.c.Copy(t.normed[dst*hidden:(dst+1)*hidden], t.normed[src*hidden:(src+1)*hidden])
-				copy(t.cos[dst*half:(dst+1)*half], t.cos[src*half:(src+1)*half])
-				copy(t.sin[dst*half:(dst+1)*half], t.sin[src*half:(src+1)*half])
+				p.c.Copy(p.hidden[dst*hidden:(dst+1)*hidden], p.hidden[src*hidden:(src+1)*hidden])
+				p.c.Copy(p.normed[dst*hidden:(dst+1)*hidden], p.normed[src*hidden:(src+1)*hidden])
+				copy(p.cos[dst*half:(dst+1)*half], p.cos[src*half:(src+1)*half])
+				copy(p.sin[dst*half:(dst+1)*half], p.sin[src*half:(src+1)*half])
 			}
 		}
-		t.seqs[kept] = kernel.Seq{Row: to, Rows: n, Pos: k.Pos + k.Rows - n, Blocks: k.Blocks}
+		p.seqs[kept] = kernel.Seq{Row: to, Rows: n, Pos: k.Pos + k.Rows - n, Blocks: k.Blocks}
 		to += n
 		kept++
 	}
-	t.seqs, t.rows = t.seqs[:kept], to
+	p.seqs, p.rows = p.seqs[:kept], to
 }

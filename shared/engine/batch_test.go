@@ -86,7 +86,8 @@ func TestWeightsThatDoNotFit(t *testing.T) {
 	w.Layers = slices.Clone(w.Layers)
 	w.Layers[2].Experts = slices.Clone(w.Layers[2].Experts)
 	w.Layers[2].Experts[7].Up.Rows--
-	if _, err := engine.NewText(r.cfg, &w, r.c, lim); !errors.Is(err, engine.ErrModel) || !strings.Contains(err.Error(), "expert 7 up of layer 2") {
+	_, err := engine.NewText(r.cfg, []engine.NPU{{Compute: r.c, Weights: &w}}, lim)
+	if !errors.Is(err, engine.ErrModel) || !strings.Contains(err.Error(), "expert 7 up of layer 2") {
 		t.Errorf("short expert: %v", err)
 	}
 

@@ -49,7 +49,7 @@ func TestExpertsMove(t *testing.T) {
 		original[i] = r.w.Layers[i].Experts
 	}
 	set := func(table [][]model.Expert) {
-		if err := r.text.SetExperts(table); err != nil {
+		if err := r.text.SetExperts([][][]model.Expert{table}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -74,10 +74,10 @@ func TestExpertsMove(t *testing.T) {
 
 	short := moved(original)
 	short[4] = short[4][1:]
-	if err := r.text.SetExperts(short); !errors.Is(err, engine.ErrModel) || !strings.Contains(err.Error(), "layer 4") {
+	if err := r.text.SetExperts([][][]model.Expert{short}); !errors.Is(err, engine.ErrModel) || !strings.Contains(err.Error(), "layer 4") {
 		t.Errorf("an expert too few: %v", err)
 	}
-	if err := r.text.SetExperts(short[:4]); !errors.Is(err, engine.ErrModel) {
+	if err := r.text.SetExperts([][][]model.Expert{short[:4]}); !errors.Is(err, engine.ErrModel) {
 		t.Errorf("layers too few: %v", err)
 	}
 }

@@ -121,7 +121,7 @@ func newRig(t testing.TB, dir string, c kernel.Compute, lim engine.Limits) *rig 
 		f.Close()
 	})
 	r := &rig{t: t, cfg: f.Config, w: w, c: c}
-	if r.text, err = engine.NewText(r.cfg, w, c, lim); err != nil {
+	if r.text, err = engine.NewText(r.cfg, []engine.NPU{{Compute: c, Weights: w}}, lim); err != nil {
 		t.Fatal(err)
 	}
 	if r.cfg.Vision != nil {

@@ -23,3 +23,4 @@ func (nothing) SegmentAttention(out, qkv []float32, segs []int, heads, dim int) 
 func (nothing) Route(l []float32, rows, experts, topK int, norm bool, ids []int32, w []float32) {}
 func (nothing) Experts(out, x []float32, rows, topK int, ids []int32, experts []model.Expert)   {}
 func (nothing) Combine(dst, slots []float32, rows, topK int, weights []float32)                 {}
+func (nothing) Fetch(dst []float32, to []int32, src []float32, from []int32, width int)         {}

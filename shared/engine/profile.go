@@ -144,3 +144,15 @@ func (p *Profile) Combine(dst, slots []float32, rows, topK int, weights []float3
 	defer p.since(time.Now())
 	p.c.Combine(dst, slots, rows, topK, weights)
 }
+
+// Fetch is measured.
+func (p *Profile) Fetch(dst []float32, to []int32, src []float32, from []int32, width int) {
+	defer p.since(time.Now())
+	p.c.Fetch(dst, to, src, from, width)
+}
+
+// Sync is measured.
+func (p *Profile) Sync() {
+	defer p.since(time.Now())
+	p.c.Sync()
+}

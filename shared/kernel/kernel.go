@@ -32,6 +32,16 @@ type Compute interface {
 	// Close ends the worker threads and frees scratch.
 	Close() error
 
+	// Fetch copies rows of width from the memory of another NPU of the same kernel set: row to[i] of dst, in this NPU's memory,
+	// becomes row from[i] of src, in the other's. to and from are host, of one length; no row of dst is named twice. It is the
+	// one operation that touches memory of another NPU, and nobody else may write to src meanwhile: the other NPU's Compute has
+	// returned from Sync behind what it wrote there, and writes there again only when this one has returned from Sync behind the
+	// Fetch. (CUDA: a kernel here that reads through peer access, or, between GPUs that have none, a gather there,
+	// cuMemcpyPeerAsync and a scatter here.)
+	Fetch(dst []float32, to []int32, src []float32, from []int32, width int)
+	// Sync returns when all earlier operations are done, so that other NPUs may read what they wrote.
+	Sync()
+
 	// Embed copies rows of table: out[i] = float32(table[ids[i]]); out is [len(ids), table.Cols], ids are host.
 	Embed(out []float32, table model.Matrix, ids []int32)
 	// Copy copies src to dst, equal lengths. Add adds src to dst elementwise.

@@ -69,7 +69,7 @@ func newRunner(f *hf.Folder, c kernel.Compute, cases []goldenCase) (*runner, err
 		floats = max(floats, sum)
 	}
 	r.chunk = min(prompt, maxChunk)
-	if r.text, err = engine.NewText(r.cfg, w, c, engine.Limits{Rows: r.chunk, Seqs: r.chunk}); err != nil {
+	if r.text, err = engine.NewText(r.cfg, []engine.NPU{{Compute: c, Weights: w}}, engine.Limits{Rows: r.chunk, Seqs: r.chunk}); err != nil {
 		return nil, err
 	}
 	if patches > 0 {

@@ -32,6 +32,19 @@ func matrix(op string, m model.Matrix) {
 // Same panics unless dst and src have equal lengths.
 func Same(op string, dst, src []float32) { length(op, "src", len(src), len(dst)) }
 
+// Fetch checks the arguments of Compute.Fetch, but not that to names no row twice.
+func Fetch(dst []float32, to []int32, src []float32, from []int32, width int) {
+	length("Fetch", "from", len(from), len(to))
+	if width <= 0 {
+		fail("Fetch", "rows of %d elements", width)
+	}
+	for i := range to {
+		if to[i] < 0 || (int(to[i])+1)*width > len(dst) || from[i] < 0 || (int(from[i])+1)*width > len(src) {
+			fail("Fetch", "row %d of %d becomes row %d of %d", from[i], len(src)/width, to[i], len(dst)/width)
+		}
+	}
+}
+
 // Embed checks the arguments of Compute.Embed, ids included.
 func Embed(out []float32, table model.Matrix, ids []int32) {
 	matrix("Embed", table)

@@ -42,6 +42,7 @@ func TestNoAllocation(t *testing.T) {
 		"Rotate":           func(c kernel.Compute) { c.Rotate(x, rows, hidden, 6, 12, angles, angles) },
 		"Attention":        func(c kernel.Compute) { c.StoreKV(0, s, kv, kv, seqs); c.Attention(0, s, z, x, seqs) },
 		"SegmentAttention": func(c kernel.Compute) { c.SegmentAttention(z, qkv, segs, 6, 12) },
+		"Fetch":            func(c kernel.Compute) { c.Fetch(slots, ids[:1], x, ids[:1], hidden); c.Sync() },
 		"Experts": func(c kernel.Compute) {
 			c.Route(logits, rows, experts, topK, true, ids, weights)
 			c.Experts(slots, x, rows, topK, ids, set)

@@ -121,6 +121,16 @@ func (c *compute) Copy(dst, src []float32) {
 	copy(dst, src)
 }
 
+func (c *compute) Fetch(dst []float32, to []int32, src []float32, from []int32, width int) {
+	check.Fetch(dst, to, src, from, width)
+	for i, row := range to {
+		copy(dst[int(row)*width:][:width], src[int(from[i])*width:])
+	}
+}
+
+// Sync has nothing to wait for: every operation returns when it is done.
+func (c *compute) Sync() {}
+
 func (c *compute) Embed(out []float32, table model.Matrix, ids []int32) {
 	check.Embed(out, table, ids)
 	for i, id := range ids {

@@ -25,7 +25,7 @@ const unit = 1.0 / (1 << 24)
 //	Route             16 units of 1; the same ids
 //	Experts           64 units of (1 + cols/16) times the largest result
 //	Combine           topK + 2 units of the sum of |weight * slot| and |dst|
-//	Embed, Copy, Add, StoreKV, Upload, Download   nothing: bit-equal
+//	Embed, Copy, Add, StoreKV, Upload, Download, Fetch   nothing: bit-equal
 func Agree(t *testing.T, c, oracle kernel.Compute) {
 	t.Helper()
 	t.Run("Linear", func(t *testing.T) { on(t, func(rt *rapid.T, f *field) { linearAgrees(rt, f, c, oracle) }) })
@@ -80,6 +80,19 @@ func memoryAgrees(rt *rapid.T, f *field, c, oracle kernel.Compute) {
 	c.Download(back, sum)
 	oracle.Add(host, slices.Clone(host))
 	equal(rt, "Upload, Copy, Add and Download", back, host)
+
+	width, rows := rapid.IntRange(1, 40).Draw(rt, "width"), rapid.IntRange(0, 9).Draw(rt, "fetched rows")
+	src := f.normals((rows+2)*width, 1)
+	got = f.normals((rows+1)*width, 1)
+	want = f.like(got)
+	var to, from []int32
+	for _, row := range f.rand.Perm(rows + 1)[:rows] {
+		to, from = append(to, int32(row)), append(from, int32(f.rand.IntN(rows+2)))
+	}
+	c.Fetch(got, to, src, from, width)
+	c.Sync()
+	oracle.Fetch(want, to, src, from, width)
+	equal(rt, "Fetch", got, want)
 }
 
 func normsAgree(rt *rapid.T, f *field, c, oracle kernel.Compute) {

@@ -54,6 +54,9 @@ func products(t *testing.T, c kernel.Compute) {
 	emb := make([]float32, 9)
 	c.Embed(emb, w, []int32{1, 0, 1})
 	expect(t, "Embed", emb, -1, 0.5, 4, 1, 2, 3, -1, 0.5, 4)
+	c.Fetch(emb, []int32{2, 0}, []float32{10, 20, 30, 40, 50, 60}, []int32{0, 1}, 3)
+	c.Sync()
+	expect(t, "Fetch", emb, 40, 50, 60, 1, 2, 3, 10, 20, 30)
 
 	// Every product of 2^k and its place: any element missed or taken twice shows.
 	for cols := 1; cols <= 70; cols++ {
@@ -182,6 +185,9 @@ func refusals(t *testing.T, c kernel.Compute) {
 		"Embed":            func() { c.Embed(floats(3), w, []int32{2}) },
 		"Copy":             func() { c.Copy(floats(2), floats(3)) },
 		"Add":              func() { c.Add(floats(2), floats(3)) },
+		"Fetch":            func() { c.Fetch(floats(6), []int32{3}, floats(6), []int32{0}, 2) },
+		"Fetch from":       func() { c.Fetch(floats(6), []int32{2}, floats(5), []int32{2}, 2) },
+		"Fetch rows":       func() { c.Fetch(floats(6), []int32{0, 1}, floats(6), []int32{0}, 2) },
 		"Linear":           func() { c.Linear(floats(2), floats(2), 1, w, nil) },
 		"Linear bias":      func() { c.Linear(floats(2), floats(3), 1, w, floats(1)) },
 		"RMSNorm":          func() { c.RMSNorm(floats(6), floats(5), 2, floats(3), 0) },

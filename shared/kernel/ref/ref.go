@@ -32,6 +32,15 @@ func (compute) Download(dst, src []float32) {
 }
 func (compute) Close() error { return nil }
 
+func (compute) Fetch(dst []float32, to []int32, src []float32, from []int32, width int) {
+	check.Fetch(dst, to, src, from, width)
+	for i, row := range to {
+		copy(dst[int(row)*width:][:width], src[int(from[i])*width:])
+	}
+}
+
+func (compute) Sync() {}
+
 func (compute) Embed(out []float32, table model.Matrix, ids []int32) {
 	check.Embed(out, table, ids)
 	for i, id := range ids {

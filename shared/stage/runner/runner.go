@@ -98,7 +98,7 @@ func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mix
 			}
 		}
 		var err error
-		if r.text, err = engine.NewText(cfg, w, c, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
+		if r.text, err = engine.NewText(cfg, []engine.NPU{{Compute: c, Weights: w}}, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
 			return err
 		}
 		r.step = Step{Step: sched.NewStep(l), seqs: make([]engine.Seq, 0, l.Seqs)}

@@ -88,7 +88,7 @@ func (s *sequence) computed(n int, logits []float32) {
 // alone computes a sequence in an engine of its own, a token at a time.
 func (l *lab) alone(prompt, answer int) []int32 {
 	s := l.sequence(prompt, answer)
-	text, err := engine.NewText(l.config, l.weights, l.compute, engine.Limits{Rows: 1, Seqs: 1})
+	text, err := engine.NewText(l.config, []engine.NPU{{Compute: l.compute, Weights: l.weights}}, engine.Limits{Rows: 1, Seqs: 1})
 	if err != nil {
 		l.Fatal(err)
 	}

@@ -45,7 +45,7 @@ func openModel(tb testing.TB) *Model {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { m.Compute.Close() })
-	if m.text, err = engine.NewText(m.Config, m.Weights, m.Compute, engine.Limits{Rows: 2048, Seqs: 8}); err != nil {
+	if m.text, err = engine.NewText(m.Config, []engine.NPU{{Compute: m.Compute, Weights: m.Weights}}, engine.Limits{Rows: 2048, Seqs: 8}); err != nil {
 		tb.Fatal(err)
 	}
 	return m
