@@ -36,6 +36,7 @@ type encoder struct {
 	rows    prometheus.Counter
 	took    runner.Observer
 	line    line
+	ahead   *ahead
 }
 
 // Run opens a stage process and serves the encode queue until ctx ends: Serve for those who have no stage open, as tests
@@ -53,7 +54,7 @@ func Run(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
 func Serve(ctx context.Context, s *stage.Stage) error { return s.Serve(ctx, Role()) }
 
 // Role is the encode stage as a role of a stage process.
-func Role() stage.Role { return stage.Role{Name: stage.Encode, Slots: slots, Start: start} }
+func Role() stage.Role { return stage.Role{Name: stage.Encode, Slots: slots, Late: true, Start: start} }
 
 func start(s *stage.Stage) (stage.Worker, error) {
 	if s.Model.Vision == nil {
@@ -75,6 +76,7 @@ func start(s *stage.Stage) (stage.Worker, error) {
 	e := &encoder{
 		Stage: s, prep: prep, decoder: newDecoder(prep),
 		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(), line: line{engine: engine},
+		ahead: newAhead(s),
 	}
 	s.Runner.AddPieces(e.piece)
 	return e, nil
@@ -91,11 +93,13 @@ func (e *encoder) Handle(ctx context.Context, d *bus.Delivery) {
 		_ = d.Ack(ctx)
 		return
 	}
-	e.Work(ctx, d, m.Request, m.Part, func(ctx context.Context, claim *hbm.Claim) error { return e.encode(ctx, &m, claim) })
+	prep := e.ahead.begin()
+	defer prep.end()
+	e.Work(ctx, d, m.Request, m.Part, func(ctx context.Context, claim *hbm.Claim) error { return e.encode(ctx, &m, claim, prep) })
 }
 
 // encode makes the MM object of one picture and marks it in the join record.
-func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) error {
+func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim, prep *preparation) error {
 	began := time.Now()
 	key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
 	join, err := e.Bus.Join(ctx, key)
@@ -109,7 +113,7 @@ func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim) 
 		return fmt.Errorf("picture %d of a request of %d", m.Part, len(join.Have))
 	}
 	if !join.Have[m.Part] { // else an earlier holder of the claim died between its mark and its ack
-		handle, hit, err := e.object(ctx, m, &join.Prefill, claim)
+		handle, hit, err := e.object(ctx, m, &join.Prefill, claim, prep)
 		if err != nil {
 			return err
 		}
@@ -144,12 +148,18 @@ const maxWait = 20 * time.Second
 // object returns the picture's sealed MM object, held by the request: the cached one (hit), or a new one, which is then
 // cached. While another encoder makes it, it is waited for; if that one fails, one of those who wait makes it. There is
 // none (a hit, with a zero handle) when prefill will find the picture's KV in the cache.
-func (e *encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, claim *hbm.Claim) (_ mem.Handle, hit bool, _ error) {
+func (e *encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, claim *hbm.Claim, prep *preparation) (_ mem.Handle, hit bool, _ error) {
 	grid, err := e.grid(m)
 	if err != nil {
 		return mem.Handle{}, false, err
 	}
-	found, ticket, err := e.HBM.FindMM(ctx, e.key(m), stage.Ref(m.Request), claim, min(maxWait, m.Request.Left))
+	key := e.key(m)
+	found, ticket, err := e.HBM.FindMM(ctx, key, stage.Ref(m.Request), claim, 0)
+	if err == nil && found == nil && ticket == nil { // somebody else makes it, or there is no cache
+		prep.pause()
+		found, ticket, err = e.HBM.FindMM(ctx, key, stage.Ref(m.Request), claim, min(maxWait, m.Request.Left))
+		prep.resume()
+	}
 	if err != nil {
 		return mem.Handle{}, false, fmt.Errorf("looking for picture %d in the cache: %w", m.Part+1, err)
 	}
@@ -162,7 +172,7 @@ func (e *encoder) object(ctx context.Context, m *wire.Encode, p *wire.Prefill, c
 		}
 		return mem.Handle{}, true, nil
 	}
-	obj, handle, err := e.produce(ctx, m, grid, claim)
+	obj, handle, err := e.produce(ctx, m, grid, claim, prep)
 	defer e.Free(ctx, obj)
 	if ticket != nil {
 		e.settleTicket(ctx, ticket, obj)
@@ -231,7 +241,7 @@ func (e *encoder) grid(m *wire.Encode) (engine.Grid, error) {
 
 // produce encodes the picture into a sealed MM object: this process' own until it is sealed, then held by the request too.
 // The caller frees it; it is nil when there is an error.
-func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim) (*hbm.Object, mem.Handle, error) {
+func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid, claim *hbm.Claim, prep *preparation) (*hbm.Object, mem.Handle, error) {
 	pixels, err := e.pixels(ctx, m, grid, claim)
 	if err != nil {
 		return nil, mem.Handle{}, err
@@ -244,7 +254,7 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	if err != nil {
 		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
 	}
-	err = e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim})
+	err = e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim}, prep)
 	e.Pass(claim)
 	if err != nil {
 		e.Free(ctx, objs...)

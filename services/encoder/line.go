@@ -31,8 +31,9 @@ type picture struct {
 }
 
 // compute encodes p, unless its claim is lost or its request ends before.
-func (e *encoder) compute(ctx context.Context, p *picture) error {
+func (e *encoder) compute(ctx context.Context, p *picture, prep *preparation) error {
 	p.done, p.ctx = make(chan error, 1), ctx
+	prep.ready()
 	e.Runner.Do(func() { e.line.waiting = append(e.line.waiting, p) }) // the runner outlives all handlers
 	select {
 	case err := <-p.done:
@@ -50,6 +51,7 @@ func (e *encoder) drop(p *picture, err error) {
 		if e.line.on == p {
 			e.line.on = nil
 		}
+		e.ahead.out()
 		p.done <- err
 	}
 }
@@ -94,6 +96,7 @@ func (e *encoder) advance(p *picture) {
 	p.pieces++
 	e.Reached(p.claim, 1+p.pieces) // the pixels are the first
 	if more {
+		e.ahead.progress(p.spent/time.Duration(p.pieces), e.line.engine.Pieces()-p.pieces)
 		return
 	}
 	e.took.Observe(p.spent.Seconds())

@@ -290,6 +290,9 @@ func (b *Bus) ensure(ctx context.Context) error {
 			MaxDeliver:    -1,
 			MaxAckPending: maxAckPending,
 			MaxWaiting:    1 << 12,
+
+			PriorityPolicy: jetstream.PriorityPolicyPrioritized,
+			PriorityGroups: []string{pullGroup},
 		}
 		if _, err = stream.CreateConsumer(ctx, consumer); errors.Is(err, jetstream.ErrConsumerExists) { // with other settings
 			_, err = stream.UpdateConsumer(ctx, consumer)

@@ -38,23 +38,45 @@ func (b *Bus) Consumer(ctx context.Context, stage string) (*Consumer, error) {
 	return &Consumer{bus: b, stage: s, subject: "$JS.API.CONSUMER.MSG.NEXT." + s.stream + "." + s.consumer}, nil
 }
 
-// Next takes up to limit messages (and at most 4096). It waits for the first one at most wait and returns with it all
-// that are there at once; when wait passes without one it returns nil, nil. A broken connection only makes it wait.
+// Ask is how somebody asks for messages.
+type Ask struct {
+	Limit int           // messages at most, and at most 4096
+	Wait  time.Duration // for the first one
+	// Level is who goes first of those who wait for a message: the lowest, from 0 to MaxLevel; among equals whoever asked first.
+	Level int
+	// Stale, if not nil, ends the wait when it is closed: the asker's Level or Limit is another by now.
+	Stale <-chan struct{}
+}
+
+// MaxLevel is the highest Ask.Level (NATS ADR-42, prioritized consumers).
+const MaxLevel = 9
+
+// Next is Take for those who are all alike: at level 0.
+func (c *Consumer) Next(ctx context.Context, limit int, wait time.Duration) ([]*Delivery, error) {
+	return c.Take(ctx, Ask{Limit: limit, Wait: wait})
+}
+
+// Take takes up to a.Limit messages. It waits for the first one at most a.Wait and returns with it all that are there at
+// once; when a.Wait passes without one, or a.Stale is closed, it returns nil, nil. A broken connection only makes it wait.
 // Errors: the end of ctx, ErrClosed; never with messages. Calls from several goroutines take turns.
 //
 // Each Delivery is kept in progress until its Ack, Nak or Drop.
-func (c *Consumer) Next(ctx context.Context, limit int, wait time.Duration) ([]*Delivery, error) {
-	if limit <= 0 {
+func (c *Consumer) Take(ctx context.Context, a Ask) ([]*Delivery, error) {
+	if a.Limit <= 0 {
 		return nil, nil
 	}
+	a.Limit = min(a.Limit, maxBatch)
 	c.turn.Lock()
 	defer c.turn.Unlock()
-	deadline := time.Now().Add(wait)
+	deadline := time.Now().Add(a.Wait)
 	for pause := newPause(); ; {
-		got, end := c.pull(ctx, min(limit, maxBatch), time.Until(deadline))
+		a.Wait = time.Until(deadline)
+		got, end := c.pull(ctx, a)
 		switch {
 		case len(got) > 0:
 			return got, nil
+		case end == pullStale:
+			return nil, nil
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("taking messages of stage %s: %w", c.stage.name, context.Cause(ctx))
 		case end == pullClosed, c.bus.ctx.Err() != nil:
@@ -76,15 +98,16 @@ const (
 	pullOver    pullEnd = iota // the server has no more for now, or the time is up
 	pullRefused                // the server cannot serve pulls at the moment
 	pullClosed                 // the Bus is closed
+	pullStale                  // the asker wants to ask differently
 )
 
 // pull asks the server once.
-func (c *Consumer) pull(ctx context.Context, limit int, wait time.Duration) (got []*Delivery, end pullEnd) {
+func (c *Consumer) pull(ctx context.Context, a Ask) (got []*Delivery, end pullEnd) {
 	if !c.bus.conn.IsConnected() && !c.bus.conn.IsClosed() {
 		return nil, pullRefused // the client would send the request after the reconnect, when nobody waits any more
 	}
-	wait = max(0, wait)
-	p, err := c.startPull(limit, wait)
+	a.Wait = max(0, a.Wait)
+	p, err := c.startPull(a)
 	if err != nil {
 		if errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrConnectionDraining) {
 			return nil, pullClosed
@@ -98,12 +121,14 @@ func (c *Consumer) pull(ctx context.Context, limit int, wait time.Duration) (got
 		}
 	}()
 	// The server ends the request; the margin is for an end that the network swallowed.
-	within, stop := c.bus.within(ctx, wait+tryTimeout)
+	within, stop := c.bus.within(ctx, a.Wait+tryTimeout)
 	defer stop()
-	for len(got) < limit {
+	for len(got) < a.Limit {
 		select {
 		case <-within.Done():
 			return got, pullOver
+		case <-a.Stale:
+			return got, pullStale
 		case msg := <-p.arrived:
 			if code := status(msg); code != 0 {
 				ended = true

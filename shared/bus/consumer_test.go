@@ -383,3 +383,64 @@ func TestMessageIDsAreStoredOnce(t *testing.T) {
 		t.Errorf("%d messages are stored, want 1", q.Pending)
 	}
 }
+
+// Of those who wait for a message the one at the lowest level gets it, whoever asked first; and who asks differently than before
+// is counted as asking now.
+func TestLowestLevelTakesFirst(t *testing.T) {
+	t.Parallel()
+	b := connect(t, bustest.Run(t).URL())
+	takers := []*bus.Consumer{consumer(t, b, bus.StageEncode), consumer(t, b, bus.StageEncode), consumer(t, b, bus.StageEncode)}
+	type took struct {
+		level int
+		got   []*bus.Delivery
+	}
+	taken := make(chan took, 8)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	stale := make(chan struct{})
+	ask := func(i, level int, stale <-chan struct{}) {
+		go func() {
+			got, _ := takers[i].Take(ctx, bus.Ask{Limit: 4, Wait: long, Level: level, Stale: stale})
+			taken <- took{level, got}
+		}()
+	}
+	waiting := func(n int) {
+		t.Helper()
+		for deadline := time.Now().Add(long); ; time.Sleep(time.Millisecond) {
+			q, err := b.Queues(t.Context())
+			if err == nil && q[0].Waiting == n {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d do not wait: %v, %v", n, q, err)
+			}
+		}
+	}
+	for i, level := range []int{bus.MaxLevel, 3, 1} {
+		if i == 1 {
+			ask(i, level, stale)
+		} else {
+			ask(i, level, nil)
+		}
+		waiting(i + 1)
+	}
+	for _, want := range []int{1, 0, bus.MaxLevel} {
+		if want == 0 { // the one in the middle has become the idlest
+			close(stale)
+			if x := <-taken; x.got != nil || x.level != 3 {
+				t.Fatalf("a stale wait at level %d ended with %v", x.level, x.got)
+			}
+			waiting(1)
+			ask(1, 0, nil)
+			waiting(2)
+		}
+		publish(t, b, bus.StageEncode, fmt.Sprint("for", want), "")
+		x := <-taken
+		if x.level != want || len(x.got) != 1 || request(t, x.got[0]) != fmt.Sprint("for", want) {
+			t.Fatalf("the message went to level %d, want %d", x.level, want)
+		}
+		if err := x.got[0].Ack(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}

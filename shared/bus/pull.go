@@ -16,7 +16,13 @@ type pullRequest struct {
 	Batch   int           `json:"batch"`
 	NoWait  bool          `json:"no_wait,omitempty"`
 	Expires time.Duration `json:"expires,omitempty"` // nanoseconds
+
+	Group    string `json:"group"` // of the consumer's priority groups, the one there is
+	Priority int    `json:"priority,omitempty"`
 }
+
+// pullGroup is the priority group of all consumers: in one, the server gives a message to who waits at the lowest priority.
+const pullGroup = "takers"
 
 // pull is one pull request at the server. It has a subscription of its own, as the server drops a request that nobody
 // listens to any more. No message waits for AckWait in a pull that was given up: what still arrives is naked at once,
@@ -30,13 +36,15 @@ type pull struct {
 	over    bool           // nobody reads arrived any more
 }
 
-// startPull asks the server for up to limit messages within wait.
-func (c *Consumer) startPull(limit int, wait time.Duration) (*pull, error) {
-	body, err := json.Marshal(pullRequest{Batch: limit, NoWait: true, Expires: wait})
+// startPull asks the server for up to a.Limit messages within a.Wait.
+func (c *Consumer) startPull(a Ask) (*pull, error) {
+	body, err := json.Marshal(pullRequest{
+		Batch: a.Limit, NoWait: true, Expires: a.Wait, Group: pullGroup, Priority: min(max(a.Level, 0), MaxLevel),
+	})
 	if err != nil {
 		panic("BUG: a pull request cannot be encoded: " + err.Error())
 	}
-	p := &pull{bus: c.bus, arrived: make(chan *nats.Msg, limit+1)}
+	p := &pull{bus: c.bus, arrived: make(chan *nats.Msg, a.Limit+1)}
 	inbox := c.bus.conn.NewInbox()
 	if p.sub, err = c.bus.conn.Subscribe(inbox, p.arrive); err != nil {
 		return nil, fmt.Errorf("subscribing to messages of stage %s: %w", c.stage.name, err)

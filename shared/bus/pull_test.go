@@ -22,7 +22,7 @@ func TestLateMessageIsGivenBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	late, err := c.startPull(1, time.Hour)
+	late, err := c.startPull(Ask{Limit: 1, Wait: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}

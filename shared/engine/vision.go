@@ -129,13 +129,16 @@ func (e *Encoder) Begin(out, pixels []float32, grid Grid) error {
 	return nil
 }
 
+// Pieces is how often Next is called for a picture.
+func (e *Encoder) Pieces() int { return len(e.w.Blocks) + 1 }
+
 // Next does the next piece of the picture that was begun, a transformer block with its DeepStack tap or the last merger,
 // and reports whether there is more to do.
 func (e *Encoder) Next() (more bool) {
 	n, tokens := e.grid.Patches(), e.Tokens(e.grid)
 	plane := tokens * e.v.Out
 	if e.meter != nil {
-		e.meter.Begin(kernel.Work{Tokens: tokens, Parts: len(e.w.Blocks) + 1})
+		e.meter.Begin(kernel.Work{Tokens: tokens, Parts: e.Pieces()})
 		defer e.meter.End()
 	}
 	if i := e.next; i < len(e.w.Blocks) {

@@ -64,6 +64,7 @@ var MixedDefault = sched.Mixed{Tokens: 128, Blocks: 1 << 14, Least: model.BlockT
 type Role struct {
 	Name  string                       // Encode, Prefill or Decode
 	Slots int                          // messages of its queue in work at once
+	Late  bool                         // each message that is taken holds the role (Stage.Hold) until the worker says otherwise
 	Start func(*Stage) (Worker, error) // adds what the role computes to the stage's Runner, before that runs
 }
 
@@ -98,7 +99,7 @@ type Stage struct {
 	gateways  *gateways
 	works     works
 	ready     atomic.Bool
-	running   atomic.Int64
+	load      load
 	ended     endedSet
 	short     shortage
 	gate      gate
@@ -291,7 +292,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 	failed := make(chan error, len(roles))
 	for i, r := range roles {
 		wg.Go(func() {
-			if err := s.pull(ctx, &wg, queues[i], r.Slots, workers[i].Handle); err != nil {
+			if err := s.pull(ctx, &wg, queues[i], r, workers[i].Handle); err != nil {
 				failed <- fmt.Errorf("pulling work from the %s queue: %w", r.Name, err)
 			}
 		})
@@ -307,17 +308,28 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 	return nil
 }
 
-// pull has the messages of a queue handled, at most slots at once, each on a goroutine of its own in wg, until ctx ends.
-func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, slots int, handle func(context.Context, *bus.Delivery)) error {
-	busy := make(chan struct{}, slots)
+// pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
+// until ctx ends. It asks at the level of the process' load, and anew when that changes.
+func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(context.Context, *bus.Delivery)) error {
+	busy := make(chan struct{}, r.Slots)
 	for s.gate.quiet(ctx) && enter(ctx, busy) {
-		batch, err := queue.Next(ctx, 1+cap(busy)-len(busy), pullWait)
+		level, waits, changed := s.load.ask(r.Name)
+		if waits {
+			<-busy
+			select {
+			case <-changed:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		has := len(busy) - 1
+		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, r.Slots-has), Wait: pullWait, Level: level, Stale: changed})
 		<-busy
 		for _, d := range batch {
 			busy <- struct{}{} // there is room: nobody else enters
-			s.running.Add(1)
+			s.load.take(r)
 			wg.Go(func() {
-				defer func() { <-busy; s.running.Add(-1) }()
+				defer func() { <-busy; s.load.drop(r.Name) }()
 				handle(ctx, d)
 			})
 		}
@@ -422,7 +434,7 @@ func (s *Stage) heartbeat() wire.Instance {
 	return wire.Instance{
 		ID: s.ID, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Compute.Digest(),
-		Running: int(s.running.Load()), Metrics: s.address, Paced: s.paced,
+		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}
 }
 

@@ -1,0 +1,107 @@
+package stage
+
+import (
+	"sync"
+
+	"trireme.dev/shared/sched"
+)
+
+// load is what a process has in work, and at which levels it asks for more (sched.Load): the idlest of all instances takes first.
+type load struct {
+	mu      sync.Mutex
+	work    sched.Load
+	held    map[string]bool          // see Stage.Hold
+	changed map[string]chan struct{} // by role, of those who ask: closed when they would ask differently
+}
+
+// take counts a message that a role has taken.
+func (l *load) take(r Role) {
+	l.change(func() {
+		*l.of(r.Name)++
+		if r.Late {
+			l.held[r.Name] = true
+		}
+	})
+}
+
+// drop counts a message that is settled.
+func (l *load) drop(role string) { l.change(func() { *l.of(role)-- }) }
+
+// hold sets whether a role wants nothing beside what it has.
+func (l *load) hold(role string, hold bool) {
+	l.change(func() { l.held[role] = hold })
+}
+
+// change has f change the load, and wakes those whom that concerns.
+func (l *load) change(f func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held == nil {
+		l.held = make(map[string]bool)
+	}
+	type ask struct {
+		level int
+		waits bool
+	}
+	asks := func(role string) ask { return ask{l.level(role), l.waits(role)} }
+	before := make(map[string]ask, len(l.changed))
+	for role := range l.changed {
+		before[role] = asks(role)
+	}
+	f()
+	for role, was := range before {
+		if asks(role) != was {
+			close(l.changed[role])
+			delete(l.changed, role)
+		}
+	}
+}
+
+func (l *load) level(role string) int {
+	if role == Decode {
+		return l.work.LevelToDecode()
+	}
+	return l.work.LevelToCompute()
+}
+
+// waits reports whether a role does not ask: it has something and wants no more.
+func (l *load) waits(role string) bool {
+	return l.held[role] && *l.of(role) > 0
+}
+
+// of is what a role has in work.
+func (l *load) of(role string) *int {
+	switch role {
+	case Encode:
+		return &l.work.Pictures
+	case Prefill:
+		return &l.work.Prompts
+	}
+	return &l.work.Sequences
+}
+
+// ask says how a role asks for work: at which level, or not at all for now; and what is closed when that changes.
+func (l *load) ask(role string) (level int, waits bool, changed <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.changed[role]
+	if c == nil {
+		if l.changed == nil {
+			l.changed = make(map[string]chan struct{})
+		}
+		c = make(chan struct{})
+		l.changed[role] = c
+	}
+	return l.level(role), l.waits(role), c
+}
+
+// running is the number of messages in work.
+func (l *load) running() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.work.Pictures + l.work.Prompts + l.work.Sequences
+}
+
+// Hold says whether a role wants no work beside what it has, although it has room: what it would get later is better off with
+// whoever is idle first. It takes work when it has none in any case.
+func (s *Stage) Hold(role string, hold bool) { s.load.hold(role, hold) }

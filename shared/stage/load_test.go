@@ -1,0 +1,125 @@
+package stage_test
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/stagetest"
+	"trireme.dev/shared/wire"
+)
+
+// takers are stages that keep what they take until they are let go; it counts who has taken what.
+type takers struct {
+	*rig
+	mu    sync.Mutex
+	taken map[string]int // by stage, so far
+	goOn  map[string]chan struct{}
+}
+
+func newTakers(t *testing.T) *takers {
+	return &takers{rig: newRig(t, stagetest.Long), taken: map[string]int{}, goOn: map[string]chan struct{}{}}
+}
+
+// start starts a stage that has the role.
+func (k *takers) start(name string, r stage.Role) (*stage.Stage, func()) {
+	goOn := make(chan struct{})
+	k.goOn[name] = goOn
+	return k.Open(r.Name, func(ctx context.Context, s *stage.Stage) error {
+		r.Start = func(s *stage.Stage) (stage.Worker, error) {
+			return worker(func(ctx context.Context, d *bus.Delivery) {
+				var m wire.Prefill // on all queues here
+				if err := wire.Unmarshal(d.Data, &m); err != nil {
+					k.Error(err)
+				}
+				s.Work(ctx, d, m.Request, 0, func(ctx context.Context, _ *hbm.Claim) error {
+					k.mu.Lock()
+					k.taken[name]++
+					k.mu.Unlock()
+					select {
+					case <-goOn:
+						return nil
+					case <-ctx.Done():
+						return ctx.Err()
+					}
+				})
+			}), nil
+		}
+		return s.Serve(ctx, r)
+	})
+}
+
+func (k *takers) of(name string) int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.taken[name]
+}
+
+// publish puts n messages on a queue, one after the other as they are taken, each when both stages ask for it.
+func (k *takers) publish(queue string, n int) {
+	k.Helper()
+	for range n {
+		k.Until("all ask", func() bool {
+			all, err := k.Bus.Queues(k.Context())
+			i := slices.IndexFunc(all, func(q bus.Queue) bool { return q.Stage == queue })
+			return err == nil && all[i].Waiting >= len(k.goOn)
+		})
+		before := k.of("a") + k.of("b")
+		req := k.Request(k.gateway.ID)
+		k.Publish(queue, req.ID, &wire.Prefill{Request: req})
+		k.Until("it is taken", func() bool { return k.of("a")+k.of("b") == before+1 })
+	}
+}
+
+// Work goes to the instance that has the least of it: evenly where all are alike, and past one that is busy although it has room
+// and has asked first.
+func TestIdleTakesFirst(t *testing.T) {
+	k := newTakers(t)
+	prompts := stage.Role{Name: stage.Prefill, Slots: 32}
+	_, stopA := k.start("a", prompts)
+	defer stopA()
+	_, stopB := k.start("b", prompts)
+	defer stopB()
+	k.publish(stage.Prefill, 8)
+	if a, b := k.of("a"), k.of("b"); a != 4 || b != 4 {
+		t.Errorf("of 8 prompts one has %d, the other %d", a, b)
+	}
+	close(k.goOn["b"]) // from now on it works at once
+	k.publish(stage.Prefill, 24)
+	// In turns it would have been 12. In the moment in which the idle one has taken a prompt and not asked again, or asks anew at
+	// another level, the busy one is alone.
+	if a := k.of("a") - 4; a > 6 {
+		t.Errorf("%d of 24 prompts went to an instance that was busy while another one was idle", a)
+	}
+	close(k.goOn["a"])
+}
+
+// A role that is held takes nothing beside what it has, however much room there is, and goes on when it is held no more.
+func TestHold(t *testing.T) {
+	k := newTakers(t)
+	s, stop := k.start("a", stage.Role{Name: stage.Encode, Slots: 4, Late: true})
+	defer stop()
+	k.publish(stage.Encode, 1)
+	for range 2 {
+		req := k.Request(k.gateway.ID)
+		k.Publish(stage.Encode, req.ID, &wire.Prefill{Request: req})
+	}
+	for want := 1; want <= 3; want++ {
+		k.Until("it asks for no more", func() bool {
+			q, err := k.Bus.Queues(t.Context())
+			return err == nil && q[0].Waiting == 0
+		})
+		if n := k.of("a"); n != want {
+			t.Fatalf("it has taken %d messages, want %d", n, want)
+		}
+		if want < 3 {
+			s.Hold(stage.Encode, false)
+			k.Until("it takes the next", func() bool { return k.of("a") == want+1 })
+		}
+	}
+	close(k.goOn["a"])
+}
