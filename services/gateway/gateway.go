@@ -32,6 +32,7 @@ import (
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/wire"
 )
 
 // Parts are what a Gateway is put together from. The Gateway owns none of them but the connections that Dial makes.
@@ -138,6 +139,7 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	failed := make(chan error, 1)
 	wg.Go(func() { failed <- server.Serve(l) })
 	g.log.Info("serving", "address", g.address, "model", g.name)
+	g.emit(wire.EventReady, fmt.Sprintf("serves %s on %s", g.name, g.address))
 
 	var err error
 	select {
@@ -156,7 +158,17 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	g.stop(errStopping)
 	_ = server.Close()
 	g.background.Wait()
+	if err != nil {
+		g.emit(wire.EventFailed, err.Error())
+	} else {
+		g.emit(wire.EventStopped, "has answered or ended its requests")
+	}
 	return err
+}
+
+// emit tells operators what happened to this gateway.
+func (g *Gateway) emit(kind, text string) {
+	g.bus.Emit(wire.Event{Kind: kind, Node: g.node, Instance: g.cfg.Instance, Role: "gateway", Text: text})
 }
 
 // stopWait is how long requests may take to end once they were told to.

@@ -93,4 +93,20 @@ func (d *Daemon) publish(g wire.Gone) {
 	if err != nil {
 		d.log.Error("announcing a gone instance", "instance", g.Instance, "error", err)
 	}
+	d.emit(wire.Event{Kind: wire.EventGone, Instance: g.Instance, Role: g.Role, Text: "its connection to the HMM has ended"})
+}
+
+// emit tells operators what happened on this node.
+func (d *Daemon) emit(e wire.Event) {
+	if d.cfg.NATS == nil {
+		return
+	}
+	e.Node = d.cfg.Node
+	subject, data, err := e.Message()
+	if err == nil {
+		err = d.cfg.NATS.Publish(subject, data)
+	}
+	if err != nil {
+		d.log.Warn("an event is lost", "kind", e.Kind, "text", e.Text, "error", err)
+	}
 }

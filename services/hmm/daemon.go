@@ -148,6 +148,8 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	if err == nil {
 		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs, "domains", len(d.stores)-1,
 			"npu_bytes", d.cfg.NPUBytes, "host_bytes", d.cfg.HostBytes, "weights_bytes", d.cfg.Weights)
+		// At the very first start of a system nobody has made the stream yet: then there is nothing that was lost, either.
+		d.emit(wire.Event{Kind: wire.EventHMMReady, Text: fmt.Sprintf("has the memory of %d NPUs, all of it empty", d.cfg.NPUs)})
 		d.peers.Go(func() { d.accept(ctx) })
 		d.peers.Go(func() { d.others.serve(ctx) })
 		<-ctx.Done()

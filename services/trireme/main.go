@@ -45,6 +45,7 @@ type cli struct {
 	Up     upCmd     `cmd:"" help:"Run everything on this machine: NATS, HMM, stages and gateway." group:"Run"`
 	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
 	Status statusCmd `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
+	Events eventsCmd `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
 	Model  modelCmd  `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
 	Bench  benchCmd  `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 

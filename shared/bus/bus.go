@@ -301,6 +301,9 @@ func (b *Bus) ensure(ctx context.Context) error {
 			return fmt.Errorf("consumer %s of stream %s: %w", s.consumer, s.stream, err)
 		}
 	}
+	if err := b.ensureEvents(ctx); err != nil {
+		return err
+	}
 	for _, bucket := range []jetstream.StreamConfig{
 		{Name: wire.BucketJoin, Description: "which pictures of a request are encoded", MaxAge: joinTTL, Storage: jetstream.FileStorage},
 		{Name: wire.BucketInstances, Description: "heartbeats of all instances", MaxAge: b.instanceTTL, Storage: jetstream.MemoryStorage},
@@ -367,6 +370,7 @@ func (b *Bus) reconnected(conn *nats.Conn) {
 		return
 	}
 	b.log.Info("connected to NATS again", "url", conn.ConnectedUrl())
+	b.Emit(wire.Event{Kind: wire.EventReached, Instance: conn.Opts.Name, Text: "connected to NATS again"})
 	b.wg.Go(func() {
 		if err := b.setup(b.ctx); err != nil {
 			if b.ctx.Err() == nil {

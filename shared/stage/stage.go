@@ -237,7 +237,14 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 }
 
 // serve is Serve once all is ready to work.
-func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error {
+func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err error) {
+	defer func() {
+		if err != nil {
+			s.emit(wire.EventFailed, err.Error())
+			return
+		}
+		s.emit(wire.EventStopped, "has handed over what it had in work")
+	}()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -287,6 +294,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 			}
 		})
 	}
+	s.emit(wire.EventReady, fmt.Sprintf("serves %s on NPU %d", s.Model.Name, s.NPU))
 	s.Log.Info("ready", "role", s.Role, "npu", s.NPU, "model", s.Model.Name, "kernels", s.Compute.Digest())
 
 	failed := make(chan error, len(roles))
@@ -306,6 +314,11 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) error
 		return fmt.Errorf("serving %s: %w", s.Role, err)
 	}
 	return nil
+}
+
+// emit tells operators what happened to this instance.
+func (s *Stage) emit(kind, text string) {
+	s.Bus.Emit(wire.Event{Kind: kind, Node: s.HBM.Node(), Instance: s.ID, Role: s.Role, Text: text})
 }
 
 // pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
