@@ -56,7 +56,11 @@ func (r *rig) encoder() (*stage.Stage, func()) {
 // request is what a gateway makes of a reference case: the join record, and a message a picture, not yet published.
 func (r *rig) request(c *stagetest.Case) (wire.Request, []*wire.Encode) {
 	r.Helper()
-	req := r.Request(r.gateway.ID)
+	return r.prepare(c, r.Request(r.gateway.ID))
+}
+
+func (r *rig) prepare(c *stagetest.Case, req wire.Request) (wire.Request, []*wire.Encode) {
+	r.Helper()
 	join := &wire.Join{Prefill: wire.Prefill{Request: req, Inline: []byte("spec"), MM: make([]mem.Handle, len(c.Images))},
 		Have: make([]bool, len(c.Images))}
 	if err := r.Bus.CreateJoin(r.Context(), wire.JoinKey(req.ID, req.Attempt), join); err != nil {

@@ -182,6 +182,17 @@ func (r *Rig) Done(request string, choice int) {
 	}
 }
 
+// Cancel ends requests, as a gateway does on NATS, and waits until a stage knows.
+func (r *Rig) Cancel(s *stage.Stage, requests ...wire.Request) {
+	r.tb.Helper()
+	for _, req := range requests {
+		r.Done(req.ID, -1)
+	}
+	for _, req := range requests {
+		r.Until(s.ID+" knows of the end", func() bool { return s.Ended(req, -1) })
+	}
+}
+
 // Queue is the number of a stage's messages that wait and of those that are being worked on.
 func (r *Rig) Queue(role string) (waiting, taken int) {
 	r.tb.Helper()
