@@ -32,7 +32,7 @@ func TestStrikes(t *testing.T) {
 	}
 	r.Empty(stage.Decode)
 	lost := r.gateway.Lost(1)
-	if len(lost) != 1 || lost[0].Request != reqs[4].ID || lost[0].Code != stage.CodeQuarantined || !lost[0].Final {
+	if len(lost) != 1 || lost[0].Request != reqs[4].ID || lost[0].Code != wire.CodeQuarantined || !lost[0].Final {
 		t.Errorf("lost: %+v", lost)
 	}
 	for _, req := range reqs {

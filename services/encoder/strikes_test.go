@@ -7,6 +7,7 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
+	"trireme.dev/shared/wire"
 )
 
 // Pictures whose encoders have died are encoded alone, the others around them; the one with too many strikes is not.
@@ -33,7 +34,7 @@ func TestStrikes(t *testing.T) {
 		}
 	}
 	lost := r.gateway.Lost(1)
-	if len(lost) != 1 || lost[0].Request != bad.ID || lost[0].Code != stage.CodeQuarantined || lost[0].Stage != stage.Encode {
+	if len(lost) != 1 || lost[0].Request != bad.ID || lost[0].Code != wire.CodeQuarantined || lost[0].Stage != stage.Encode {
 		t.Errorf("lost: %+v", lost)
 	}
 	r.Done(req.ID, -1)

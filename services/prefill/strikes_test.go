@@ -63,7 +63,7 @@ func TestKillerIsQuarantined(t *testing.T) {
 		t.Errorf("quarantined after %d deaths", deaths)
 	}
 	lost := r.gateway.Lost(1)
-	if len(lost) != 1 || lost[0].Request != killer.Request.ID || !lost[0].Final || lost[0].Code != stage.CodeQuarantined {
+	if len(lost) != 1 || lost[0].Request != killer.Request.ID || !lost[0].Final || lost[0].Code != wire.CodeQuarantined {
 		t.Errorf("the gateway was told %+v", lost)
 	}
 	r.Done(killer.Request.ID, -1)

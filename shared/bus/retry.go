@@ -26,7 +26,7 @@ func permanent(err error) bool {
 		nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrMaxPayload, nats.ErrBadSubject,
 		nats.ErrAuthorization, nats.ErrPermissionViolation, jetstream.ErrKeyExists, jetstream.ErrKeyNotFound,
 		jetstream.ErrInvalidKey, jetstream.ErrBucketExists, jetstream.ErrKeyRevisionMismatch,
-		ErrJoinExists, wire.ErrMalformed, wire.ErrVersion, wire.ErrTooLarge,
+		ErrJoinExists, ErrNoLetter, wire.ErrMalformed, wire.ErrVersion, wire.ErrTooLarge,
 	} {
 		if errors.Is(err, e) {
 			return true

@@ -9,6 +9,7 @@ import (
 
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/stage/runner"
+	"trireme.dev/shared/wire"
 )
 
 // A request whose worker died while it ran has a strike, and may be what killed it. It runs alone then: if the process dies again,
@@ -20,9 +21,6 @@ import (
 // Quarantine is how many strikes in a row a part may have at most: one in company, or alone by chance, and three more alone.
 const Quarantine = 1 + 3
 
-// CodeQuarantined is the error code of a request that was quarantined.
-const CodeQuarantined = "request_quarantined"
-
 // claim takes a part for this instance, as hbm.Client.Claim does. The error of one that is quarantined is a *Fault, with the claim
 // for Settle.
 func (s *Stage) claim(ctx context.Context, p hbm.Part, reply string) (*hbm.Claim, error) {
@@ -31,7 +29,7 @@ func (s *Stage) claim(ctx context.Context, p hbm.Part, reply string) (*hbm.Claim
 		return nil, err
 	}
 	if n := claim.Strikes(); n >= Quarantine {
-		return claim, &Fault{Status: http.StatusInternalServerError, Code: CodeQuarantined, Err: fmt.Errorf(
+		return claim, &Fault{Status: http.StatusInternalServerError, Code: wire.CodeQuarantined, Err: fmt.Errorf(
 			"the request is quarantined: %d instances in a row died while they ran it (%s, part %d), the last ones alone with it", n,
 			p.Stage, p.Part)}
 	} else if n > 0 {

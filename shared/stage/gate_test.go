@@ -141,7 +141,7 @@ func TestSuspectsRunAlone(t *testing.T) {
 		t.Errorf("times that requests worked alone: %v, want %v", w.alone, want)
 	}
 	lost := r.gateway.Lost(1)
-	if len(lost) != 1 || lost[0].Request != reqs[0].ID || !lost[0].Final || lost[0].Status != 500 || lost[0].Code != stage.CodeQuarantined ||
+	if len(lost) != 1 || lost[0].Request != reqs[0].ID || !lost[0].Final || lost[0].Status != 500 || lost[0].Code != wire.CodeQuarantined ||
 		lost[0].Stage != stage.Decode {
 		t.Errorf("told the gateway %+v", lost)
 	}
