@@ -51,8 +51,10 @@ func (g *Gateway) chatCompletions(c echo.Context) error {
 		return causeOr(ctx, err)
 	}
 	id := newID()
-	params := r.Params // what else r holds of the body need not live as long as the answer
+	params := r.Params // what else r holds need not live as long as the answer
 	q := &query{g: g, params: &params, objective: objective, jobs: []*job{j}, id: id, began: began, deadline: deadline}
+	q.kept = g.graveyard.keep(c, body)
+	defer q.kept.release()
 	return q.serve(ctx, q.responder(c, true, "chatcmpl-"+id))
 }
 
@@ -86,6 +88,8 @@ func (g *Gateway) completions(c echo.Context) error {
 		}
 		q.jobs = append(q.jobs, j)
 	}
+	q.kept = g.graveyard.keep(c, body)
+	defer q.kept.release()
 	return q.serve(ctx, q.responder(c, false, "cmpl-"+id))
 }
 
@@ -108,6 +112,7 @@ type query struct {
 	deadline time.Time
 
 	objective objective
+	kept      *kept
 
 	mu    sync.Mutex
 	usage openai.Usage
@@ -130,6 +135,7 @@ func (q *query) serve(ctx context.Context, r responder) error {
 		q.g.metrics.e2e.Observe(time.Since(q.began).Seconds())
 		return nil
 	}
+	q.bury(err)
 	if e := q.g.toError(err); e != nil && r.fail(e) {
 		q.g.log.Warn("request failed in mid-stream", "request", q.id, "error", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -47,6 +48,10 @@ type Config struct {
 	Attempts   int           // tries of a request; 0 means 3
 	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
 
+	// DeadLetters says what is stored of requests that fail for good and not by their clients' fault: DeadWhole, DeadFacts or DeadOff;
+	// "" means DeadWhole. Then their bodies, and pictures that were fetched for them, are kept for as long as they are in work.
+	DeadLetters string
+
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
 	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
@@ -75,6 +80,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Attempts, 3)
 	def(&c.Policy, sched.SLO.String())
 	def(&c.Late, LateLast)
+	def(&c.DeadLetters, DeadWhole)
 	def(&c.Ahead, 32)
 	c.Classes = withClasses(c.Classes)
 	def(&c.ResendWait, 50*time.Millisecond)
@@ -118,6 +124,8 @@ func (c Config) Validate() error {
 	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
 		c.ConfirmWait < 0 || c.AckWait < 0,
 		"a time is negative")
+	fault(!slices.Contains([]string{"", DeadWhole, DeadFacts, DeadOff}, c.DeadLetters), "dead letters are %s, %s or %s, not %q",
+		DeadWhole, DeadFacts, DeadOff, c.DeadLetters)
 	errs = append(errs, c.checkOrder())
 	return errors.Join(errs...)
 }

@@ -57,6 +57,7 @@ type Gateway struct {
 	metrics   *metrics
 	instances *bus.Instances
 	dispatch  *dispatcher
+	graveyard *graveyard
 	echo      *echo.Echo
 	created   int64 // Unix time, for /v1/models
 	node      string
@@ -78,6 +79,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 		cfg: cfg, name: cfg.ModelName, model: parts.Model, bus: parts.Bus, log: parts.Log.With("instance", cfg.Instance),
 		media: media.New(cfg.Media), created: time.Now().Unix(), pid: os.Getpid(),
 	}
+	g.graveyard = &graveyard{g: g, turn: make(chan struct{}, 1)}
 	if g.name == "" {
 		g.name = parts.Model.Config.Name
 	}

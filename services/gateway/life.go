@@ -95,7 +95,7 @@ func (l *life) run(ctx context.Context, released func()) (err error) {
 		case <-l.resend.C:
 			l.askAgain()
 		case <-l.memory.Lost():
-			err = l.restart(ctx, "the HMM was lost")
+			err = l.restart(ctx, "", "the HMM was lost")
 		case <-ctx.Done():
 			err = ctx.Err()
 		}
@@ -221,19 +221,20 @@ func (l *life) lost(ctx context.Context, m *wire.Lost) error {
 		return nil
 	}
 	if m.Final {
-		return l.job.fault(m)
+		return l.died(m)
 	}
 	if m.NoRoom {
 		return l.yield(ctx, m.Why)
 	}
-	return l.restart(ctx, m.Why)
+	return l.restart(ctx, m.Stage, m.Why)
 }
 
-// restart begins the next attempt where the client's answer stands.
-func (l *life) restart(ctx context.Context, why string) error {
+// restart begins the next attempt where the client's answer stands. stage is whose word it is that this one is lost, if it is one's.
+func (l *life) restart(ctx context.Context, stage, why string) error {
 	failed := l.answer.Attempt() - l.yielded
 	if failed >= l.g.cfg.Attempts {
-		return openai.Server(http.StatusServiceUnavailable, "The request failed after %d attempts: %s.", l.g.cfg.Attempts, why)
+		e := openai.Server(http.StatusServiceUnavailable, "The request failed after %d attempts: %s.", l.g.cfg.Attempts, why)
+		return &death{e, wire.DeadAttempts, stage, failed}
 	}
 	l.g.log.Info("starting a request again", "request", l.id, "attempt", l.answer.Attempt()+1, "why", why)
 	l.g.metrics.attempts.Inc()

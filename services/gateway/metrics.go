@@ -36,6 +36,8 @@ type metrics struct {
 	failed    *prometheus.CounterVec
 	refused   *prometheus.CounterVec
 	slo       *prometheus.CounterVec
+	dead      *prometheus.CounterVec
+	unburied  *prometheus.CounterVec
 }
 
 func newMetrics(model string, gate *admission.Gate, classes []string) *metrics {
@@ -91,6 +93,9 @@ func newMetrics(model string, gate *admission.Gate, classes []string) *metrics {
 		failed:    counters("request_failure_total", "Requests that did not, by HTTP status; 499 means that the client left.", "status"),
 		refused: counters("request_refusals_total", "Requests refused for want of capacity, by class and reason: queue_full, wait (the longest wait has passed), late (it cannot meet its targets).",
 			"class", "reason"),
+		dead: counters("dead_letters_total", "Requests that failed for good and not by their clients' fault, stored as dead letters, by reason: "+
+			"quarantined, attempts (all were lost), fault (a stage cannot run them).", "reason"),
+		unburied: counters("dead_letters_lost_total", "Dead letters, or their requests, that could not be stored, by what is missing.", "what"),
 		slo: counters("slo_requests_total", "Requests that ended well and had a target, by class, target (ttft, tpot) and whether they met it; time in the queue counts.",
 			"class", "target", "met"),
 	}

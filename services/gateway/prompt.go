@@ -23,7 +23,7 @@ import (
 // picture is one distinct picture of a request. It does not change once measured.
 type picture struct {
 	param   string // where it stands first in the request
-	url     string
+	url     string // of a data: URL "" once it has been read
 	data    []byte // encoded
 	content [32]byte
 	grid    [3]int
@@ -34,6 +34,7 @@ type picture struct {
 type job struct {
 	spec     wire.Spec
 	pictures []*picture // in the order of spec.Pictures; the same picture may be there more than once
+	fetched  []*picture // those that were fetched from elsewhere, by URL, in the order of their first mention
 	text     string     // of the prompt, if the answer begins with it
 	expected int        // tokens of each choice that credits are taken for
 }
@@ -52,7 +53,7 @@ func (g *Gateway) chatJob(ctx context.Context, c *openai.Chat) (*job, error) {
 	if m.Template == nil {
 		return nil, openai.Invalid("model", "This model has no chat template; use /v1/completions.")
 	}
-	pictures, err := g.pictures(ctx, c)
+	pictures, fetched, err := g.pictures(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +65,7 @@ func (g *Gateway) chatJob(ctx context.Context, c *openai.Chat) (*job, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := &job{pictures: pictures}
+	j := &job{pictures: pictures, fetched: fetched}
 	if j.spec.Prompt, j.spec.Pictures, err = m.expand(ids, pictures, "messages"); err != nil {
 		return nil, err
 	}
@@ -249,9 +250,8 @@ func count(n int, thing string) string {
 }
 
 // pictures gets and measures the pictures of a conversation, in order. The same URL is fetched once, and the same
-// content is one picture.
-func (g *Gateway) pictures(ctx context.Context, c *openai.Chat) ([]*picture, error) {
-	var order []*picture
+// content is one picture. fetched are those that came from elsewhere, in the order of their first mention.
+func (g *Gateway) pictures(ctx context.Context, c *openai.Chat) (order, fetched []*picture, err error) {
 	byURL := make(map[string]*picture)
 	for i := range c.Messages {
 		for _, part := range c.Messages[i].Content {
@@ -262,15 +262,18 @@ func (g *Gateway) pictures(ctx context.Context, c *openai.Chat) ([]*picture, err
 			if p == nil {
 				p = &picture{param: part.Param, url: part.URL}
 				byURL[part.URL] = p
+				if !media.IsData(part.URL) {
+					fetched = append(fetched, p)
+				}
 			}
 			order = append(order, p)
 		}
 	}
 	if len(order) == 0 {
-		return nil, nil
+		return nil, nil, nil
 	}
 	if g.model.Measure == nil {
-		return nil, openai.Invalid(order[0].param, "This model takes text only.")
+		return nil, nil, openai.Invalid(order[0].param, "This model takes text only.")
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(maxFetches)
@@ -279,7 +282,7 @@ func (g *Gateway) pictures(ctx context.Context, c *openai.Chat) ([]*picture, err
 		group.Go(func() error { return g.picture(ctx, p, &total) })
 	}
 	if err := group.Wait(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	byContent := make(map[[32]byte]*picture)
 	for i, p := range order {
@@ -288,13 +291,15 @@ func (g *Gateway) pictures(ctx context.Context, c *openai.Chat) ([]*picture, err
 		}
 		byContent[p.content] = order[i]
 	}
-	return order, nil
+	return order, fetched, nil
 }
 
 // picture gets and measures one picture. total counts the bytes of all pictures of the request.
 func (g *Gateway) picture(ctx context.Context, p *picture, total *atomic.Int64) (err error) {
 	p.data, err = g.media.Get(ctx, p.url)
-	p.url = "" // it may be as long as the picture
+	if media.IsData(p.url) {
+		p.url = "" // it is as long as the picture
+	}
 	if err == nil && total.Add(int64(len(p.data))) > g.cfg.MaxBody {
 		err = fmt.Errorf("%w: the pictures of one request have more than %d together", media.ErrTooLarge, g.cfg.MaxBody)
 	}

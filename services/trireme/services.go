@@ -185,6 +185,7 @@ type gatewayCmd struct {
 	Grace          time.Duration `help:"Time for open requests to end after SIGTERM." default:"5s"`
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 	MaxQueue       int           `help:"Requests waiting for capacity at most." default:"1024"`
+	DeadLetters    string        `help:"What is stored for a day of requests that fail for good and not by their clients' fault: whole (with body and pictures, so that they can be replayed), facts or off." default:"whole" enum:"whole,facts,off"`
 	Ahead          int           `help:"Requests without their first token that are let in for each encode and prefill instance; others wait, where they are put in order." default:"32"`
 	orderFlags
 }
@@ -208,7 +209,7 @@ func (c *gatewayCmd) Run(e *env) error {
 	}
 	cfg := gateway.Config{
 		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
-		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait, Replicas: c.Replicas,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, DeadLetters: c.DeadLetters, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait, Replicas: c.Replicas,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
 	}
 	if err := c.apply(&cfg); err != nil {

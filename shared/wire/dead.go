@@ -20,6 +20,9 @@ const (
 	DeadFault       = "fault"       // a stage cannot run it, and that is not the client's fault
 )
 
+// HeaderReplayOf is the HTTP header of a request that is made from a dead letter: the letter's id.
+const HeaderReplayOf = "X-Trireme-Replay-Of"
+
 // CodeQuarantined is the error code of a request that was quarantined, in Lost and for the client.
 const CodeQuarantined = "request_quarantined"
 

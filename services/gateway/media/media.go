@@ -139,6 +139,12 @@ func (f *Fetcher) Get(ctx context.Context, rawURL string) ([]byte, error) {
 	return data, err
 }
 
+// IsData reports whether a URL has the picture in itself.
+func IsData(rawURL string) bool {
+	_, ok := cutPrefixFold(rawURL, "data:")
+	return ok
+}
+
 func checkURL(u *url.URL) error {
 	if u.Scheme != "http" && u.Scheme != "https" {
 		return fmt.Errorf("%w: scheme %q, use data, http or https", ErrURL, u.Scheme)
