@@ -46,6 +46,7 @@ type cli struct {
 	Chat   chatCmd   `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
 	Status statusCmd `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
 	Events eventsCmd `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
+	Dead   deadCmd   `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
 	Model  modelCmd  `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
 	Bench  benchCmd  `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 

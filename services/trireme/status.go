@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -41,6 +40,7 @@ func (statusCmd) Help() string {
 type status struct {
 	Instances []wire.Instance `json:"instances"`
 	Queues    []bus.Queue     `json:"queues"`
+	Dead      int             `json:"dead_letters"`
 	Nodes     []hbm.Stats     `json:"nodes"`
 }
 
@@ -61,13 +61,7 @@ func (c *statusCmd) Run(e *env) error {
 func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	// A look only: unlike the services, it does not wait for a NATS that is not there.
-	probe, err := nats.Connect(url, nats.Timeout(2*time.Second))
-	if err != nil {
-		return nil, fmt.Errorf("no NATS at %s (%w): start everything with `trireme up`, or say where with --nats-url", url, err)
-	}
-	probe.Close()
-	b, err := bus.Connect(ctx, url, "status", slog.New(slog.DiscardHandler), bus.WithAckWait(ackWait))
+	b, err := look(ctx, url, "status", ackFlag{AckWait: ackWait})
 	if err != nil {
 		return nil, err
 	}
@@ -84,6 +78,9 @@ func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status
 		return cmp.Or(at(a)-at(b), strings.Compare(a.Role, b.Role), strings.Compare(a.ID, b.ID))
 	})
 	if s.Queues, err = b.Queues(ctx); err != nil {
+		return nil, err
+	}
+	if s.Dead, err = b.DeadCount(ctx); err != nil {
 		return nil, err
 	}
 	s.Nodes, err = nodes(ctx, b.Conn())
@@ -153,6 +150,9 @@ func (s *status) print(w io.Writer) error {
 			oldest = q.Oldest.Round(time.Millisecond).String()
 		}
 		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%s\n", q.Stage, q.Stream, q.Pending, q.InWork, q.Redelivered, oldest)
+	}
+	if s.Dead > 0 {
+		fmt.Fprintf(t, "\n%d dead letters: see trireme dead list\n", s.Dead)
 	}
 	fmt.Fprintln(t, "\nMEMORY\tKIND\tUSED\tPADDED\tCACHED\tFREE\tPEAK\tCAPACITY\tINSTANCE")
 	for _, n := range s.Nodes {
