@@ -59,7 +59,7 @@ func messages() map[string]any {
 		"confirm":   &wire.Confirm{Instance: "decode-1", Request: req.ID, Attempt: 2, Choice: 1, Generation: 99, Next: 5, Finish: wire.FinishLength},
 		"confirmed": &wire.Confirmed{Next: 5, Over: true},
 		"resend":    &wire.Resend{Request: req.ID, Choice: 1, From: 3},
-		"lost":      &wire.Lost{Request: req.ID, Attempt: 2, Why: "gone", Final: true, Status: 400, Param: "messages", NoRoom: true},
+		"lost":      &wire.Lost{Request: req.ID, Attempt: 2, Why: "gone", Final: true, Status: 400, Param: "messages", NoRoom: true, Stage: "encode", Code: "x"},
 		"done":      &wire.Done{Request: req.ID, Choice: -1},
 		"gone":      &wire.Gone{Node: "node-1", Instance: "decode-1", Role: "decode"},
 	}
