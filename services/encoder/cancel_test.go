@@ -35,30 +35,22 @@ func metered(t *testing.T) (*rig, *stage.Stage, *stagetest.Meter) {
 // for it, or still on the queue; nobody gets a prefill message of it, all its memory is free, and others are not disturbed.
 func TestCancelStopsAtThePiece(t *testing.T) {
 	r, s, m := metered(t)
-	cases := stagetest.Cases(t)
-	var single []*stagetest.Case // of one picture each, all different
-	for i := range cases {
-		if c := &cases[i]; len(c.Images) == 1 {
-			single = append(single, c)
-		}
-	}
-	witness, messages := r.request(single[0])
-	r.publish(messages...)
-	r.joined(witness)
-	pieces := m.Begun() // of a picture: of each, as all go through the same network
-	r.Done(witness.ID, -1)
+	single := singles(t)
+	pieces := r.pieces(m, single[0])
 
 	for _, at := range []int{1, pieces / 2, pieces} { // the last one: all is computed, and the join record not marked yet
 		before := m.Begun()
 		m.Hold(before + at - 1)
 		var requests []wire.Request
-		for _, c := range single[1:5] { // one on the NPU, one in line, two on the queue
+		for _, c := range single[1:5] { // one on the NPU, the others on the queue; during its last piece one of them in line
 			req, messages := r.request(c)
 			requests = append(requests, req)
 			r.publish(messages...)
 		}
 		m.Await()
-		r.Until("the next one is in line", func() bool { return r.Stats().Claims == 2 })
+		if at == pieces { // before, the next one may be taken or not
+			r.Until("the next one is in line", func() bool { return r.Stats().Claims == 2 })
+		}
 		r.Cancel(s, requests...)
 		m.Release()
 		r.Empty(stage.Encode)
@@ -79,14 +71,38 @@ func TestCancelStopsAtThePiece(t *testing.T) {
 	r.gateway.NothingLost()
 }
 
+// singles are the cases of one picture each, all different.
+func singles(t *testing.T) []*stagetest.Case {
+	t.Helper()
+	cases := stagetest.Cases(t)
+	var single []*stagetest.Case
+	for i := range cases {
+		if c := &cases[i]; len(c.Images) == 1 {
+			single = append(single, c)
+		}
+	}
+	return single
+}
+
+// pieces is how many pieces a picture is computed in: each of them, as all go through the same network.
+func (r *rig) pieces(m *stagetest.Meter, c *stagetest.Case) int {
+	before := m.Begun()
+	witness, messages := r.request(c)
+	r.publish(messages...)
+	r.joined(witness)
+	r.Done(witness.ID, -1)
+	return m.Begun() - before
+}
+
 // Of two requests with the same picture the second waits for the first one's MM object. If it is cancelled it waits no longer; if
 // the first is cancelled the second encodes.
 func TestCancelOfThoseWhoShareAPicture(t *testing.T) {
 	for name, x := range map[string]struct{ cancelled, other int }{"who waits": {1, 0}, "who encodes": {0, 1}} {
 		t.Run(name, func(t *testing.T) {
 			r, s, m := metered(t)
-			c := &stagetest.Cases(t)[6]
-			m.Hold(1)
+			single := singles(t)
+			pieces, c := r.pieces(m, single[0]), single[1]
+			m.Hold(m.Begun() + pieces - 1) // in the last one, when the next picture is asked for
 			var requests []wire.Request
 			for range 2 {
 				req, messages := r.request(c)
@@ -102,7 +118,7 @@ func TestCancelOfThoseWhoShareAPicture(t *testing.T) {
 				r.Until("it waits no longer", func() bool { return r.Outcomes(s, "ended") == 1 })
 			}
 			m.Release()
-			r.Until("both are settled", func() bool { return r.Outcomes(s, "ended") == 1 && r.Outcomes(s, "done") == 1 })
+			r.Until("both are settled, like the first picture", func() bool { return r.Outcomes(s, "ended") == 1 && r.Outcomes(s, "done") == 2 })
 			join, err := r.Bus.Join(t.Context(), wire.JoinKey(requests[x.other].ID, 1))
 			if err != nil || !join.Have[0] {
 				t.Fatalf("the other request's picture is not there: %+v, %v", join, err)
