@@ -71,6 +71,7 @@ type benchCmd struct {
 	Serve   benchcmd.Serve   `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
 	Control benchcmd.Control `cmd:"" help:"What everything around the models costs: hops, messages, many streams at once."`
 	IRP     benchcmd.IRP     `cmd:"" name:"irp" help:"What it brings that a request's pictures are encoded in parallel, on paced NPUs."`
+	Compare benchcmd.Compare `cmd:"" help:"The same loads on topologies of equal NPU count, paced, and when separate encoding pays."`
 	Give    benchcmd.Give    `cmd:"" hidden:""`
 	NATS    benchcmd.NATS    `cmd:"" name:"nats" hidden:""`
 	StandIn benchcmd.StandIn `cmd:"" hidden:""`

@@ -16,7 +16,7 @@ import (
 )
 
 // Announce keeps the heartbeat of an instance: it puts what f returns at once, every second, and within a tenth of a
-// second after Ready, NPUs or another field but Running has changed. It blocks until ctx ends or the Bus is closed,
+// second after Ready, NPUs or another field but Running, Busy and Behind has changed. It blocks until ctx ends or the Bus is closed,
 // then deletes the heartbeat (Close waits for that) and returns nil. A put that fails is logged and made up by the next
 // one. f is called about ten times a second, from one goroutine; its ID must not change. On a Bus that is closed
 // already Announce fails with ErrClosed.
@@ -38,7 +38,7 @@ func (b *Bus) Announce(ctx context.Context, f func() wire.Instance) error {
 	for {
 		now := f()
 		same := now
-		same.Running = put.Running
+		same.Running, same.Busy, same.Behind = put.Running, put.Busy, put.Behind
 		if time.Since(at) >= beat || !reflect.DeepEqual(same, put) {
 			err := b.putInstance(ctx, now)
 			if err != nil && !failing && ctx.Err() == nil && b.ctx.Err() == nil {

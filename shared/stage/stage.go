@@ -444,11 +444,15 @@ func (s *Stage) takeOver(ctx context.Context, role string) {
 }
 
 func (s *Stage) heartbeat() wire.Instance {
-	return wire.Instance{
+	beat := wire.Instance{
 		ID: s.ID, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Compute.Digest(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}
+	if p, ok := s.Compute.(*pace.Compute); ok {
+		beat.Busy, beat.Behind = p.Busy().Seconds(), p.Behind().Seconds()
+	}
+	return beat
 }
 
 // Ref is the request hold of req.

@@ -306,6 +306,11 @@ type Instance struct {
 
 	Waiting map[string]int `json:"waiting,omitempty"` // of a gateway: requests waiting for capacity, by class
 	Paced   string         `json:"paced,omitempty"`   // profile that its NPUs are slowed down to (shared/npu/pace): its figures are that one's
+
+	// Of a paced instance, seconds so far: what the profile has asked for, and by how much the host was too slow for that. Busy /
+	// (Busy + Behind) is the part of the profile's rate that was achieved.
+	Busy   float64 `json:"paced_busy_s,omitempty"`
+	Behind float64 `json:"paced_behind_s,omitempty"`
 }
 
 // Marshal encodes a message with its version in front.
