@@ -154,7 +154,7 @@ func (q *query) bury(err error) {
 		l.Pictures += len(j.pictures)
 	}
 	if q.params.Seed == nil && len(q.jobs) == 1 {
-		l.Seed = q.jobs[0].spec.Sampling.Seed
+		l.Seed = int64(q.jobs[0].spec.Sampling.Seed) // as the API has it
 	}
 	var pictures [][]byte
 	if k.body != nil {
@@ -195,6 +195,8 @@ func (y *graveyard) store(l *wire.DeadLetter, body []byte, pictures [][]byte) {
 	}
 	y.g.metrics.dead.WithLabelValues(l.Reason).Inc()
 	log.Warn("a request has failed for good; see trireme dead", "error", l.Error)
+	y.g.bus.Emit(wire.Event{Kind: wire.EventDead, Node: y.g.node, Instance: l.Gateway, Role: "gateway", Request: l.Request,
+		Text: fmt.Sprintf("failed for good (%s), kept as dead letter %s", l.Reason, l.ID)})
 }
 
 func (y *graveyard) storeWithin(ctx context.Context, l *wire.DeadLetter, body []byte, pictures [][]byte) error {

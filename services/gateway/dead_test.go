@@ -103,7 +103,7 @@ func TestDeadLetters(t *testing.T) {
 	if l.Reason != wire.DeadAttempts || l.Attempts != 3 || l.Status != 503 || !strings.Contains(l.Error, "the node burns") || l.Tenant != "acme" ||
 		l.Trace != "trace-1" || l.ReplayOf != "earlier" || l.Path != "/v1/chat/completions" || !l.Stream || l.Pictures != 5 || l.PromptTokens == 0 ||
 		l.Gateway != "gateway-test" || l.Model != "shapes" || l.Class != "default" || l.Seed == 0 || l.Request != f.asked[0].ID ||
-		l.Seed != f.asked[0].Spec.Sampling.Seed {
+		uint64(l.Seed) != f.asked[0].Spec.Sampling.Seed {
 		t.Errorf("letter %+v", l)
 	}
 	if text, _ := json.Marshal(l); bytes.Contains(text, []byte("secret")) || l.Headers["x-slo-ttft-ms"] != "900" || len(l.Headers) != 2 {

@@ -11,7 +11,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"syscall"
 
@@ -188,7 +187,7 @@ func failedAgain(id, why string) error {
 
 // selfContained makes a request independent of what was there when it came: pictures stand in for the http: and https: URLs of the body, in
 // the order of their first mention, and seed, if not 0, for one that is missing.
-func selfContained(body []byte, pictures [][]byte, seed uint64) ([]byte, error) {
+func selfContained(body []byte, pictures [][]byte, seed int64) ([]byte, error) {
 	if len(pictures) == 0 && seed == 0 {
 		return body, nil
 	}
@@ -199,7 +198,7 @@ func selfContained(body []byte, pictures [][]byte, seed uint64) ([]byte, error) 
 		return nil, fmt.Errorf("reading the request's body: %w", err)
 	}
 	if seed != 0 && request["seed"] == nil {
-		request["seed"] = json.Number(strconv.FormatUint(seed, 10))
+		request["seed"] = seed
 	}
 	inline := map[string]string{}
 	var missing bool

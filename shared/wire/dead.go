@@ -50,7 +50,7 @@ type DeadLetter struct {
 	PromptTokens int    `json:"prompt_tokens"`  // of all prompts
 	Pictures     int    `json:"pictures"`       // in them
 	Stream       bool   `json:"stream"`         // the client wanted the answer as a stream
-	Seed         uint64 `json:"seed,omitempty"` // that was drawn because the request names none; 0: it does, or has several prompts
+	Seed         int64  `json:"seed,omitempty"` // that was drawn because the request names none, as a request would name it; 0: it does, or has several prompts
 
 	Headers map[string]string `json:"headers,omitempty"` // of the request, that have a meaning for the gateway
 	Body    int64             `json:"body"`              // bytes of the request's body, kept in an object; 0: it is not kept

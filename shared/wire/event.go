@@ -17,6 +17,7 @@ const (
 	EventGone     = "instance.gone"    // its connection to its HMM has ended; without a stop before it, it has died
 	EventFailed   = "instance.failed"  // it ends by itself, because it cannot go on
 	EventReached  = "nats.reached"     // an instance is connected to NATS again
+	EventDead     = "request.dead"     // a request has failed for good and is kept as a dead letter
 	EventHMMReady = "hmm.ready"        // a node's device memory can be used; what was in it before is lost
 )
 
