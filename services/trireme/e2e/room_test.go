@@ -22,6 +22,7 @@ func TestMoreAnswersThanRoom(t *testing.T) {
 
 // moreThanRoom asks for answers that fill an NPU with so many tokens, first alone, then at once.
 func moreThanRoom(t *testing.T, topology, memory string, fill int64, requests, alike int) {
+	t.Setenv("TRIREME_QUEUE_WAIT", "20m") // a slow machine is no reason to refuse
 	c := start(t, "--topology", topology, "--npu-memory", memory)
 	client := c.client()
 	ask := func(i int) (string, int64, error) {
