@@ -54,7 +54,9 @@ func Run(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
 func Serve(ctx context.Context, s *stage.Stage) error { return s.Serve(ctx, Role()) }
 
 // Role is the encode stage as a role of a stage process.
-func Role() stage.Role { return stage.Role{Name: stage.Encode, Slots: slots, Late: true, Start: start} }
+func Role() stage.Role {
+	return stage.Role{Name: stage.Encode, Slots: slots, Late: true, Finish: true, Start: start}
+}
 
 func start(s *stage.Stage) (stage.Worker, error) {
 	if s.Model.Vision == nil {

@@ -45,6 +45,7 @@ type Config struct {
 	StoreWait  time.Duration // longest time for which NATS may store nothing before requests that need it fail; 0 means 30 s
 	BodyWait   time.Duration // longest time for a request's body to arrive; 0 means 2 min
 	Grace      time.Duration // after Run's ctx has ended, open requests may go on for so long; 0 means not at all
+	Notice     time.Duration // and before that, new ones are still taken for so long, although health says no
 	Attempts   int           // tries of a request; 0 means 3
 	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
 
@@ -121,7 +122,7 @@ func (c Config) Validate() error {
 	fault(c.ModelDir == "", "no model folder")
 	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0 || c.Replicas < 0, "a limit is negative")
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
-	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.ResendWait < 0 ||
+	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.Notice < 0 || c.ResendWait < 0 ||
 		c.ConfirmWait < 0 || c.AckWait < 0,
 		"a time is negative")
 	fault(!slices.Contains([]string{"", DeadWhole, DeadFacts, DeadOff}, c.DeadLetters), "dead letters are %s, %s or %s, not %q",

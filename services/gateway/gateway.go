@@ -64,6 +64,7 @@ type Gateway struct {
 	pid       int
 	address   string // that it listens on
 
+	doors       doors
 	base        context.Context // ends when the gateway stops; its cause is errStopping
 	stop        context.CancelCauseFunc
 	unsubscribe func()
@@ -110,7 +111,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 // capacityInterval is how often the HMM is asked how much memory there is.
 const capacityInterval = 2 * time.Second
 
-// Serve serves the API on l until ctx ends, then lets open requests go on for Config.Grace, ends the rest, tells the
+// Serve serves the API on l until ctx ends, then stops in order (see doors), ends what is open after Config.Grace, tells the
 // stages, and returns nil. It closes l.
 func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	g.address = l.Addr().String()
@@ -146,18 +147,14 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	var err error
 	select {
 	case <-ctx.Done():
+		g.windDown(server)
 	case err = <-failed:
 		err = fmt.Errorf("serving HTTP on %s: %w", g.address, err)
 	}
-	grace, cancel := context.WithTimeout(context.Background(), g.cfg.Grace)
-	if errors.Is(server.Shutdown(grace), context.DeadlineExceeded) {
-		g.stop(errStopping)
-		last, cancel := context.WithTimeout(context.Background(), stopWait)
-		_ = server.Shutdown(last) // what is left is closed
-		cancel()
-	}
-	cancel()
 	g.stop(errStopping)
+	last, cancel := context.WithTimeout(context.Background(), stopWait)
+	_ = server.Shutdown(last) // what is left is closed
+	cancel()
 	_ = server.Close()
 	g.background.Wait()
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 // missing lists what keeps a request from succeeding, nothing when it would.
 func (g *Gateway) missing() []string {
 	var out []string
-	if g.base.Err() != nil {
+	if g.doors.isStopping() {
 		out = append(out, "the gateway is stopping")
 	}
 	if !g.bus.Conn().IsConnected() {
@@ -72,7 +72,7 @@ func (g *Gateway) live(c echo.Context) error {
 func (g *Gateway) heartbeat() wire.Instance {
 	open, _ := g.gate.Load()
 	return wire.Instance{
-		ID: g.cfg.Instance, Role: "gateway", Node: g.node, PID: g.pid, Ready: g.base.Err() == nil,
+		ID: g.cfg.Instance, Role: "gateway", Node: g.node, PID: g.pid, Ready: !g.doors.isStopping(),
 		Model: g.name, Digest: hex.EncodeToString(g.model.Config.Digest[:]), Running: open, Metrics: g.address,
 		Waiting: g.gate.Waiting(),
 	}

@@ -36,8 +36,8 @@ func (g *Gateway) routes() {
 		},
 	}))
 	limit := middleware.BodyLimit(strconv.FormatInt(g.cfg.MaxBody, 10) + "B")
-	e.POST("/v1/chat/completions", g.chatCompletions, limit)
-	e.POST("/v1/completions", g.completions, limit)
+	e.POST("/v1/chat/completions", g.chatCompletions, g.guard, limit)
+	e.POST("/v1/completions", g.completions, g.guard, limit)
 	e.GET("/v1/models", g.models)
 	e.GET("/v1/models/:model", g.oneModel)
 	for _, method := range []string{http.MethodGet, http.MethodHead} { // net/http drops the body of an answer to HEAD

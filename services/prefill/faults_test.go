@@ -148,6 +148,7 @@ func TestDoneLeavesAtOnce(t *testing.T) {
 // freed at once.
 func TestSuccession(t *testing.T) {
 	r := newRig(t, stagetest.Long)
+	r.Stage.Drain = -1 // not even what is short is finished
 	process := r.Process()
 	m := r.start(r.long())
 	r.Until("it is in work", func() bool { return r.Stats().Claims == 1 && r.Stats().Objects >= 4 })

@@ -51,7 +51,7 @@ func Role(cfg Config) stage.Role {
 	if cfg.Slots == 0 {
 		cfg.Slots = 32
 	}
-	return stage.Role{Name: stage.Prefill, Slots: cfg.Slots, Start: func(s *stage.Stage) (stage.Worker, error) {
+	return stage.Role{Name: stage.Prefill, Slots: cfg.Slots, Finish: true, Start: func(s *stage.Stage) (stage.Worker, error) {
 		p := &prefill{
 			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab),
 			rows: s.Metrics.Rows.WithLabelValues(stage.Prefill), jobs: map[*job]bool{},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -53,6 +54,7 @@ type stageFlags struct {
 	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
+	Drain        time.Duration `help:"Time for pictures and prompts in work to be finished after SIGTERM; what takes longer is handed to others. Sequences are handed to others at once." default:"${drain}"`
 	GatewayLease time.Duration `help:"Time without a sign of life of a gateway after which its requests are given up." default:"${lease}"`
 
 	mixed sched.Mixed // zero: the default
@@ -71,7 +73,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
-		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease,
+		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
 		Mixed:   f.mixed,
 		Loading: modelcmd.LoadProgress(e.err),
@@ -82,7 +84,9 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	defer s.Close()
 	if f.Metrics != "" {
 		obs.AddProcess(s.Metrics.Registry)
-		if _, err := obs.Serve(e.ctx, f.Metrics, s.Metrics.Registry, s.Ready, e.log); err != nil {
+		ctx, cancel := context.WithCancel(context.WithoutCancel(e.ctx)) // a stage that stops says for a while that it is not ready
+		defer cancel()
+		if _, err := obs.Serve(ctx, f.Metrics, s.Metrics.Registry, s.Ready, e.log); err != nil {
 			return err
 		}
 	}
@@ -182,7 +186,8 @@ type gatewayCmd struct {
 	MaxOpen        int           `help:"Requests in work at most." default:"1024"`
 	QueueWait      time.Duration `help:"Longest wait for capacity before a request is refused with 429." default:"30s"`
 	Deadline       time.Duration `help:"Longest life of a request." default:"10m"`
-	Grace          time.Duration `help:"Time for open requests to end after SIGTERM." default:"5s"`
+	Grace          time.Duration `help:"Time for open requests to end after SIGTERM; then their clients get an error." default:"25s"`
+	Notice         time.Duration `help:"Time after SIGTERM in which new requests are still taken although /health says 503, for load balancers to notice." default:"0s"`
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 	MaxQueue       int           `help:"Requests waiting for capacity at most." default:"1024"`
 	DeadLetters    string        `help:"What is stored for a day of requests that fail for good and not by their clients' fault: whole (with body and pictures, so that they can be replayed), facts or off." default:"whole" enum:"whole,facts,off"`
@@ -209,7 +214,8 @@ func (c *gatewayCmd) Run(e *env) error {
 	}
 	cfg := gateway.Config{
 		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
-		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, DeadLetters: c.DeadLetters, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, AckWait: c.AckWait, Replicas: c.Replicas,
+		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, DeadLetters: c.DeadLetters, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, Notice: c.Notice,
+		AckWait: c.AckWait, Replicas: c.Replicas,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
 	}
 	if err := c.apply(&cfg); err != nil {

@@ -55,7 +55,8 @@ type upCmd struct {
 	orderFlags
 	weightsFlags
 
-	AllowMediaHost []string `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
+	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
+	Grace          time.Duration `help:"Time for open requests to end after Ctrl-C or SIGTERM." default:"5s"`
 }
 
 // Help is shown by `trireme up --help`.
@@ -75,7 +76,7 @@ When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in
 second one at once.`
 }
 
-// stopGrace is how long the processes of one layer get to stop before they are killed.
+// stopGrace is how long the processes of one layer get to stop before they are killed; the gateway gets its grace on top.
 const stopGrace = 10 * time.Second
 
 // Run starts everything, prints where it is ready, and stops it when the context ends.
@@ -340,7 +341,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.inherit), Env: environ}
 	}
 	common := []string{"--nats-url", p.natsURL, "--hmm", p.socket, "--model", p.model, "--data", c.Data}
-	gateway := slices.Concat([]string{"--http", p.http}, common, c.args())
+	gateway := slices.Concat([]string{"--http", p.http, "--grace", c.Grace.String(), "--notice", "0s"}, common, c.args())
 	for _, h := range c.AllowMediaHost {
 		gateway = append(gateway, "--allow-media-host", h)
 	}
@@ -435,13 +436,17 @@ func failure(ctx, user context.Context) error {
 // stop ends the layers one after the other, gateway first.
 func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, layers [][]supervise.Child) error {
 	var errs []error
-	for _, layer := range layers {
+	for i, layer := range layers {
+		grace := stopGrace
+		if i == 0 {
+			grace += c.Grace
+		}
 		var names []string
 		for _, ch := range layer {
 			names = append(names, ch.Name)
 		}
 		fmt.Fprintf(w, "stopping  %s\n", strings.Join(names, ", "))
-		errs = append(errs, s.Stop(stopGrace, names...))
+		errs = append(errs, s.Stop(grace, names...))
 	}
 	return errors.Join(errs...)
 }

@@ -57,3 +57,10 @@ func (e *endedSet) has(req wire.Request, choice int) bool {
 	defer e.mu.Unlock()
 	return e.of[endedKey{req.ID, -1}].attempt >= req.Attempt || e.of[endedKey{req.ID, choice}].attempt >= req.Attempt
 }
+
+// whole reports whether all attempts at a request have ended.
+func (e *endedSet) whole(req wire.Request) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.of[endedKey{req.ID, -1}].attempt == math.MaxInt
+}

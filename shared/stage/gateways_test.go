@@ -129,7 +129,7 @@ func TestOutageIsNoSilence(t *testing.T) {
 		t.Errorf("the work was ended: %v", err)
 	case <-time.After(5 * r.Stage.Lease):
 	}
-	r.Done(req.ID, -1)
+	r.Done(req.ID, -1) // the HMM may not be back yet: then the stage tells it
 	if err := <-causes; !errors.Is(err, mem.ErrEnded) {
 		t.Errorf("the work ended because of %v", err)
 	}

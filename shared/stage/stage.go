@@ -5,6 +5,7 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -50,6 +51,7 @@ type Config struct {
 	NPU      npu.Options
 	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
+	Drain    time.Duration // a process that is to stop may finish what is short for so long; 0: DefaultDrain, below 0: not at all
 	Lease    time.Duration // a gateway without sign of life for longer has its requests given up; 0: DefaultLease
 	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
@@ -62,11 +64,17 @@ var MixedDefault = sched.Mixed{Tokens: 128, Blocks: 1 << 14, Least: model.BlockT
 
 // Role is one of the roles of a stage process, as a service provides it.
 type Role struct {
-	Name  string                       // Encode, Prefill or Decode
-	Slots int                          // messages of its queue in work at once
-	Late  bool                         // each message that is taken holds the role (Stage.Hold) until the worker says otherwise
-	Start func(*Stage) (Worker, error) // adds what the role computes to the stage's Runner, before that runs
+	Name  string // Encode, Prefill or Decode
+	Slots int    // messages of its queue in work at once
+	Late  bool   // each message that is taken holds the role (Stage.Hold) until the worker says otherwise
+	// Finish says that what is in work when the process is to stop is finished, as far as Config.Drain goes: it is short, and
+	// would be done all over again elsewhere. Work of other roles goes on elsewhere from where it stands.
+	Finish bool
+	Start  func(*Stage) (Worker, error) // adds what the role computes to the stage's Runner, before that runs
 }
+
+// DefaultDrain is the Config.Drain of 0.
+const DefaultDrain = 5 * time.Second
 
 // Worker is a role at work. Its methods are called by many goroutines.
 type Worker interface {
@@ -106,6 +114,7 @@ type Stage struct {
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
+	drainWait time.Duration
 }
 
 // Open checks the model folder, connects to NATS and to the HMM, takes one NPU, and loads the weights or attaches those that
@@ -123,6 +132,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.ID == "" {
 		s.ID = NewID(role)
 	}
+	s.drainWait = cmp.Or(cfg.Drain, DefaultDrain)
 	s.Log = log.With("instance", s.ID)
 	defer func() {
 		if err != nil {
@@ -215,6 +225,9 @@ const pullWait = 5 * time.Second
 // Serve starts the roles, which must be those that the stage was opened with, announces the stage, and has each message of
 // their queues handled on a goroutine of its own. It returns nil when ctx ends, after all of these have returned, or an error
 // when the HMM is lost: every mapping is then useless and the process must start anew.
+//
+// When ctx ends the stage is not ready any more, says so in its heartbeat, and takes nothing more. Roles that Finish have
+// Config.Drain for what they have in work; all else is handed back at once, for a sibling to go on with.
 func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 	workers := make([]Worker, len(roles))
 	names := make([]string, len(roles))
@@ -245,24 +258,31 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 		}
 		s.emit(wire.EventStopped, "has handed over what it had in work")
 	}()
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	var wg, working sync.WaitGroup // working: those who take messages and work on them
+	life, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	ctx, cancel := context.WithCancelCause(ctx) // of taking messages
+	leave := func() {}
+	defer func() {
+		cancel(nil)
+		s.ready.Store(false)
+		s.drain(&working, end)
+		end(nil)
+		leave()
+		wg.Wait()
+	}()
 	wg.Go(func() {
 		select {
 		case <-s.HBM.Lost():
 			cancel(mem.ErrLost)
-		case <-ctx.Done():
+			end(mem.ErrLost)
+		case <-life.Done():
 		}
 	})
 	gone := make([]chan struct{}, len(roles)) // an instance of the role may have gone
 	for i := range gone {
 		gone[i] = make(chan struct{}, 1)
 	}
-	leave, err := s.listen(ctx, roles, gone)
-	defer leave()
-	if err != nil {
+	if leave, err = s.listen(ctx, roles, gone); err != nil {
 		return err
 	}
 	queues := make([]*bus.Consumer, len(roles))
@@ -272,14 +292,13 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 		}
 	}
 	wg.Go(func() {
-		if err := s.Bus.Announce(ctx, s.heartbeat); err != nil && ctx.Err() == nil {
+		if err := s.Bus.Announce(life, s.heartbeat); err != nil && life.Err() == nil {
 			s.Log.Error("heartbeat ended", "error", err)
 		}
 	})
-	wg.Go(func() { s.gateways.run(ctx) })
+	wg.Go(func() { s.gateways.run(life) })
 	s.weights.wait(ctx)
 	s.ready.Store(true)
-	defer s.ready.Store(false)
 	for i, r := range roles {
 		s.takeOver(ctx, r.Name)
 		notify(gone[i])
@@ -299,8 +318,13 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 
 	failed := make(chan error, len(roles))
 	for i, r := range roles {
-		wg.Go(func() {
-			if err := s.pull(ctx, &wg, queues[i], r, workers[i].Handle); err != nil {
+		work := ctx
+		if r.Finish {
+			work = life
+		}
+		handle := func(d *bus.Delivery) { workers[i].Handle(work, d) }
+		working.Go(func() {
+			if err := s.pull(ctx, &working, queues[i], r, handle); err != nil {
 				failed <- fmt.Errorf("pulling work from the %s queue: %w", r.Name, err)
 			}
 		})
@@ -316,6 +340,16 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 	return nil
 }
 
+// errDrained is why work ends that was not finished in the time that a process has which is to stop.
+var errDrained = errors.New("the process stops")
+
+// drain waits until all work is settled, and ends what takes longer than it may.
+func (s *Stage) drain(working *sync.WaitGroup, end context.CancelCauseFunc) {
+	late := time.AfterFunc(max(0, s.drainWait), func() { end(errDrained) })
+	defer late.Stop()
+	working.Wait()
+}
+
 // emit tells operators what happened to this instance.
 func (s *Stage) emit(kind, text string) {
 	s.Bus.Emit(wire.Event{Kind: kind, Node: s.HBM.Node(), Instance: s.ID, Role: s.Role, Text: text})
@@ -323,7 +357,7 @@ func (s *Stage) emit(kind, text string) {
 
 // pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
 // until ctx ends. It asks at the level of the process' load, and anew when that changes.
-func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(context.Context, *bus.Delivery)) error {
+func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(*bus.Delivery)) error {
 	busy := make(chan struct{}, r.Slots)
 	for s.gate.quiet(ctx) && enter(ctx, busy) {
 		level, waits, changed := s.load.ask(r.Name)
@@ -339,11 +373,15 @@ func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consume
 		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, r.Slots-has), Wait: pullWait, Level: level, Stale: changed})
 		<-busy
 		for _, d := range batch {
+			if ctx.Err() != nil { // not to be begun any more
+				s.handBack(d, wire.Request{}, 0, "handed back")
+				continue
+			}
 			busy <- struct{}{} // there is room: nobody else enters
 			s.load.take(r)
 			wg.Go(func() {
 				defer func() { <-busy; s.load.drop(r.Name) }()
-				handle(ctx, d)
+				handle(d)
 			})
 		}
 		if err != nil && ctx.Err() == nil {

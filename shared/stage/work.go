@@ -26,8 +26,21 @@ func (s *Stage) Work(ctx context.Context, d *bus.Delivery, req wire.Request, par
 	}
 	if cause := context.Cause(work); err != nil && errors.Is(cause, mem.ErrEnded) {
 		err = cause // whatever it has made of it
+		s.passOn(req)
 	}
 	s.Settle(ctx, d, req, claim, err)
+}
+
+// passOn tells the HMM that a request has ended, as this process has heard on NATS: the HMM may be cut off from that.
+func (s *Stage) passOn(req wire.Request) {
+	if !s.ended.whole(req) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
+	defer cancel()
+	if err := s.HBM.End(ctx, req.ID); err != nil && !errors.Is(err, mem.ErrLost) {
+		s.Log.Warn("telling the HMM of the end of a request", "request", req.ID, "error", err)
+	}
 }
 
 // begin claims a part, unless it is known to have ended. It may return an error with a claim: see claim.

@@ -296,21 +296,28 @@ func (c *cluster) memory(tb testing.TB) hbm.Stats {
 // expectNoMemory waits until no object is left in the HMM but what only a cache keeps.
 func (c *cluster) expectNoMemory(tb testing.TB) {
 	tb.Helper()
-	c.expectMemory(tb, "nothing but what the caches keep", func(s hbm.Stats) bool {
-		return s.Objects == s.Resting && s.Claims == 0
-	})
+	c.expectMemory(tb, "nothing but what the caches keep", nothing)
 }
+
+// nothing is left but what only a cache keeps.
+func nothing(s hbm.Stats) bool { return s.Objects == s.Resting && s.Claims == 0 }
 
 // expectMemory waits until the HMM's memory is as ok wants it.
 func (c *cluster) expectMemory(tb testing.TB, what string, ok func(hbm.Stats) bool) {
 	tb.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	c.expectWithin(tb, 10*time.Second, what, ok)
+}
+
+// expectWithin is expectMemory for what may take longer.
+func (c *cluster) expectWithin(tb testing.TB, limit time.Duration, what string, ok func(hbm.Stats) bool) {
+	tb.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		stats := c.memory(tb)
 		if ok(stats) {
 			return
 		}
 		if time.Now().After(deadline) {
-			tb.Fatalf("10 s after the last request the HMM has not %s: %+v", what, stats)
+			tb.Fatalf("%v after the last request the HMM has not %s: %+v", limit, what, stats)
 		}
 	}
 }
