@@ -398,7 +398,7 @@ func (f *fixture) announced(id string) bool {
 	if err != nil {
 		return false
 	}
-	_, err = kv.Get(f.t.Context(), id)
+	_, err = kv.Get(f.t.Context(), wire.InstanceKey(&wire.Instance{ID: id, Role: "gateway"}))
 	return err == nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 // Announce keeps the heartbeat of an instance: it puts what f returns at once, every second, and within a tenth of a
 // second after Ready, NPUs or another field but Running, Busy and Behind has changed. It blocks until ctx ends or the Bus is closed,
 // then deletes the heartbeat (Close waits for that) and returns nil. A put that fails is logged and made up by the next
-// one. f is called about ten times a second, from one goroutine; its ID must not change. On a Bus that is closed
+// one. f is called about ten times a second, from one goroutine; its ID and Role must not change. On a Bus that is closed
 // already Announce fails with ErrClosed.
 func (b *Bus) Announce(ctx context.Context, f func() wire.Instance) error {
 	b.mu.Lock()
@@ -55,7 +56,7 @@ func (b *Bus) Announce(ctx context.Context, f func() wire.Instance) error {
 		}
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), tryTimeout)
 		defer cancel()
-		if err := b.instances.Purge(last, now.ID); err != nil {
+		if err := b.instances.Purge(last, wire.InstanceKey(&now)); err != nil {
 			b.log.Debug("heartbeat not deleted; it expires", "error", err)
 		}
 		return nil
@@ -69,7 +70,7 @@ func (b *Bus) putInstance(ctx context.Context, i wire.Instance) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
-	if _, err := b.instances.Put(ctx, i.ID, data); err != nil {
+	if _, err := b.instances.Put(ctx, wire.InstanceKey(&i), data); err != nil {
 		return fmt.Errorf("heartbeat of %s: %w", i.ID, err)
 	}
 	return nil
@@ -77,7 +78,8 @@ func (b *Bus) putInstance(ctx context.Context, i wire.Instance) error {
 
 // Instances is a live view of all heartbeats. It is safe for concurrent use.
 type Instances struct {
-	ttl time.Duration
+	ttl  time.Duration
+	keys string // those watched, a pattern
 
 	mu      sync.Mutex
 	seen    map[string]sighting
@@ -91,10 +93,16 @@ type sighting struct {
 
 // Instances watches the heartbeats until ctx ends or the Bus is closed. It returns once all that are there have been
 // read; a server that cannot be reached makes it wait until ctx ends.
-func (b *Bus) Instances(ctx context.Context) (*Instances, error) {
-	v := &Instances{ttl: b.instanceTTL, seen: map[string]sighting{}, changed: make(chan struct{})}
+func (b *Bus) Instances(ctx context.Context) (*Instances, error) { return b.view(ctx, ">") }
+
+// Gateways watches the heartbeats of gateways only, as Instances does. It is for those of whom there are many: if each of
+// them watched all others that would be most of what an idle fleet does.
+func (b *Bus) Gateways(ctx context.Context) (*Instances, error) { return b.view(ctx, wire.GatewayKeys) }
+
+func (b *Bus) view(ctx context.Context, keys string) (*Instances, error) {
+	v := &Instances{ttl: b.instanceTTL, keys: keys, seen: map[string]sighting{}, changed: make(chan struct{})}
 	epoch := b.connection()
-	w, err := b.watch(ctx)
+	w, err := b.watch(ctx, keys)
 	if err != nil {
 		return nil, fmt.Errorf("watching heartbeats: %w", err)
 	}
@@ -125,10 +133,10 @@ func (b *Bus) Instances(ctx context.Context) (*Instances, error) {
 	return v, nil
 }
 
-func (b *Bus) watch(ctx context.Context) (w jetstream.KeyWatcher, err error) {
+func (b *Bus) watch(ctx context.Context, keys string) (w jetstream.KeyWatcher, err error) {
 	// The watcher lives as long as the context it is made with, so no try has a timeout of its own.
 	for wait := newPause(); ; {
-		if w, err = b.instances.WatchAll(ctx); err == nil || permanent(err) {
+		if w, err = b.instances.Watch(ctx, keys); err == nil || permanent(err) {
 			return w, err
 		}
 		if wait.sleep(ctx) != nil {
@@ -165,7 +173,7 @@ func (b *Bus) follow(ctx context.Context, v *Instances, w jetstream.KeyWatcher, 
 			}
 			epoch = b.connection()
 			w.Stop() //nolint:errcheck // the server it watched is gone
-			next, err := b.watch(ctx)
+			next, err := b.watch(ctx, v.keys)
 			if err != nil {
 				if ctx.Err() == nil {
 					b.log.Error("watching heartbeats after a reconnect failed", "error", err)
@@ -187,16 +195,17 @@ func (idle) Error() <-chan error                     { return nil }
 func (v *Instances) take(e jetstream.KeyValueEntry) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	old, known := v.seen[e.Key()]
+	_, id, _ := strings.Cut(e.Key(), ".")
+	old, known := v.seen[id]
 	if e.Operation() != jetstream.KeyValuePut {
 		if known {
-			delete(v.seen, e.Key())
+			delete(v.seen, id)
 			v.announce()
 		}
 		return
 	}
 	var i wire.Instance
-	if json.Unmarshal(e.Value(), &i) != nil || i.ID != e.Key() {
+	if json.Unmarshal(e.Value(), &i) != nil || wire.InstanceKey(&i) != e.Key() {
 		return // not a heartbeat of this program
 	}
 	v.seen[i.ID] = sighting{i, time.Now()}

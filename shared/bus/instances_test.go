@@ -94,6 +94,36 @@ func TestHeartbeats(t *testing.T) {
 	}
 }
 
+// A view of gateways has no others, and they are gone from it as from one of all.
+func TestViewOfGateways(t *testing.T) {
+	t.Parallel()
+	url := bustest.Run(t).URL()
+	b := connect(t, url)
+	all, err := b.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	view, err := b.Gateways(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range []wire.Instance{{ID: "d0", Role: "decode"}, {ID: "g0", Role: "gateway"}} {
+		go func() { _ = b.Announce(t.Context(), func() wire.Instance { return i }) }()
+	}
+	waitFor(t, all, func(all []wire.Instance) bool { return len(all) == 2 })
+	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 1 && all[0].ID == "g0" })
+	if !view.Alive("g0") || view.Alive("d0") || !all.Alive("d0") {
+		t.Error("who is alive is not who announces itself")
+	}
+	late, err := b.Gateways(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := late.All(); len(got) != 1 || got[0].ID != "g0" {
+		t.Errorf("a late view starts with %+v", got)
+	}
+}
+
 // Close takes the heartbeat back, and announces none after that.
 func TestCloseEndsHeartbeat(t *testing.T) {
 	t.Parallel()

@@ -103,7 +103,6 @@ type Stage struct {
 	processor [32]byte // digest of the image processor
 	folder    *hf.Folder
 	weights   *weights
-	instances *bus.Instances
 	gateways  *gateways
 	works     works
 	ready     atomic.Bool
@@ -162,10 +161,11 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas)); err != nil {
 		return nil, err
 	}
-	if s.instances, err = s.Bus.Instances(ctx); err != nil {
+	gateways, err := s.Bus.Gateways(ctx)
+	if err != nil {
 		return nil, err
 	}
-	s.gateways = newGateways(s, s.instances, cfg.Lease, bus.DefaultInstanceTTL)
+	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
 	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: 1}); err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package stage
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"trireme.dev/shared/bus"
@@ -24,7 +25,7 @@ const (
 
 // handBackStrays gives strays back to a role's queue, if an instance that had it is gone and nobody has looked yet.
 func (s *Stage) handBackStrays(ctx context.Context, role string) {
-	if gone, err := s.HBM.Gone(ctx, role); err != nil || !gone || s.elsewhere(role) {
+	if gone, err := s.HBM.Gone(ctx, role); err != nil || !gone || s.elsewhere(ctx, role) {
 		return
 	}
 	given, err := s.strays(ctx, role)
@@ -36,14 +37,15 @@ func (s *Stage) handBackStrays(ctx context.Context, role string) {
 	}
 }
 
-// elsewhere reports whether instances that have a role run on other nodes: what they have claimed is not known here.
-func (s *Stage) elsewhere(role string) bool {
-	for _, i := range s.instances.Role(role) {
-		if i.Node != s.HBM.Node() {
-			return true
-		}
+// elsewhere reports whether instances that have a role run on other nodes, or may: what they have claimed is not known here.
+func (s *Stage) elsewhere(ctx context.Context, role string) bool {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	all, err := s.Bus.Instances(ctx) // looked at now and then only
+	if err != nil {
+		return true
 	}
-	return false
+	return slices.ContainsFunc(all.Role(role), func(i wire.Instance) bool { return i.Node != s.HBM.Node() })
 }
 
 func (s *Stage) strays(ctx context.Context, role string) (given int, err error) {

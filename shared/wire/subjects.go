@@ -20,7 +20,7 @@ const (
 // Key-value buckets.
 const (
 	BucketJoin      = "trireme_join"      // join records by JoinKey
-	BucketInstances = "trireme_instances" // heartbeats (Instance as JSON) by instance id; bucket TTL InstanceTTL
+	BucketInstances = "trireme_instances" // heartbeats (Instance as JSON) by InstanceKey; bucket TTL InstanceTTL
 )
 
 // Partitions is the number of partitions of each stage's subjects; a request's partition is a hash of its id.
@@ -59,6 +59,17 @@ func SubjectResend(instance string) string { return "trireme.instance." + instan
 
 // JoinKey is the key of the join record of a request and attempt.
 func JoinKey(request string, attempt int) string { return fmt.Sprintf("%s.%d", request, attempt) }
+
+// GatewayKeys are the keys of gateways' heartbeats, a pattern.
+const GatewayKeys = "gateway.*"
+
+// InstanceKey is the key of an instance's heartbeat: what watchers tell apart, and its id.
+func InstanceKey(i *Instance) string {
+	if i.Role == "gateway" {
+		return "gateway." + i.ID
+	}
+	return "stage." + i.ID
+}
 
 // JoinRequest is the request that a JoinKey is of.
 func JoinRequest(key string) string {
