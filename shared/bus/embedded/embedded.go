@@ -6,6 +6,7 @@
 package embedded
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -40,6 +41,9 @@ type Options struct {
 	MonitorHost string       // address of the monitoring pages; empty means Host
 	MonitorPort int          // HTTP monitoring port; 0 means a free one, negative no monitoring
 	StoreDir    string       // folder of JetStream's files; made when it is not there
+	// Ping is how often clients are asked for a sign of life; the third question finds two unanswered, and the connection is taken
+	// for broken. 0 means 5 s.
+	Ping time.Duration
 	Log         *slog.Logger // the server's warnings and errors go here; nil discards them
 }
 
@@ -82,6 +86,10 @@ func Start(o Options) (*Server, error) {
 		StoreDir:   o.StoreDir,
 		MaxPayload: wire.MaxMessage + headroom,
 		NoSigs:     true,
+		// Who is gone without a word holds up what waits for its answer (the lease of gateways, shared/stage): by default
+		// nats-server would take six minutes to notice.
+		PingInterval: cmp.Or(o.Ping, 5*time.Second),
+		MaxPingsOut:  2,
 	}
 	if o.MonitorPort >= 0 {
 		if err := checkFree(o.MonitorHost, o.MonitorPort); err != nil {
