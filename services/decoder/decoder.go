@@ -105,7 +105,7 @@ func (d *decoder) work(ctx context.Context, m *wire.Decode, claim *hbm.Claim) er
 		return err
 	}
 	s := newSequence(m, spec, claim)
-	defer func() { d.Free(ctx, s.objects...) }()
+	defer func() { d.Free(ctx, s.objects...); s.seat.Leave() }()
 	if err := d.open(ctx, s, m.Log); err != nil {
 		if errors.Is(err, mem.ErrCorrupt) { // what of it is cached must not be given to the next attempt
 			err = errors.Join(err, d.HBM.Forget(ctx, s.objects...))
@@ -146,11 +146,12 @@ const roomWait = 100 * time.Millisecond
 func (d *decoder) grow(ctx context.Context, s *sequence) {
 	for short := false; ; short = true {
 		objs, err := d.HBM.Alloc(ctx, hbm.Spec{
-			Kind: mem.KindKV, NPU: d.NPU, Bytes: kv.SlabBytes(&d.Model.Text), Ref: stage.Ref(s.request),
+			Kind: mem.KindKV, NPU: s.seat.Number(), Bytes: kv.SlabBytes(&d.Model.Text), Ref: stage.Ref(s.request),
 		})
 		switch {
 		case err == nil:
 			s.objects = append(s.objects, objs...)
+			s.seat.Grow(1)
 			hbm.Prefault(objs...)
 			d.do(func() { d.addSlab(s, objs[0]) })
 			return

@@ -27,7 +27,7 @@ func (d *decoder) short(s *sequence) {
 	if time.Since(d.gave) < roomGrace {
 		return
 	}
-	v := victim(d.active)
+	v := victim(d.active, s.seat.NPU)
 	if v == nil {
 		return // s has the NPU to itself: what is still held is of requests that end or go elsewhere
 	}
@@ -43,13 +43,18 @@ func (d *decoder) lacks(s *sequence, short bool) {
 	}
 }
 
-// victim is the youngest sequence that may be given up, nil when there is none. The request of the oldest is spared:
-// it would end with any of its choices.
-func victim(active []*sequence) *sequence {
-	for i := len(active) - 1; i > 0; i-- {
-		if active[i].request.ID != active[0].request.ID {
-			return active[i]
+// victim is the youngest sequence on an NPU that may be given up, nil when there is none. The request of the oldest one there is
+// spared: it would end with any of its choices.
+func victim(active []*sequence, npu int) *sequence {
+	var oldest, youngest *sequence
+	for _, s := range active {
+		switch {
+		case s.seat.NPU != npu:
+		case oldest == nil:
+			oldest = s
+		case s.request.ID != oldest.request.ID:
+			youngest = s
 		}
 	}
-	return nil
+	return youngest
 }

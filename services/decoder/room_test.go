@@ -3,6 +3,7 @@ package decoder
 import (
 	"testing"
 
+	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
 
@@ -21,10 +22,10 @@ func TestVictim(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var active []*sequence
 			for i := range x.active {
-				active = append(active, &sequence{request: wire.Request{ID: x.active[i : i+1]}, choice: i})
+				active = append(active, &sequence{request: wire.Request{ID: x.active[i : i+1]}, choice: i, seat: &stage.Seat{}})
 			}
 			got := -1
-			if v := victim(active); v != nil {
+			if v := victim(active, 0); v != nil {
 				got = v.choice
 			}
 			if got != x.want {

@@ -2,6 +2,7 @@ package decoder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -46,6 +47,8 @@ type sequence struct {
 	errands sync.WaitGroup  // running
 	done    chan error      // one value: nil when the answer is complete
 
+	seat *stage.Seat // on its NPU; set before the loop has it
+
 	// The handler's, and its errands' while they run.
 	objects []*hbm.Object // all that is mapped for the sequence
 }
@@ -67,10 +70,10 @@ func (s *sequence) finish() wire.Finish {
 	return stage.FinishOf(&s.spec.Sampling, s.answer-1, s.last)
 }
 
-// open makes this instance the writer of s, and rebuilds the sampler from the log. The first decoder of a sequence goes on
-// in the pages that prefill has left with the message, if they are of its memory domain; all others go on in fresh ones (see
-// succeed): a successor, whom the claim tells the log of the decoder before it, and one who takes a sequence from another
-// domain or node.
+// open makes this instance the writer of s on one of its NPUs, one with room, and rebuilds the sampler from the log. The first
+// decoder of a sequence goes on in the pages that prefill has left with the message, if they are of its memory domain; all others
+// go on in fresh ones (see succeed): a successor, whom the claim tells the log of the decoder before it, and one who takes a
+// sequence from another domain or node.
 func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) error {
 	leave, err := d.Enter(ctx, s.claim)
 	if err != nil {
@@ -78,13 +81,28 @@ func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) erro
 	}
 	defer leave()
 	last, succeeds := s.claim.Log()
-	switch {
-	case succeeds:
-		err = d.succeed(ctx, s, last)
-	case d.far(handle):
-		err = d.succeed(ctx, s, handle)
-	default:
-		err = d.begin(ctx, s, handle)
+	if !succeeds {
+		last = handle
+	}
+	has := -1 // where it is
+	if last.Node == d.HBM.Node() {
+		has = int(last.NPU)
+	}
+	for i, npu := range d.Seats(has) {
+		if i > 0 { // there was no room on the one before
+			d.Free(ctx, s.objects...)
+			s.objects = nil
+			s.seat.Leave()
+		}
+		s.seat = d.Sit(npu, kv.Slabs(len(s.spec.Prompt)))
+		if succeeds || d.far(s, handle) {
+			err = d.succeed(ctx, s, last)
+		} else {
+			err = d.begin(ctx, s, handle)
+		}
+		if !errors.Is(err, mem.ErrExhausted) {
+			break
+		}
 	}
 	if err != nil {
 		return err
@@ -99,13 +117,14 @@ func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) erro
 		answer[i] = rec.Token
 	}
 	s.answer, s.last = len(answer), answer[len(answer)-1]
+	s.seat.Grow(kv.Slabs(len(s.spec.Prompt)+s.answer) - kv.Slabs(len(s.spec.Prompt)))
 	s.sampler = sample.New(stage.SampleParams(&s.spec.Sampling, s.choice), d.space, s.spec.Prompt, answer)
 	return nil
 }
 
 // begin attaches what prefill has left. Nothing of it is written to before the HMM has taken note of the log.
 func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) error {
-	objs, err := d.HBM.Attach(ctx, mem.ReadWrite, d.NPU, handle)
+	objs, err := d.HBM.Attach(ctx, mem.ReadWrite, s.seat.Number(), handle)
 	if err != nil {
 		return err
 	}
@@ -119,9 +138,9 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 	}
 	slabs, err := d.slabs(ctx, log, handle.Node, func(_ int, own bool) (mem.Access, int) {
 		if own {
-			return mem.ReadWrite, d.NPU
+			return mem.ReadWrite, s.seat.Number()
 		}
-		return mem.ReadOnly, d.NPU
+		return mem.ReadOnly, s.seat.Number()
 	})
 	s.objects = append(s.objects, slabs...)
 	if err != nil {
@@ -137,9 +156,9 @@ func (d *decoder) begin(ctx context.Context, s *sequence, handle mem.Handle) err
 	return nil
 }
 
-// far reports whether this NPU has to copy what a handle names before it can compute with it.
-func (d *decoder) far(h mem.Handle) bool {
-	return h.Node != d.HBM.Node() || d.HBM.Far(int(h.NPU), d.NPU)
+// far reports whether the NPU of s has to copy what a handle names before it can compute with it.
+func (d *decoder) far(s *sequence, h mem.Handle) bool {
+	return h.Node != d.HBM.Node() || d.HBM.Far(int(h.NPU), s.seat.Number())
 }
 
 // succeed goes on where another one has left off, whose log last is: the decoder before, or prefill in another memory
@@ -148,7 +167,7 @@ func (d *decoder) far(h mem.Handle) bool {
 func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) error {
 	place := -1 // where it is
 	if last.Node != d.HBM.Node() {
-		place = d.NPU // the HMM brings it here
+		place = s.seat.Number() // the HMM brings it here
 	}
 	objs, err := d.HBM.Attach(ctx, mem.ReadOnly, place, last)
 	if err != nil {
@@ -164,16 +183,16 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	}
 	var known stage.Prefix
 	var keys []hbm.Key
-	far := d.far(last)
+	far := d.far(s, last)
 	if far {
 		keys = d.BlockKeys(s.spec, s.spec.Prompt)
-		if known, err = d.Known(ctx, s.spec, keys); err != nil {
+		if known, err = d.Known(ctx, s.seat.Number(), s.spec, keys); err != nil {
 			return err
 		}
 		s.objects = append(s.objects, known.Slabs...)
 	}
 	c, err := before.Continuation(kv.Known{Slabs: asSlabs(known.Slabs), Blocks: known.Blocks}, func(slab mem.Handle) bool {
-		return place < 0 && d.HBM.Far(int(slab.NPU), d.NPU)
+		return place < 0 && d.HBM.Far(int(slab.NPU), s.seat.Number())
 	})
 	if err != nil {
 		return err
@@ -181,7 +200,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	slabs, err := d.slabs(ctx, before, last.Node, func(i int, _ bool) (mem.Access, int) {
 		switch {
 		case slices.Contains(c.Share, i):
-			return mem.ReadOnly, d.NPU
+			return mem.ReadOnly, s.seat.Number()
 		case slices.Contains(c.Skip, i):
 			return mem.ReadOnly, absent
 		}
@@ -199,9 +218,9 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err != nil {
 		return err
 	}
-	specs := []hbm.Spec{{Kind: mem.KindLog, NPU: d.NPU, Bytes: c.Shape.Bytes()}}
+	specs := []hbm.Spec{{Kind: mem.KindLog, NPU: s.seat.Number(), Bytes: c.Shape.Bytes()}}
 	for range c.Fresh {
-		specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: d.NPU, Bytes: kv.SlabBytes(&d.Model.Text)})
+		specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: s.seat.Number(), Bytes: kv.SlabBytes(&d.Model.Text)})
 	}
 	fresh, err := d.HBM.Alloc(ctx, specs...)
 	if err != nil {

@@ -35,11 +35,11 @@ func (d *decoder) Form(step *runner.Step) {
 			continue
 		}
 		pos := s.position()
-		if !step.Token(pos) {
-			break
+		if !step.Token(s.seat.NPU, pos) {
+			continue // there is room on another NPU, perhaps
 		}
 		s.input[0] = s.last
-		step.Add(engine.Seq{Tokens: s.input[:], Pos: pos, Delta: s.delta, Blocks: s.kv.Blocks, Want: true})
+		step.Add(engine.Seq{NPU: s.seat.NPU, Tokens: s.input[:], Pos: pos, Delta: s.delta, Blocks: s.kv.Blocks, Want: true})
 		d.taken = append(d.taken, s)
 	}
 }

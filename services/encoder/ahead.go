@@ -7,15 +7,16 @@ import (
 	"trireme.dev/shared/stage"
 )
 
-// ahead says when an encoder wants a picture beside the one on its NPU: so early that it is ready when the NPU gets free, and no
+// ahead says when an encoder wants a picture beside those on its NPUs: so early that it is ready when an NPU gets free, and no
 // earlier, for what is taken waits here even if another encoder is idle first.
 type ahead struct {
 	hold func(bool) // see stage.Stage.Hold
+	npus int
 
 	mu        sync.Mutex
 	preparing int           // pictures that are fetched and decoded
-	inLine    int           // pictures that wait for the NPU or are on it
-	left      time.Duration // of the one on the NPU, see progress
+	inLine    int           // pictures that wait for an NPU or are on it
+	left      time.Duration // of one on its NPU, see progress
 	prepare   time.Duration // that preparing a picture takes lately
 }
 
@@ -24,7 +25,12 @@ func (a *ahead) change(f func()) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	f()
-	a.hold(a.preparing > 0 || a.inLine > 1 || a.inLine == 1 && a.left > a.lead())
+	switch all := a.preparing + a.inLine; {
+	case all < a.npus:
+		a.hold(false)
+	default:
+		a.hold(a.preparing > 0 || a.inLine > a.npus || a.left > a.lead())
+	}
 }
 
 // lead is how long before the NPU gets free the next picture is asked for: preparing takes longer now and then.
@@ -93,5 +99,5 @@ func (a *ahead) out() {
 }
 
 func newAhead(s *stage.Stage) *ahead {
-	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour}
+	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour, npus: len(s.NPUs)}
 }

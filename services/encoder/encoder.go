@@ -25,7 +25,7 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// slots is how many pictures an encoder works on at once: while one is on the NPU, the next is fetched and decoded.
+// slots is how many pictures an encoder works on at once for each NPU: while one is on it, the next is fetched and decoded.
 const slots = 2
 
 // encoder is the running role.
@@ -71,14 +71,17 @@ func start(s *stage.Stage) (stage.Worker, error) {
 		return nil, fmt.Errorf("preprocessor_config.json has patches of %d, %d frames, merge %d; config.json %d, %d, %d",
 			prep.PatchSize, prep.TemporalPatchSize, prep.MergeSize, v.Patch, v.Temporal, v.Merge)
 	}
-	engine, err := engine.NewEncoder(s.Model, s.Weights, s.Compute, prep.MaxPixels/(v.Patch*v.Patch))
-	if err != nil {
-		return nil, err
-	}
 	e := &encoder{
 		Stage: s, prep: prep, decoder: newDecoder(prep),
-		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(), line: line{engine: engine},
+		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(),
 		ahead: newAhead(s),
+	}
+	for _, n := range s.NPUs {
+		engine, err := engine.NewEncoder(s.Model, n.Weights, n.Compute, prep.MaxPixels/(v.Patch*v.Patch))
+		if err != nil {
+			return nil, err
+		}
+		e.line.npus = append(e.line.npus, bench{engine: engine})
 	}
 	s.Runner.AddPieces(e.piece)
 	return e, nil
@@ -198,7 +201,7 @@ func (e *encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill)
 	if end > stage.Reusable(spec) {
 		return false
 	}
-	n, err := e.HBM.CountPrefix(ctx, e.NPU, e.BlockKeys(spec, spec.Prompt)[:end])
+	n, err := e.HBM.CountPrefix(ctx, e.NPUs[0].Number, e.BlockKeys(spec, spec.Prompt)[:end])
 	return err == nil && n == end
 }
 
@@ -222,7 +225,7 @@ func (e *encoder) settleTicket(ctx context.Context, ticket *hbm.Ticket, obj *hbm
 func (e *encoder) key(m *wire.Encode) hbm.Key {
 	prep := e.prep.Digest()
 	h := sha256.New()
-	fmt.Fprintf(h, "trireme mm 1 %x %x %x %v %q %q", m.Content, prep, m.Model, m.Grid, e.Compute.Digest(), m.Salt)
+	fmt.Fprintf(h, "trireme mm 1 %x %x %x %v %q %q", m.Content, prep, m.Model, m.Grid, e.Kernels(), m.Salt)
 	return hbm.Key(h.Sum(nil))
 }
 
@@ -248,15 +251,12 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	if err != nil {
 		return nil, mem.Handle{}, err
 	}
-	tokens, levels := e.Tokens(m.Grid), e.Model.Vision.Levels()
-	objs, err := e.HBM.Alloc(ctx, hbm.Spec{
-		Kind: mem.KindMM, NPU: e.NPU, Bytes: int64(levels*tokens*e.Model.Text.Hidden) * 4,
-		Shape: []int{levels, tokens, e.Model.Text.Hidden},
-	})
+	objs, seat, err := e.room(ctx, e.Tokens(m.Grid))
 	if err != nil {
 		return nil, mem.Handle{}, fmt.Errorf("allocating the MM object: %w", err)
 	}
-	err = e.compute(ctx, &picture{out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim}, prep)
+	defer seat.Leave()
+	err = e.compute(ctx, &picture{npu: seat.NPU, out: objs[0].Floats(), pixels: pixels, grid: grid, claim: claim}, prep)
 	e.Pass(claim)
 	if err != nil {
 		e.Free(ctx, objs...)
@@ -268,6 +268,24 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 		return nil, mem.Handle{}, fmt.Errorf("sealing the MM object: %w", err)
 	}
 	return objs[0], handles[0], nil
+}
+
+// room allocates an MM object of so many tokens on an NPU that has room for it.
+func (e *encoder) room(ctx context.Context, tokens int) (objs []*hbm.Object, seat *stage.Seat, err error) {
+	levels, hidden := e.Model.Vision.Levels(), e.Model.Text.Hidden
+	spec := hbm.Spec{Kind: mem.KindMM, Bytes: int64(levels*tokens*hidden) * 4, Shape: []int{levels, tokens, hidden}}
+	for _, npu := range e.Seats(-1) {
+		seat = e.Sit(npu, e.SlabsOf(spec.Bytes))
+		spec.NPU = seat.Number()
+		if objs, err = e.HBM.Alloc(ctx, spec); err == nil {
+			return objs, seat, nil
+		}
+		seat.Leave()
+		if !errors.Is(err, mem.ErrExhausted) {
+			break
+		}
+	}
+	return nil, nil, err
 }
 
 // pixels decodes the picture into patches [patches, PatchDim].

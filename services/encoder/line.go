@@ -3,6 +3,7 @@ package encoder
 import (
 	"context"
 	"slices"
+	"sync"
 	"time"
 
 	"trireme.dev/shared/engine"
@@ -10,16 +11,24 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// line is the pictures that wait for the NPU and the one that is on it, in pieces, so that steps of other roles of the process
+// line is the pictures that wait for their NPUs and those that are on them, in pieces, so that steps of other roles of the process
 // go on between them. The process' runner owns it.
 type line struct {
-	engine  *engine.Encoder
+	npus    []bench
 	waiting []*picture // in order of arrival
-	on      *picture   // the one on the NPU; nil: none
+	chosen  []*picture // whose piece is computed, one an NPU at most
+	running sync.WaitGroup
+}
+
+// bench is where one NPU encodes.
+type bench struct {
+	engine *engine.Encoder
+	on     *picture // the one on the NPU; nil: none
 }
 
 // picture is one picture to encode. Until done is sent, the runner uses its memory.
 type picture struct {
+	npu         int       // in Stage.NPUs: where out lies
 	out, pixels []float32 // see engine.Encoder.Begin
 	grid        engine.Grid
 	claim       *hbm.Claim
@@ -27,6 +36,8 @@ type picture struct {
 
 	spent  time.Duration // on the NPU
 	pieces int           // computed
+	more   bool          // to compute
+	err    error         // of the last piece
 	done   chan error    // one value
 }
 
@@ -48,55 +59,82 @@ func (e *encoder) compute(ctx context.Context, p *picture, prep *preparation) er
 func (e *encoder) drop(p *picture, err error) {
 	if i := slices.Index(e.line.waiting, p); i >= 0 {
 		e.line.waiting = slices.Delete(e.line.waiting, i, i+1)
-		if e.line.on == p {
-			e.line.on = nil
+		if b := &e.line.npus[p.npu]; b.on == p {
+			b.on = nil
 		}
 		e.ahead.out()
 		p.done <- err
 	}
 }
 
-// piece does the next piece of the first picture that has its turn, or puts it on the NPU. It is a runner.Piece.
+// piece does, on each NPU, the next piece of the first of its pictures that has its turn, or puts that on the NPU. It is a
+// runner.Piece.
 func (e *encoder) piece() (more bool) {
 	l := &e.line
-	i := slices.IndexFunc(l.waiting, func(p *picture) bool { return e.Turn(p.claim) })
-	if i < 0 {
+	l.chosen = l.chosen[:0]
+	for _, p := range l.waiting {
+		if slices.ContainsFunc(l.chosen, func(c *picture) bool { return c.npu == p.npu }) {
+			p.claim.Rest() // it may have been on the NPU
+		} else if e.Turn(p.claim) {
+			l.chosen = append(l.chosen, p)
+		}
+	}
+	if len(l.chosen) == 0 {
 		return false
 	}
-	p := l.waiting[i]
-	for _, behind := range l.waiting[i+1:] { // one of them may have been on the NPU
-		behind.claim.Rest()
+	l.chosen = slices.DeleteFunc(l.chosen, func(p *picture) bool {
+		switch {
+		case p.ctx.Err() != nil: // the handler is about to say so
+			e.drop(p, context.Cause(p.ctx))
+		case !p.claim.Held():
+			e.drop(p, mem.ErrFenced)
+		default:
+			return false
+		}
+		return true
+	})
+	for i, p := range l.chosen {
+		if i == len(l.chosen)-1 {
+			l.npus[p.npu].advance(p)
+		} else {
+			l.running.Go(func() { l.npus[p.npu].advance(p) })
+		}
 	}
-	switch {
-	case p.ctx.Err() != nil: // the handler is about to say so
-		e.drop(p, context.Cause(p.ctx))
-	case !p.claim.Held():
-		e.drop(p, mem.ErrFenced)
-	default:
-		e.advance(p)
+	l.running.Wait()
+	for _, p := range l.chosen {
+		e.advanced(p)
 	}
+	clear(l.chosen)
 	return len(l.waiting) > 0
 }
 
-// advance does the next piece of p.
-func (e *encoder) advance(p *picture) {
+// advance puts p on the NPU, or does its next piece.
+func (b *bench) advance(p *picture) {
 	start := time.Now()
-	if e.line.on != p { // one that was on the NPU and had to stop begins anew
-		p.pieces = 0
-		if err := e.line.engine.Begin(p.out, p.pixels, p.grid); err != nil {
-			e.drop(p, err)
-			return
+	if b.on != p { // one that was on the NPU and had to stop begins anew
+		p.pieces, p.more = 0, true
+		if p.err = b.engine.Begin(p.out, p.pixels, p.grid); p.err == nil {
+			b.on = p
 		}
-		e.line.on = p
-		p.spent += time.Since(start)
+	} else {
+		p.more = b.engine.Next()
+		p.pieces++
+	}
+	p.spent += time.Since(start)
+}
+
+// advanced books what advance has done.
+func (e *encoder) advanced(p *picture) {
+	if p.err != nil {
+		e.drop(p, p.err)
 		return
 	}
-	more := e.line.engine.Next()
-	p.spent += time.Since(start)
-	p.pieces++
+	if p.pieces == 0 {
+		return
+	}
 	e.Reached(p.claim, 1+p.pieces) // the pixels are the first
-	if more {
-		e.ahead.progress(p.spent/time.Duration(p.pieces), e.line.engine.Pieces()-p.pieces)
+	if p.more {
+		e.ahead.progress(p.spent/time.Duration(p.pieces), e.line.npus[p.npu].engine.Pieces()-p.pieces)
 		return
 	}
 	e.took.Observe(p.spent.Seconds())

@@ -186,7 +186,7 @@ func BenchmarkLoadWeights(b *testing.B) {
 					}
 					m := &shelve{c: c}
 					began := time.Now()
-					if _, err := f.Load(b.Context(), m, hf.Text); err != nil {
+					if _, err := f.Load(b.Context(), m, hf.Text, nil); err != nil {
 						b.Fatal(err)
 					}
 					loading += time.Since(began)
@@ -248,7 +248,7 @@ func BenchmarkFirstStep(b *testing.B) {
 		}
 		b.Cleanup(func() { f.Close() })
 		maker := &shelve{c: dial(b, socket, hbm.Hello{Instance: "maker"})}
-		if _, err := f.Load(b.Context(), maker, hf.Text); err != nil {
+		if _, err := f.Load(b.Context(), maker, hf.Text, nil); err != nil {
 			b.Fatal(err)
 		}
 		for _, populated := range []bool{true, false} {
@@ -262,7 +262,7 @@ func BenchmarkFirstStep(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					w, err := folder.Load(b.Context(), m, hf.Text)
+					w, err := folder.Load(b.Context(), m, hf.Text, nil)
 					if err != nil {
 						b.Fatal(err)
 					}

@@ -3,6 +3,7 @@ package prefill
 import (
 	"context"
 	"fmt"
+	"math/bits"
 	"time"
 
 	"trireme.dev/shared/engine"
@@ -75,6 +76,7 @@ func (p *prefill) Form(step *runner.Step) {
 	for _, it := range p.queue.Overdue(p.formed.Sub(p.epoch)) {
 		p.queue.Demote(it)
 	}
+	full := uint64(0) // NPUs without room in the step
 	for it := p.queue.Next(); it != nil; it = p.queue.Next() {
 		l := it.Owner.(*lane)
 		if !p.Turn(l.job.claim) {
@@ -87,14 +89,21 @@ func (p *prefill) Form(step *runner.Step) {
 		if l.pos < prompt {
 			left = prompt - l.pos
 		}
-		n := step.Chunk(l.pos, left)
+		npu := l.job.seat.NPU
+		n := step.Chunk(npu, l.pos, left)
 		if n == 0 {
 			l.job.claim.Rest()
-			break
+			if full |= 1 << npu; bits.OnesCount64(full) == step.NPUs() {
+				break
+			}
+			p.queue.Remove(it)
+			p.put = append(p.put, l)
+			continue
 		}
 		p.queue.TakePart(int64(n))
 		end := l.pos + n
 		step.Add(engine.Seq{
+			NPU:    npu,
 			Tokens: l.tokens[l.pos:end],
 			Pos:    l.pos,
 			Rope:   l.rope(n),

@@ -28,6 +28,7 @@ type job struct {
 	delta   int        // position of token i >= len(prompt) is i+delta
 	visual  []picture
 	choices []choice
+	seat    *stage.Seat   // on its NPU
 	mm      []*hbm.Object // mapped for reading
 	hits    int           // pictures that were in the MM cache
 	memory  []*hbm.Object // KV and logs
@@ -91,6 +92,22 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	}
 	j.rope, j.delta = engine.Positions(prompt, grids, p.Model.Vision)
 
+	for i, npu := range p.Seats(-1) {
+		if i > 0 { // there was no room on the one before
+			p.Free(ctx, append(j.mm, j.memory...)...)
+			j.mm, j.memory, j.visual = nil, nil, nil
+			j.seat.Leave()
+		}
+		j.seat = p.Sit(npu, kv.Slabs(len(prompt))+j.spec.Choices-1)
+		if err = p.room(ctx, j, mm, spans); !errors.Is(err, mem.ErrExhausted) {
+			break
+		}
+	}
+	return err
+}
+
+// room has on the job's NPU what prepare says; spans are where the pictures are in the prompt.
+func (p *prefill) room(ctx context.Context, j *job, mm []mem.Handle, spans []engine.Span) error {
 	if err := p.allocate(ctx, j); err != nil {
 		return err
 	}
@@ -104,7 +121,7 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 			wanted, of = append(wanted, mm[i]), append(of, i)
 		}
 	}
-	objs, err := p.HBM.Attach(ctx, mem.ReadOnly, p.NPU, wanted...)
+	objs, err := p.HBM.Attach(ctx, mem.ReadOnly, j.seat.Number(), wanted...)
 	if err != nil {
 		return fmt.Errorf("attaching MM objects: %w", err)
 	}
@@ -138,7 +155,7 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 func (p *prefill) allocate(ctx context.Context, j *job) error {
 	s := j.spec
 	j.keys = p.BlockKeys(s, s.Prompt)
-	prefix, err := p.Prefix(ctx, s, j.keys)
+	prefix, err := p.Prefix(ctx, j.seat.Number(), s, j.keys)
 	if err != nil {
 		return fmt.Errorf("looking for the prompt in the cache: %w", err)
 	}
@@ -159,7 +176,7 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 	var specs []hbm.Spec
 	slabs := make([]int, s.Choices)
 	for c := range s.Choices {
-		specs = append(specs, hbm.Spec{Kind: mem.KindLog, NPU: p.NPU, Bytes: shape.Bytes()})
+		specs = append(specs, hbm.Spec{Kind: mem.KindLog, NPU: j.seat.Number(), Bytes: shape.Bytes()})
 		// A fork needs room for its open block and its resumed tokens only; its prompt blocks are choice 0's.
 		positions := len(s.Prompt)%model.BlockTokens + len(j.resume(c)) + 1
 		if c == 0 {
@@ -167,7 +184,7 @@ func (p *prefill) allocate(ctx context.Context, j *job) error {
 		}
 		slabs[c] = kv.Slabs(positions)
 		for range slabs[c] {
-			specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: p.NPU, Bytes: kv.SlabBytes(&p.Model.Text)})
+			specs = append(specs, hbm.Spec{Kind: mem.KindKV, NPU: j.seat.Number(), Bytes: kv.SlabBytes(&p.Model.Text)})
 		}
 	}
 	objs, err := p.HBM.Alloc(ctx, specs...)
@@ -242,7 +259,7 @@ func (p *prefill) forget(ctx context.Context, prefix *stage.Prefix, block int) e
 func (p *prefill) fork(j *job, c int) error {
 	ch := &j.choices[c]
 	var err error
-	ch.seq, err = j.choices[0].seq.Fork(&p.Model.Text, ch.log, len(j.spec.Prompt), ch.slabs[0], p.Compute.Copy)
+	ch.seq, err = j.choices[0].seq.Fork(&p.Model.Text, ch.log, len(j.spec.Prompt), ch.slabs[0], j.seat.Compute().Copy)
 	if err != nil {
 		return fmt.Errorf("forking choice %d: %w", c, err)
 	}

@@ -62,12 +62,12 @@ func TestOrderOfLanes(t *testing.T) {
 					}
 					place := q.place
 					place.Waited -= time.Duration(i) * time.Second // one came after the other
-					j := &job{spec: spec, claim: &hbm.Claim{}, place: place, rope: make([][3]int32, q.tokens), choices: []choice{{seq: &kv.Sequence{}}}}
+					j := &job{spec: spec, seat: &stage.Seat{}, claim: &hbm.Claim{}, place: place, rope: make([][3]int32, q.tokens), choices: []choice{{seq: &kv.Sequence{}}}}
 					l := &lane{job: j, tokens: make([]int32, q.tokens)}
 					names[l] = string(rune('a' + i))
 					p.wait(l)
 				}
-				step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10})}
+				step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, 1)}
 				step.Begin()
 				before := map[*lane]int64{}
 				for l := range names {

@@ -23,8 +23,8 @@ import (
 // Config is a prefill instance's configuration.
 type Config struct {
 	Stage stage.Config
-	Rows  int // most prompt tokens of one batch; 0: 512
-	Slots int // requests in work at once; 0: 32
+	Rows  int // most prompt tokens of one batch on each NPU; 0: 512
+	Slots int // requests in work at once on each NPU; 0: 32
 	// Policy puts the requests in work in order, after their priority and tenant. Their targets are known from their messages.
 	Policy sched.Policy
 }
@@ -112,7 +112,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 		return fmt.Errorf("%d MM objects for %d pictures: %w", len(m.MM), len(spec.Pictures), mem.ErrInvalid)
 	}
 	j := &job{request: m.Request, ctx: ctx, spec: spec, claim: claim, hits: m.Hits, place: place, done: make(chan error, 1)}
-	defer func() { p.Free(ctx, append(j.mm, j.memory...)...) }()
+	defer func() { p.Free(ctx, append(j.mm, j.memory...)...); j.seat.Leave() }()
 	if err := p.prepare(ctx, j, m.MM); err != nil {
 		return err
 	}

@@ -26,6 +26,7 @@ import (
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/obs"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/transfer"
 	"trireme.dev/shared/wire"
@@ -51,7 +52,8 @@ type ackFlag struct {
 type stageFlags struct {
 	connectFlags
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
-	Threads int    `help:"Worker threads of the host NPU; 0: one for each core."`
+	NPUs    int    `name:"npus" help:"NPUs of the instance: each has sequences of its own, experts are spread over all." default:"1"`
+	Threads int    `help:"Worker threads of the instance's host NPUs together; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
 	Drain        time.Duration `help:"Time for pictures and prompts in work to be finished after SIGTERM; what takes longer is handed to others. Sequences are handed to others at once." default:"${drain}"`
@@ -67,6 +69,9 @@ type paceFlag struct {
 
 // run opens a stage and serves it; serve gets the open stage.
 func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage.Stage) error) error {
+	if f.NPUs < 1 || f.NPUs > placement.MaxNPUs {
+		return fmt.Errorf("%w--npus %d: an instance has 1 to %d", errUsage, f.NPUs, placement.MaxNPUs)
+	}
 	model, err := modelDir(f.Model, f.Data)
 	if err != nil {
 		return err
@@ -75,6 +80,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		NPUs:    f.NPUs,
 		Mixed:   f.mixed,
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
@@ -100,8 +106,8 @@ func (c *encoderCmd) Run(e *env) error { return c.run(e, stage.Encode, encoder.S
 
 type prefillCmd struct {
 	stageFlags
-	Rows  int `help:"Most prompt tokens of one batch." default:"512"`
-	Slots int `help:"Requests in work at once." default:"32"`
+	Rows  int `help:"Most prompt tokens of one batch on each NPU." default:"512"`
+	Slots int `help:"Requests in work at once on each NPU." default:"32"`
 	policyFlag
 }
 
@@ -118,7 +124,7 @@ func (c *prefillCmd) Run(e *env) error {
 
 type decoderCmd struct {
 	stageFlags
-	Slots int `help:"Sequences in work at once." default:"256"`
+	Slots int `help:"Sequences in work at once on each NPU." default:"256"`
 }
 
 // Run runs a decoder.
@@ -128,13 +134,13 @@ func (c *decoderCmd) Run(e *env) error {
 	})
 }
 
-// stageCmd runs several roles in one process: what the commands of single roles run, beside one another on one NPU.
+// stageCmd runs several roles in one process: what the commands of single roles run, beside one another on the same NPUs.
 type stageCmd struct {
 	stageFlags
 	Roles     string `help:"What the instance does, by letters: E encodes, P computes prompts, D decodes. EPD does all of it." required:"" placeholder:"EPD"`
-	Rows      int    `help:"Most prompt tokens of one batch." default:"512"`
-	Requests  int    `help:"Requests whose prompts are in work at once." default:"32"`
-	Sequences int    `help:"Sequences that decode at once." default:"256"`
+	Rows      int    `help:"Most prompt tokens of one batch on each NPU." default:"512"`
+	Requests  int    `help:"Requests whose prompts are in work at once on each NPU." default:"32"`
+	Sequences int    `help:"Sequences that decode at once on each NPU." default:"256"`
 	policyFlag
 
 	StepTokens int `help:"Most tokens of a step in which prompts are computed beside sequences that decode: fewer make gaps between tokens shorter, more make first tokens come sooner." default:"${stepTokens}"`
@@ -146,6 +152,7 @@ func (stageCmd) Help() string {
 	return `Examples:
   trireme stage --roles EPD                     encodes, computes prompts and decodes
   trireme stage --roles PD --step-tokens 64     prompts and decoding, with shorter gaps between tokens
+  trireme stage --roles D --npus 4              decodes on four NPUs, with the experts spread over them
 
 One role alone is what the commands encoder, prefill and decoder run. In 'trireme up --topology
 2EPD1D' instances with several roles are run by this command.`

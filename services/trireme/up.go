@@ -35,6 +35,8 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu/pace"
+	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/stage"
 )
 
 // upCmd runs everything on this machine. Each service is a child process of the same binary; NATS is embedded.
@@ -44,11 +46,11 @@ type upCmd struct {
 	Monitor    string     `help:"Address of NATS' monitoring pages; port 0: a free one." default:"127.0.0.1:8222"`
 	NATSURL    string     `name:"nats-url" help:"An existing NATS server with JetStream, instead of the embedded one." placeholder:"URL"`
 	Model      string     `help:"Hugging Face folder of the model; by default the bundled one." type:"path" placeholder:"DIR"`
-	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; +2 two spare NPUs." default:"1E1P1D"`
+	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; 1Dx4 a decoder of four NPUs; +2 two spare NPUs." default:"1E1P1D"`
 	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
-	Threads    int        `help:"Worker threads of each host NPU; 0: one for each core."`
+	Threads    int        `help:"Worker threads of each instance, shared by its host NPUs; 0: one for each core."`
 	paceFlag
 	domainFlags
 	cacheFlags
@@ -65,6 +67,7 @@ func (upCmd) Help() string {
   trireme up                                          the bundled model at http://127.0.0.1:8080
   trireme up --model ~/models/Qwen3-VL-30B-A3B-Instruct --topology 1E1P2D
   trireme up --topology 1EPD                          one instance that encodes, computes prompts and decodes
+  trireme up --topology 1E1P1Dx4                      a decoder of four NPUs, over which the experts are spread
   trireme up --http 127.0.0.1:0 --nats 127.0.0.1:0 --monitor 127.0.0.1:0
                                                       beside another one, on free ports (give it its own --data)
   trireme up --topology 5E2P1D --pace epd-minicpm-a100
@@ -145,8 +148,8 @@ func (c *upCmd) plan() (*plan, error) {
 		return nil, err
 	}
 	for _, g := range t.Groups {
-		if g.NPUs > 1 {
-			return nil, fmt.Errorf("%wtopology %s: instances with several NPUs cannot be run yet; write 1E1P1D", errUsage, t)
+		if g.NPUs > placement.MaxNPUs {
+			return nil, fmt.Errorf("%wtopology %s: an instance has at most %d NPUs", errUsage, t, placement.MaxNPUs)
 		}
 	}
 	for _, role := range []byte("PD") {
@@ -226,34 +229,42 @@ func checkMemory(cfg *model.Text, memory conf.Bytes) error {
 }
 
 // checkWeights refuses a model whose weights do not fit into what a memory domain may have of them. Those for encoding and
-// those for the rest are two sets, in one domain or in several.
+// those for the rest are two sets, in one domain or in several; where each NPU is a domain it has its own share of the experts.
 func (c *upCmd) checkWeights(p *plan) error {
 	f, err := hf.Open(p.model)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	domains := 1
+	need := func(part hf.Parts, wanted hf.Experts) conf.Bytes {
+		sizes, nerr := f.Needs(part, wanted)
+		err = cmp.Or(err, nerr)
+		var sum conf.Bytes
+		for _, n := range sizes {
+			sum += conf.Bytes(mem.Padded(n, mem.HostPage))
+		}
+		return sum
+	}
+	domains, vision := 1, need(hf.Vision, nil)
+	all := vision + need(hf.Text, nil)
 	if c.Domains == "per-npu" {
-		domains = p.topology.NPUs()
+		domains, all = p.topology.NPUs(), 0
+		for _, g := range p.topology.Groups {
+			var own conf.Bytes
+			if strings.Contains(g.Roles, "E") {
+				own = vision
+			}
+			if g.Roles != "E" { // the first NPU has as many experts as any
+				layout := stage.Layout(&f.Config.Text, g.NPUs)
+				own += need(hf.Text, func(layer, expert int) bool { return layout[layer][expert].Has(0) })
+			}
+			all = max(all, own)
+		}
+	}
+	if err != nil {
+		return err
 	}
 	room := cmp.Or(c.WeightsMemory, conf.Bytes(hmm.DefaultWeights(domains)))
-	both := slices.ContainsFunc(p.topology.Groups, func(g conf.Group) bool { return len(g.Roles) > 1 && g.Roles[0] == 'E' })
-	var most, all conf.Bytes
-	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
-		sizes, err := f.Needs(part)
-		if err != nil {
-			return err
-		}
-		var need conf.Bytes
-		for _, n := range sizes {
-			need += conf.Bytes(mem.Padded(n, mem.HostPage))
-		}
-		most, all = max(most, need), all+need
-	}
-	if domains > 1 && !both { // an NPU has the weights of its instance's roles
-		all = most
-	}
 	if all > room {
 		return fmt.Errorf("%wthe weights of %s take %v of shared memory in each memory domain, which has %v for them: give more with "+
 			"--weights-memory, if the machine has it, or choose a smaller model", errUsage, p.model, all, room)
@@ -358,6 +369,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 			args := slices.Concat(combined, common)
 			if c.Threads > 0 {
 				args = append(args, "--threads", strconv.Itoa(c.Threads))
+			}
+			if g.NPUs > 1 {
+				args = append(args, "--npus", strconv.Itoa(g.NPUs))
 			}
 			if c.Pace != "" {
 				args = append(args, "--pace", c.Pace)

@@ -15,11 +15,12 @@ import (
 
 func TestParseTopology(t *testing.T) {
 	for s, want := range map[string]conf.Topology{
-		"1E1P1D":     {Groups: []conf.Group{{1, "E", 1}, {1, "P", 1}, {1, "D", 1}}},
-		"5E2P1D":     {Groups: []conf.Group{{5, "E", 1}, {2, "P", 1}, {1, "D", 1}}},
-		"1Dx4":       {Groups: []conf.Group{{1, "D", 4}}},
-		"4EPD":       {Groups: []conf.Group{{4, "EPD", 1}}},
-		"2E,1PDx2+3": {Groups: []conf.Group{{2, "E", 1}, {1, "PD", 2}}, Spare: 3},
+		"1E1P1D":         {Groups: []conf.Group{{1, "E", 1}, {1, "P", 1}, {1, "D", 1}}},
+		"5E2P1D":         {Groups: []conf.Group{{5, "E", 1}, {2, "P", 1}, {1, "D", 1}}},
+		"1Dx4":           {Groups: []conf.Group{{1, "D", 4}}},
+		"4EPD":           {Groups: []conf.Group{{4, "EPD", 1}}},
+		"1E, 2Px2, 1Dx3": {Groups: []conf.Group{{1, "E", 1}, {2, "P", 2}, {1, "D", 3}}},
+		"2E,1PDx2+3":     {Groups: []conf.Group{{2, "E", 1}, {1, "PD", 2}}, Spare: 3},
 	} {
 		got, err := conf.ParseTopology(s)
 		if err != nil || !cmp.Equal(got, want) {

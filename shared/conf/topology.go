@@ -30,16 +30,17 @@ type Topology struct {
 
 var (
 	groupPattern = regexp.MustCompile(`^(\d+)([EPD]+)(?:x(\d+))?`)
-	sparePattern = regexp.MustCompile(`^\+(\d+)$`)
+	sparePattern = regexp.MustCompile(`^\+(\d+)[, ]*$`)
 )
+
+const separators = ", "
 
 const maxTopology = 1024 // instances, and NPUs of one instance
 
-// ParseTopology reads the notation. Groups may be separated by commas or blanks.
+// ParseTopology reads the notation. Groups may be separated by commas or blanks, and are where digits meet: 1Px2,1Dx3.
 func ParseTopology(s string) (Topology, error) {
 	var t Topology
-	rest := strings.NewReplacer(",", "", " ", "").Replace(s)
-	for rest != "" {
+	for rest := strings.TrimLeft(s, separators); rest != ""; rest = strings.TrimLeft(rest, separators) {
 		if m := sparePattern.FindStringSubmatch(rest); m != nil {
 			n, err := number(m[1])
 			if err != nil {
@@ -125,7 +126,10 @@ func (t Topology) Without(role byte) Topology {
 // String writes the notation.
 func (t Topology) String() string {
 	var b strings.Builder
-	for _, g := range t.Groups {
+	for i, g := range t.Groups {
+		if i > 0 && t.Groups[i-1].NPUs > 1 {
+			b.WriteByte(',')
+		}
 		fmt.Fprintf(&b, "%d%s", g.Count, g.Roles)
 		if g.NPUs > 1 {
 			fmt.Fprintf(&b, "x%d", g.NPUs)

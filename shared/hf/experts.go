@@ -16,17 +16,20 @@ func (b *builder) experts(prefix string) []model.Expert {
 	}
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
-		b.expert(func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
+		b.expert(e, func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
 	}
 	return out
 }
 
-// expert has f build one expert, in an object of its own.
-func (b *builder) expert(f func()) {
+// expert has f build expert e of the layer, in an object of its own, if it is wanted.
+func (b *builder) expert(e int, f func()) {
+	if b.wanted != nil && !b.wanted(b.at, e) {
+		return
+	}
 	b.object()
-	b.apart = b.pack
+	b.apart, b.number = b.pack, e
 	f()
-	b.apart = false
+	b.apart, b.number = false, -1
 	b.object()
 }
 
@@ -58,7 +61,7 @@ func (b *builder) fusedExperts(prefix string) []model.Expert {
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
 		guPart, downPart := gu.part(e, t.Experts), down.part(e, t.Experts)
-		b.expert(func() {
+		b.expert(e, func() {
 			if transposed {
 				out[e] = b.transposedExpert(nameGU, guPart, nameDown, downPart)
 				return

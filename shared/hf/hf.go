@@ -80,7 +80,7 @@ func Open(dir string) (*Folder, error) {
 		Dir: dir, Config: cfg, Generation: generation,
 		version: major(file.TransformersVersion), files: files, index: index,
 	}
-	if _, err := newPlan(f, All, false); err != nil {
+	if _, err := newPlan(f, All, false, nil); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	f.Config.Digest = digest(cfg, files, index)
@@ -106,7 +106,7 @@ func (f *Folder) Weights() (*model.Weights, error) {
 		return f.weights, nil
 	}
 	var copies private
-	w, err := f.load(context.Background(), &copies, All, false, f.Progress)
+	w, err := f.load(context.Background(), &copies, All, false, nil, f.Progress)
 	if err != nil {
 		return nil, errors.Join(err, copies.close())
 	}

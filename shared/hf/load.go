@@ -35,29 +35,32 @@ const (
 	All    = Text | Vision
 )
 
+// Experts says whether an expert of a layer is wanted. Nil: all are.
+type Experts func(layer, expert int) bool
+
 // layoutVersion is part of the keys of sets; it is raised when what the objects hold changes, or their order.
 const layoutVersion = 2
 
 // objectAlign is the alignment of matrices in an object, in elements: one cache line.
 const objectAlign = 32
 
-// Load returns the tensors of some parts of the model; the other fields stay empty. Each routed expert lies in an object of
-// m of its own: gate, up and down projection. So do other matrices that need a copy, together by layer; the rest are views
-// of the files. The weights are read-only, valid until Close and as long as m keeps its objects. Files are read on all
-// processors. It returns an ErrDType for a matrix with a value that bf16 does not have, or m's error.
-func (f *Folder) Load(ctx context.Context, m Memory, parts Parts) (*model.Weights, error) {
+// Load returns the tensors of some parts of the model; the other fields stay empty, and so do experts that are not wanted. Each
+// routed expert lies in an object of m of its own: gate, up and down projection. So do other matrices that need a copy, together by
+// layer; the rest are views of the files. The weights are read-only, valid until Close and as long as m keeps its objects. Files
+// are read on all processors. It returns an ErrDType for a matrix with a value that bf16 does not have, or m's error.
+func (f *Folder) Load(ctx context.Context, m Memory, parts Parts, wanted Experts) (*model.Weights, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	w := &model.Weights{}
 	if parts&Text != 0 {
-		text, err := f.load(ctx, m, Text, true, nil)
+		text, err := f.load(ctx, m, Text, true, wanted, nil)
 		if err != nil {
 			return nil, err
 		}
 		*w = *text
 	}
 	if parts&Vision != 0 && f.Config.Vision != nil {
-		vision, err := f.load(ctx, m, Vision, true, nil)
+		vision, err := f.load(ctx, m, Vision, true, nil, nil)
 		if err != nil {
 			return nil, err
 		}
@@ -68,16 +71,16 @@ func (f *Folder) Load(ctx context.Context, m Memory, parts Parts) (*model.Weight
 
 // load returns the tensors of parts, with copies in one set of m. f.mu is held. progress, if not nil, is told of bytes
 // read so far and in all, for each part that m has filled.
-func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, progress func(done, total int64)) (*model.Weights, error) {
+func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, wanted Experts, progress func(done, total int64)) (*model.Weights, error) {
 	if f.closed {
 		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
 	}
-	plan, err := newPlan(f, parts, pack)
+	plan, err := newPlan(f, parts, pack, wanted)
 	if err != nil {
 		return nil, err
 	}
 	plan.progress = progress
-	b := newBuilder(f, parts, pack)
+	b := newBuilder(f, parts, pack, wanted)
 	if len(plan.sizes) > 0 {
 		if b.objects, err = m.Weights(ctx, plan.setKey(), plan.sizes, plan.fill); err != nil {
 			return nil, fmt.Errorf("weights of %s: %w", f.Dir, err)
@@ -92,13 +95,13 @@ func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, pro
 }
 
 // Needs lists the sizes of the objects that Load would keep in a Memory for one part of the model, in bytes.
-func (f *Folder) Needs(part Parts) ([]int64, error) {
+func (f *Folder) Needs(part Parts, wanted Experts) ([]int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
 		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
 	}
-	plan, err := newPlan(f, part, true)
+	plan, err := newPlan(f, part, true, wanted)
 	if err != nil {
 		return nil, err
 	}
@@ -116,6 +119,7 @@ func (b *builder) setKey() [32]byte {
 	for _, j := range b.jobs {
 		writeSized(h, []byte(j.name))
 		writeNumber(h, j.to)
+		writeNumber(h, j.expert)
 		writeNumber(h, len(j.from.Data))
 	}
 	return [32]byte(h.Sum(nil))
@@ -139,8 +143,8 @@ func (f *Folder) Populate(ctx context.Context) error {
 }
 
 // newPlan returns a builder that has looked everything up: it knows the sizes of the objects and how to fill them.
-func newPlan(f *Folder, parts Parts, pack bool) (*builder, error) {
-	b := newBuilder(f, parts, pack)
+func newPlan(f *Folder, parts Parts, pack bool, wanted Experts) (*builder, error) {
+	b := newBuilder(f, parts, pack, wanted)
 	b.planning = true
 	b.build()
 	return b, b.err
@@ -158,6 +162,8 @@ type job struct {
 	from Tensor // what it reads
 	to   int    // the object that it writes
 	run  func(memory) error
+
+	expert int // that it is of; -1: of none
 }
 
 // object ends an object: what is copied next begins another.
@@ -197,7 +203,7 @@ func bytesOf(e []model.BF16) []byte {
 // later notes a copy out of t, the named tensor or a part of it, into the present object.
 func (b *builder) later(name string, t Tensor, run func(memory) error) {
 	if b.planning {
-		b.jobs = append(b.jobs, job{name, t, len(b.sizes) - 1, run})
+		b.jobs = append(b.jobs, job{name: name, from: t, to: len(b.sizes) - 1, run: run, expert: b.number})
 	}
 }
 

@@ -71,14 +71,14 @@ func TestLoad(t *testing.T) {
 			dir := m.write(t, f)
 			s := newShelf(t)
 			s.fail = 5 // in the middle: the next one goes on there
-			if _, err := open(t, dir).Load(t.Context(), s, hf.All); !errors.Is(err, errShelf) {
+			if _, err := open(t, dir).Load(t.Context(), s, hf.All, nil); !errors.Is(err, errShelf) {
 				t.Fatalf("a memory that breaks: %v", err)
 			}
 			s.fail = -1
 			var first *model.Weights
 			for range 2 {
 				folder := open(t, dir)
-				w, err := folder.Load(t.Context(), s, hf.All)
+				w, err := folder.Load(t.Context(), s, hf.All, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -125,7 +125,7 @@ func TestSameModelOtherFiles(t *testing.T) {
 	for _, f := range []form{{}, {misaligned: true}, {shards: 2}} {
 		folder := open(t, m.write(t, f))
 		digests[folder.Config.Digest] = true
-		w, err := folder.Load(t.Context(), s, hf.All)
+		w, err := folder.Load(t.Context(), s, hf.All, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,34 +155,72 @@ func TestLoadParts(t *testing.T) {
 	m := newTiny(24)
 	f := open(t, m.write(t, form{shards: 2}))
 	s := newShelf(t)
-	w, err := f.Load(t.Context(), s, hf.Vision)
+	w, err := f.Load(t.Context(), s, hf.Vision, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(w.Vision, m.weights.Vision) || w.Layers != nil || len(s.sets) != 0 {
 		t.Errorf("the vision encoder came with %d layers and %d sets", len(w.Layers), len(s.sets))
 	}
-	if w, err = f.Load(t.Context(), s, hf.Text); err != nil {
+	if w, err = f.Load(t.Context(), s, hf.Text, nil); err != nil {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(w.Layers, m.weights.Layers) || w.Vision != nil || len(s.sets) != 1 {
 		t.Errorf("the language model came with vision %v and %d sets", w.Vision, len(s.sets))
 	}
 
-	if need, err := f.Needs(hf.Text); err != nil || len(need) != layers*experts || need[0] != 3*24*hidden*2 {
+	if need, err := f.Needs(hf.Text, nil); err != nil || len(need) != layers*experts || need[0] != 3*24*hidden*2 {
 		t.Errorf("the language model needs %d, %v", need, err)
 	}
-	if need, err := f.Needs(hf.Vision); err != nil || len(need) != 0 {
+	if need, err := f.Needs(hf.Vision, nil); err != nil || len(need) != 0 {
 		t.Errorf("the vision encoder needs %d, %v", need, err)
 	}
 
 	// Another model's weights are another set, and so are those of another part.
-	if _, err := open(t, newTiny(16).write(t, form{shards: 2})).Load(t.Context(), s, hf.Text); err != nil || len(s.sets) != 2 {
+	if _, err := open(t, newTiny(16).write(t, form{shards: 2})).Load(t.Context(), s, hf.Text, nil); err != nil || len(s.sets) != 2 {
 		t.Errorf("two models have %d sets, %v", len(s.sets), err)
 	}
 	float := open(t, m.write(t, form{dtype: "F32"}))
-	if _, err := float.Load(t.Context(), s, hf.All); err != nil || len(s.sets) != 4 {
+	if _, err := float.Load(t.Context(), s, hf.All, nil); err != nil || len(s.sets) != 4 {
 		t.Errorf("%d sets with those of float32, %v", len(s.sets), err)
+	}
+}
+
+// TestLoadExperts shows that an NPU gets the experts that it wants and no others, and that as many others are another set.
+func TestLoadExperts(t *testing.T) {
+	for name, f := range map[string]form{
+		"transformers 4": {v4: true}, "transformers 5": {shards: 2}, "an expert a tensor": {perExpert: true, v4: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newTiny(24)
+			folder := open(t, m.write(t, f))
+			s := newShelf(t)
+			for part := range 2 {
+				wanted := func(layer, expert int) bool { return (layer+expert)%2 == part }
+				w, err := folder.Load(t.Context(), s, hf.Text, wanted)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if len(s.sets) != part+1 {
+					t.Errorf("%d halves are %d sets", part+1, len(s.sets))
+				}
+				for l := range w.Layers {
+					for e, x := range w.Layers[l].Experts {
+						want := model.Expert{}
+						if wanted(l, e) {
+							want = m.weights.Layers[l].Experts[e]
+						}
+						if !reflect.DeepEqual(x, want) {
+							t.Errorf("half %d has another expert %d of layer %d", part, e, l)
+						}
+					}
+					w.Layers[l].Experts = m.weights.Layers[l].Experts
+				}
+				if !reflect.DeepEqual(w.Layers, m.weights.Layers) {
+					t.Errorf("half %d has another model", part)
+				}
+			}
+		})
 	}
 }
 
@@ -191,7 +229,7 @@ func TestLoadEnds(t *testing.T) {
 	f := open(t, newTiny(24).write(t, form{v4: true}))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := f.Load(ctx, newShelf(t), hf.All); !errors.Is(err, context.Canceled) {
+	if _, err := f.Load(ctx, newShelf(t), hf.All, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("loading after the end: %v", err)
 	}
 	if err := f.Populate(ctx); err != nil && !errors.Is(err, context.Canceled) {
@@ -200,7 +238,7 @@ func TestLoadEnds(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Load(t.Context(), newShelf(t), hf.All); err == nil {
+	if _, err := f.Load(t.Context(), newShelf(t), hf.All, nil); err == nil {
 		t.Error("a closed folder has weights")
 	}
 }

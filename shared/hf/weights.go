@@ -17,7 +17,8 @@ import (
 type builder struct {
 	folder *Folder
 	parts  Parts
-	pack   bool   // experts are copied, each into an object of its own
+	pack   bool // experts are copied, each into an object of its own
+	wanted Experts
 	text   string // prefix of the language model's tensors
 	vision string // prefix of the vision encoder's tensors
 	used   map[string]bool
@@ -27,14 +28,16 @@ type builder struct {
 	sizes    []int64  // bytes of the objects so far
 	within   bool     // the last object takes what comes next
 	apart    bool     // no views: it belongs to an expert that is packed
+	at       int      // the layer that is built
+	number   int      // and the expert; -1: none
 	jobs     []job    // in order of their objects
 	views    [][]byte
 	progress func(done, total int64) // of fill, or nil
 	err      error
 }
 
-func newBuilder(f *Folder, parts Parts, pack bool) *builder {
-	b := &builder{folder: f, parts: parts, pack: pack, used: map[string]bool{}}
+func newBuilder(f *Folder, parts Parts, pack bool, wanted Experts) *builder {
+	b := &builder{folder: f, parts: parts, pack: pack, wanted: wanted, used: map[string]bool{}, number: -1}
 	// transformers 4.52 and later write model.language_model and model.visual; earlier ones and some converters
 	// language_model.model and visual. A text model has plain model.
 	b.text = b.firstPrefix("embed_tokens.weight", "model.language_model.", "language_model.model.", "model.")
@@ -83,6 +86,7 @@ func (b *builder) language(w *model.Weights) {
 	w.Layers = make([]model.Layer, t.Layers)
 	for i := range w.Layers {
 		b.object()
+		b.at = i
 		w.Layers[i] = b.layer(b.text+"layers."+strconv.Itoa(i)+".", t.Dense[i])
 	}
 }

@@ -5,7 +5,7 @@ package sched
 
 import "trireme.dev/shared/model"
 
-// Limits bound the steps of an instance.
+// Limits bound what a step of an instance has on each of its NPUs.
 type Limits struct {
 	Seqs   int // sequences of any step, as the engine's buffers have room for
 	Rows   int // new tokens of any step, likewise
@@ -13,9 +13,10 @@ type Limits struct {
 	Mixed
 }
 
-// Mixed bounds the steps in which sequences decode and prompts are computed beside them. Everybody who decodes waits for
-// such a step, so prompts get what the decoding tokens leave of Tokens and of Blocks, and in any case Least tokens, lest
-// they never end. Steps without decoding tokens keep nobody waiting and have no such bounds.
+// Mixed bounds the steps in which sequences decode and prompts are computed beside them, on the same NPU or another one of the
+// instance, as NPUs compute a step together. Everybody who decodes waits for such a step, so prompts get what the decoding tokens
+// of their NPU leave of Tokens and of Blocks, and in any case Least tokens, lest they never end. Steps without decoding tokens keep
+// nobody waiting and have no such bounds.
 type Mixed struct {
 	Tokens int // new tokens of all sequences; 0: as many as Rows
 	Blocks int // KV blocks that these tokens attend to, each those up to its own (attention's work); 0: not counted
@@ -26,70 +27,87 @@ type Mixed struct {
 // It grants what the limits allow; who is granted something takes it. It is used again and again and allocates nothing.
 type Step struct {
 	limits   Limits
+	parts    []part // of each NPU
+	decoding int    // tokens, on all NPUs
+	prompt   int    // likewise
+}
+
+// part is what a step has on one NPU.
+type part struct {
 	seqs     int
 	decoding int // tokens
 	prompt   int // tokens
 	blocks   int // attended to
 }
 
-// NewStep returns an empty step.
-func NewStep(l Limits) Step {
+// NewStep returns an empty step of an instance with a number of NPUs.
+func NewStep(l Limits, npus int) Step {
 	if l.Tokens == 0 {
 		l.Tokens = l.Rows
 	}
 	if l.Prompt == 0 {
 		l.Prompt = l.Rows
 	}
-	return Step{limits: l}
+	return Step{limits: l, parts: make([]part, npus)}
 }
 
 // Begin empties the step.
-func (s *Step) Begin() { *s = Step{limits: s.limits} }
+func (s *Step) Begin() {
+	clear(s.parts)
+	s.decoding, s.prompt = 0, 0
+}
+
+// NPUs is the number of the instance's NPUs.
+func (s *Step) NPUs() int { return len(s.parts) }
 
 // Tokens is the number of new tokens so far.
 func (s *Step) Tokens() int { return s.decoding + s.prompt }
 
-// Token grants a decoding sequence its next token, at position pos, or says that the step is full.
-func (s *Step) Token(pos int) bool {
+// Token grants a decoding sequence of an NPU its next token, at position pos, or says that the NPU has no room in the step.
+func (s *Step) Token(npu, pos int) bool {
 	if s.prompt > 0 {
 		panic("BUG: a sequence asks for its token after prompts were given theirs")
 	}
-	if s.seqs >= s.limits.Seqs || s.decoding >= s.limits.Rows {
+	p := &s.parts[npu]
+	if p.seqs >= s.limits.Seqs || p.decoding >= s.limits.Rows {
 		return false
 	}
-	s.seqs++
+	p.seqs++
+	p.decoding++
 	s.decoding++
-	s.blocks += attended(pos)
+	p.blocks += attended(pos)
 	return true
 }
 
-// Chunk grants a prompt of which left tokens from position pos on are to be computed as many of them as there is room
+// Chunk grants a prompt of an NPU, of which left tokens from position pos on are to be computed, as many of them as there is room
 // for, in one piece; 0: none.
-func (s *Step) Chunk(pos, left int) int {
-	if s.seqs >= s.limits.Seqs {
+func (s *Step) Chunk(npu, pos, left int) int {
+	p := &s.parts[npu]
+	if p.seqs >= s.limits.Seqs {
 		return 0
 	}
-	n := min(left, s.limits.Rows-s.Tokens(), s.limits.Prompt-s.prompt)
+	n := min(left, s.limits.Rows-p.decoding-p.prompt, s.limits.Prompt-p.prompt)
 	if s.decoding > 0 {
-		n = min(n, max(s.affordable(pos, s.limits.Tokens-s.Tokens()), s.limits.Least-s.prompt))
+		n = min(n, max(s.affordable(p, pos, s.limits.Tokens-p.decoding-p.prompt), s.limits.Least-p.prompt))
 	}
 	if n <= 0 {
 		return 0
 	}
-	s.seqs++
+	p.seqs++
+	p.prompt += n
 	s.prompt += n
 	for i := range n {
-		s.blocks += attended(pos + i)
+		p.blocks += attended(pos + i)
 	}
 	return n
 }
 
-// affordable is how many of the next most tokens from position pos on the block budget allows.
-func (s *Step) affordable(pos, most int) int {
+// affordable is how many of the next most tokens from position pos on the block budget of an NPU allows.
+func (s *Step) affordable(p *part, pos, most int) int {
 	if s.limits.Blocks == 0 {
 		return most
 	}
-	left := s.limits.Blocks - s.blocks
+	left := s.limits.Blocks - p.blocks
 	for n := range max(most, 0) {
 		if left -= attended(pos + n); left < 0 {
 			return n

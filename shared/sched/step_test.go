@@ -24,6 +24,7 @@ func TestTraces(t *testing.T) {
 // world is the sequences of a script.
 type world struct {
 	limits sched.Limits
+	npus   int
 	step   sched.Step
 	seqs   []*seq
 	steps  int
@@ -32,22 +33,23 @@ type world struct {
 // seq is one sequence: its prompt is computed up to pos; then it decodes until it has end tokens.
 type seq struct {
 	name             string
+	npu              int
 	pos, prompt, end int
 }
 
 func (w *world) do(t *testing.T, d *datadriven.TestData) string {
 	switch d.Cmd {
-	case "limits": // seqs=N rows=N [prompt=N] [tokens=N] [blocks=N] [least=N]: of all steps from now on
-		w.limits = sched.Limits{}
+	case "limits": // seqs=N rows=N [prompt=N] [tokens=N] [blocks=N] [least=N] [npus=N]: of all steps from now on
+		w.limits, w.npus = sched.Limits{}, 1
 		for name, to := range map[string]*int{
-			"seqs": &w.limits.Seqs, "rows": &w.limits.Rows, "prompt": &w.limits.Prompt,
+			"npus": &w.npus, "seqs": &w.limits.Seqs, "rows": &w.limits.Rows, "prompt": &w.limits.Prompt,
 			"tokens": &w.limits.Tokens, "blocks": &w.limits.Blocks, "least": &w.limits.Least,
 		} {
 			d.MaybeScanArgs(t, name, to)
 		}
-		w.step = sched.NewStep(w.limits)
+		w.step = sched.NewStep(w.limits, w.npus)
 		return ""
-	case "add": // a line each: NAME prompt=N answer=N [at=N]: a sequence of which at tokens are computed
+	case "add": // a line each: NAME prompt=N answer=N [at=N] [npu=N]: a sequence of which at tokens are computed
 		for _, line := range strings.Split(d.Input, "\n") {
 			s := &seq{}
 			for i, field := range strings.Fields(line) {
@@ -65,6 +67,8 @@ func (w *world) do(t *testing.T, d *datadriven.TestData) string {
 					s.prompt = n
 				case name == "answer":
 					s.end = n
+				case name == "npu":
+					s.npu = n
 				case name == "at":
 					s.pos = n
 				default:
@@ -100,14 +104,14 @@ func (w *world) next() string {
 	w.step.Begin()
 	granted := map[*seq]int{}
 	for _, s := range w.seqs {
-		if s.pos >= s.prompt && w.step.Token(s.pos) {
+		if s.pos >= s.prompt && w.step.Token(s.npu, s.pos) {
 			granted[s] = 1
 			fmt.Fprintf(&line, " %s@%d", s.name, s.pos)
 		}
 	}
 	for _, s := range w.seqs {
 		if s.pos < s.prompt {
-			if n := w.step.Chunk(s.pos, s.prompt-s.pos); n > 0 {
+			if n := w.step.Chunk(s.npu, s.pos, s.prompt-s.pos); n > 0 {
 				granted[s] = n
 				fmt.Fprintf(&line, " %s[%d,%d)", s.name, s.pos, s.pos+n)
 			}
@@ -134,20 +138,20 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 				Least: rapid.IntRange(1, 32).Draw(t, "least"),
 			},
 		}
-		step := sched.NewStep(l)
+		step := sched.NewStep(l, 1)
 		for range 3 {
 			step.Begin()
 			decoding, prompt, seqs, blocks := 0, 0, 0, 0
 			for range rapid.IntRange(0, 30).Draw(t, "decoding") {
 				pos := rapid.IntRange(0, 500).Draw(t, "pos")
-				if step.Token(pos) {
+				if step.Token(0, pos) {
 					decoding, seqs, blocks = decoding+1, seqs+1, blocks+pos/model.BlockTokens+1
 				}
 			}
 			free := seqs < l.Seqs && decoding < l.Rows
 			for i := range rapid.IntRange(0, 30).Draw(t, "prompts") {
 				pos, left := rapid.IntRange(0, 500).Draw(t, "pos"), rapid.IntRange(1, 300).Draw(t, "left")
-				n := step.Chunk(pos, left)
+				n := step.Chunk(0, pos, left)
 				if n < 0 || n > left {
 					t.Fatalf("%d of %d tokens", n, left)
 				}
@@ -178,13 +182,13 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 }
 
 func TestFormingAllocatesNothing(t *testing.T) {
-	step := sched.NewStep(sched.Limits{Seqs: 64, Rows: 512, Mixed: sched.Mixed{Tokens: 256, Blocks: 4096, Least: 16}})
+	step := sched.NewStep(sched.Limits{Seqs: 64, Rows: 512, Mixed: sched.Mixed{Tokens: 256, Blocks: 4096, Least: 16}}, 1)
 	if n := testing.AllocsPerRun(100, func() {
 		step.Begin()
 		for pos := range 32 {
-			step.Token(pos)
+			step.Token(0, pos)
 		}
-		step.Chunk(100, 1000)
+		step.Chunk(0, 100, 1000)
 	}); n > 0 {
 		t.Errorf("%v allocations", n)
 	}

@@ -53,8 +53,8 @@ func (o *observer) Observe(seconds float64) {
 	o.Observer.Observe(seconds)
 }
 
-// newMetrics makes the metrics of a process with these roles, joined. Those of a paced NPU are labelled with its profile.
-func newMetrics(role string, paced *pace.Compute) *Metrics {
+// newMetrics makes the metrics of a process with these roles, joined. Those of paced NPUs are labelled with their profile.
+func newMetrics(role string, paced []*pace.Compute) *Metrics {
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Work: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -77,17 +77,23 @@ func newMetrics(role string, paced *pace.Compute) *Metrics {
 		m.Rows.WithLabelValues(r)
 		m.Step.WithLabelValues(r)
 	}
-	if paced == nil {
+	if len(paced) == 0 {
 		m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.weightsSeconds)
 		return m
 	}
-	seconds := func(name, help string, of func() time.Duration) prometheus.Collector {
-		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return of().Seconds() })
+	seconds := func(name, help string, of func(*pace.Compute) time.Duration) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
+			var all time.Duration
+			for _, c := range paced {
+				all += of(c)
+			}
+			return all.Seconds()
+		})
 	}
-	prometheus.WrapRegistererWith(prometheus.Labels{"paced": paced.Profile().Name}, m.Registry).MustRegister(
+	prometheus.WrapRegistererWith(prometheus.Labels{"paced": paced[0].Profile().Name}, m.Registry).MustRegister(
 		m.Work, m.Step, m.Rows, m.weightsSeconds,
-		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPU has asked for.", paced.Busy),
+		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPUs has asked for, of all together.", (*pace.Compute).Busy),
 		seconds("trireme_paced_behind_seconds_total", "Time by which the host was too slow for the profile: figures are the host's "+
-			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", paced.Behind))
+			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", (*pace.Compute).Behind))
 	return m
 }

@@ -18,7 +18,7 @@ func (s *Stage) BlockKeys(spec *wire.Spec, tokens []int32) []hbm.Key {
 	for i, p := range spec.Pictures {
 		pictures[i] = kv.Picture{Start: p.Offset, Tokens: s.Tokens(p.Grid), Grid: p.Grid, Content: p.Content}
 	}
-	o := kv.Origin{Model: s.Model.Digest, Processor: s.processor, Kernels: s.Compute.Digest(), Salt: spec.Salt}
+	o := kv.Origin{Model: s.Model.Digest, Processor: s.processor, Kernels: s.Kernels(), Salt: spec.Salt}
 	return kv.Hashes(o, tokens, pictures)
 }
 
@@ -55,10 +55,10 @@ type Prefix struct {
 	Shared int           // the first of Blocks, which may be shared (see kv.Whole); the others are to be copied
 }
 
-// Known looks for the first blocks of a prompt in the index of this NPU's memory domain, those that can be shared as whole
+// Known looks for the first blocks of a prompt in the index of an NPU's memory domain, those that can be shared as whole
 // slabs.
-func (s *Stage) Known(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
-	p, err := s.Prefix(ctx, spec, keys)
+func (s *Stage) Known(ctx context.Context, npu int, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
+	p, err := s.Prefix(ctx, npu, spec, keys)
 	if err != nil {
 		return Prefix{}, fmt.Errorf("looking for the prompt in the cache: %w", err)
 	}
@@ -71,10 +71,10 @@ func (s *Stage) Known(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Pre
 // Reusable is how many blocks of a prompt can come from the cache at most: one token at least is computed.
 func Reusable(spec *wire.Spec) int { return kv.Blocks(len(spec.Prompt)) - 1 }
 
-// Prefix looks for the longest cached beginning of a prompt, of whole blocks, at least one token short of it: the last
-// one's logits have to be computed.
-func (s *Stage) Prefix(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
-	slabs, blocks, err := s.HBM.FindPrefix(ctx, s.NPU, keys[:min(Reusable(spec), len(keys))])
+// Prefix looks for the longest cached beginning of a prompt, for use on an NPU (by its number on the node), of whole blocks, at
+// least one token short of it: the last one's logits have to be computed.
+func (s *Stage) Prefix(ctx context.Context, npu int, spec *wire.Spec, keys []hbm.Key) (Prefix, error) {
+	slabs, blocks, err := s.HBM.FindPrefix(ctx, npu, keys[:min(Reusable(spec), len(keys))])
 	if err != nil {
 		return Prefix{}, err
 	}
@@ -82,7 +82,7 @@ func (s *Stage) Prefix(ctx context.Context, spec *wire.Spec, keys []hbm.Key) (Pr
 	near := len(blocks)
 	for i, b := range blocks {
 		p.Blocks[i] = kv.BlockRef{Slab: b.Slab, Block: b.Block, Sealed: true, CRC: b.CRC}
-		if slabs[b.Slab].Far(s.NPU) {
+		if slabs[b.Slab].Far(npu) {
 			near = min(near, i)
 		}
 	}

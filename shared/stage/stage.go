@@ -21,14 +21,13 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/imageprep"
-	"trireme.dev/shared/kernel"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
-	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -49,6 +48,7 @@ type Config struct {
 	Instance string // instance id; "": role and a random suffix
 	Metrics  string // address that serves /metrics, for the heartbeat; "": none
 	NPU      npu.Options
+	NPUs     int           // of the instance, each opened so; they share the threads. 0: 1
 	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
 	Drain    time.Duration // a process that is to stop may finish what is short for so long; 0: DefaultDrain, below 0: not at all
@@ -65,7 +65,7 @@ var MixedDefault = sched.Mixed{Tokens: 128, Blocks: 1 << 14, Least: model.BlockT
 // Role is one of the roles of a stage process, as a service provides it.
 type Role struct {
 	Name  string // Encode, Prefill or Decode
-	Slots int    // messages of its queue in work at once
+	Slots int    // messages of its queue in work at once, for each NPU
 	Late  bool   // each message that is taken holds the role (Stage.Hold) until the worker says otherwise
 	// Finish says that what is in work when the process is to stop is finished, as far as Config.Drain goes: it is short, and
 	// would be done all over again elsewhere. Work of other roles goes on elsewhere from where it stands.
@@ -92,10 +92,8 @@ type Stage struct {
 	Bus     *bus.Bus
 	HBM     *hbm.Client
 	Model   model.Config
-	Weights *model.Weights // those that the roles need: the vision encoder's, the language model's, or both
-	Compute kernel.Compute // the Runner's, once that runs
+	NPUs    []NPU // their arithmetic is the Runner's, once that runs
 	Runner  *runner.Runner
-	NPU     int // the NPU on this node that the HMM granted
 	Log     *slog.Logger
 	Metrics *Metrics
 
@@ -110,13 +108,14 @@ type Stage struct {
 	ended     endedSet
 	short     shortage
 	gate      gate
+	seats     seats
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
 	drainWait time.Duration
 }
 
-// Open checks the model folder, connects to NATS and to the HMM, takes one NPU, and loads the weights or attaches those that
+// Open checks the model folder, connects to NATS and to the HMM, takes its NPUs, and loads the weights or attaches those that
 // another process of the node has loaded. role may be several, joined. Nothing is announced before Serve.
 func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *Stage, err error) {
 	s := &Stage{
@@ -149,12 +148,13 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		}
 		s.processor = prep.Digest()
 	}
-	if s.Compute, err = npu.Open(cfg.NPU); err != nil {
+	if s.NPUs, err = openNPUs(cfg.NPU, max(1, cfg.NPUs)); err != nil {
 		return nil, err
 	}
-	paced, _ := s.Compute.(*pace.Compute)
-	if paced != nil {
-		s.paced = paced.Profile().Name
+	s.seats.held = make([]sched.Held, len(s.NPUs))
+	paced := paced(s.NPUs)
+	if len(paced) > 0 {
+		s.paced = paced[0].Profile().Name
 		s.Log = s.Log.With("paced", s.paced)
 	}
 	s.Metrics = newMetrics(role, paced)
@@ -166,10 +166,12 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
-	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: 1}); err != nil {
+	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(s.NPUs)}); err != nil {
 		return nil, err
 	}
-	s.NPU = s.HBM.NPUs()[0]
+	for i, n := range s.HBM.NPUs() {
+		s.NPUs[i].Number = n
+	}
 	if err := s.loadWeights(ctx, cfg.Loading); err != nil {
 		return nil, err
 	}
@@ -208,8 +210,8 @@ func (s *Stage) Close() {
 	if s.Bus != nil {
 		s.Bus.Close()
 	}
-	if s.Compute != nil {
-		s.Compute.Close()
+	for _, n := range s.NPUs {
+		n.Compute.Close()
 	}
 	if s.folder != nil {
 		s.folder.Close()
@@ -242,7 +244,11 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 	if !slices.Equal(names, wire.Roles(s.Role)) {
 		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
 	}
-	if err := s.Runner.Start(s.Model, s.Weights, s.Compute, s.mixed, s.Metrics.step); err != nil {
+	var npus []engine.NPU
+	for _, n := range s.NPUs {
+		npus = append(npus, n.NPU)
+	}
+	if err := s.Runner.Start(s.Model, npus, s.mixed, s.Metrics.step); err != nil {
 		return err
 	}
 	defer s.Runner.Stop()
@@ -313,8 +319,8 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 			}
 		})
 	}
-	s.emit(wire.EventReady, fmt.Sprintf("serves %s on NPU %d", s.Model.Name, s.NPU))
-	s.Log.Info("ready", "role", s.Role, "npu", s.NPU, "model", s.Model.Name, "kernels", s.Compute.Digest())
+	s.emit(wire.EventReady, fmt.Sprintf("serves %s on NPUs %v", s.Model.Name, s.HBM.NPUs()))
+	s.Log.Info("ready", "role", s.Role, "npus", s.HBM.NPUs(), "model", s.Model.Name, "kernels", s.Kernels())
 
 	failed := make(chan error, len(roles))
 	for i, r := range roles {
@@ -358,7 +364,8 @@ func (s *Stage) emit(kind, text string) {
 // pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
 // until ctx ends. It asks at the level of the process' load, and anew when that changes.
 func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(*bus.Delivery)) error {
-	busy := make(chan struct{}, r.Slots)
+	slots := r.Slots * len(s.NPUs)
+	busy := make(chan struct{}, slots)
 	for s.gate.quiet(ctx) && enter(ctx, busy) {
 		level, waits, changed := s.load.ask(r.Name)
 		if waits {
@@ -370,7 +377,7 @@ func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consume
 			continue
 		}
 		has := len(busy) - 1
-		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, r.Slots-has), Wait: pullWait, Level: level, Stale: changed})
+		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, slots-has), Wait: pullWait, Level: level, Stale: changed})
 		<-busy
 		for _, d := range batch {
 			if ctx.Err() != nil { // not to be begun any more
@@ -484,11 +491,12 @@ func (s *Stage) takeOver(ctx context.Context, role string) {
 func (s *Stage) heartbeat() wire.Instance {
 	beat := wire.Instance{
 		ID: s.ID, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
-		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Compute.Digest(),
+		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}
-	if p, ok := s.Compute.(*pace.Compute); ok {
-		beat.Busy, beat.Behind = p.Busy().Seconds(), p.Behind().Seconds()
+	for _, p := range paced(s.NPUs) {
+		beat.Busy += p.Busy().Seconds()
+		beat.Behind += p.Behind().Seconds()
 	}
 	return beat
 }

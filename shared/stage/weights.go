@@ -11,6 +11,8 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/wire"
 )
 
@@ -37,7 +39,7 @@ func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (
 		}
 	}
 	w := &weights{stage: s, told: told, populated: make(chan struct{})}
-	if s.Weights, err = s.folder.Load(ctx, w, parts); err != nil {
+	if err := w.load(ctx, parts); err != nil {
 		return err
 	}
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
@@ -47,14 +49,63 @@ func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (
 	return nil
 }
 
-// Weights implements hf.Memory with the HMM's, in the domain of the stage's NPU.
-func (w *weights) Weights(ctx context.Context, key [32]byte, sizes []int64,
+// load gives each NPU its weights. NPUs of one memory domain share theirs: the same memory is mapped once, with the experts that
+// any of them has.
+func (w *weights) load(ctx context.Context, parts hf.Parts) error {
+	s := w.stage
+	layout := Layout(&s.Model.Text, len(s.NPUs))
+	for i := range s.NPUs {
+		if s.NPUs[i].Weights != nil {
+			continue
+		}
+		var domain placement.Set
+		for j := range s.NPUs {
+			if !s.HBM.Far(s.NPUs[i].Number, s.NPUs[j].Number) {
+				domain = domain.With(j)
+			}
+		}
+		var wanted hf.Experts
+		if domain.Len() < len(s.NPUs) {
+			wanted = func(layer, expert int) bool { return layout[layer][expert]&domain != 0 }
+		}
+		loaded, err := s.folder.Load(ctx, &domainMemory{w, s.NPUs[i].Number}, parts, wanted)
+		if err != nil {
+			return err
+		}
+		for j := range domain.All() {
+			s.NPUs[j].Weights = loaded
+			s.NPUs[j].Experts = expertsOf(loaded, layout, j)
+		}
+	}
+	return nil
+}
+
+// expertsOf is the table of the experts that NPU n has.
+func expertsOf(w *model.Weights, layout placement.Layout, n int) [][]model.Expert {
+	table := make([][]model.Expert, len(w.Layers))
+	for l := range w.Layers {
+		table[l] = make([]model.Expert, len(w.Layers[l].Experts))
+		for _, e := range layout.On(l, n) {
+			table[l][e] = w.Layers[l].Experts[e]
+		}
+	}
+	return table
+}
+
+// domainMemory is the HMM's memory for weights in the domain of an NPU.
+type domainMemory struct {
+	*weights
+	npu int
+}
+
+// Weights implements hf.Memory.
+func (w *domainMemory) Weights(ctx context.Context, key [32]byte, sizes []int64,
 	fill func(ctx context.Context, first int, objects [][]byte) error,
 ) ([][]byte, error) {
 	s := w.stage
 	began := time.Now()
 	var filling time.Duration // of it, in fill
-	set, err := s.HBM.OpenWeights(ctx, s.NPU, hbm.WeightSet{Key: key, Sizes: sizes},
+	set, err := s.HBM.OpenWeights(ctx, w.npu, hbm.WeightSet{Key: key, Sizes: sizes},
 		func(ctx context.Context, first int, objects [][]byte) error {
 			start := time.Now()
 			defer func() { filling += time.Since(start) }()

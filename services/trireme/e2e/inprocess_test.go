@@ -61,10 +61,12 @@ func inProcess(tb testing.TB, combined bool) *cluster {
 		return hmm.Run(ctx, hmm.Config{Socket: socket, Node: "test", NPUs: 4, NPUBytes: 1 << 30, HostBytes: 256 << 20, NATS: conn}, log)
 	})
 	cfg := stage.Config{NATSURL: server.URL(), HMM: socket, Model: model}
+	two := cfg
+	two.NPUs = 2
 	if combined {
 		for range 2 {
 			run("stage", func() error {
-				s, err := stage.Open(ctx, "encode+prefill+decode", cfg, log)
+				s, err := stage.Open(ctx, "encode+prefill+decode", two, log)
 				if err != nil {
 					return err
 				}
@@ -75,7 +77,7 @@ func inProcess(tb testing.TB, combined bool) *cluster {
 	} else {
 		run("encoder", func() error { return encoder.Run(ctx, cfg, log) })
 		run("prefill", func() error { return prefill.Run(ctx, prefill.Config{Stage: cfg}, log) })
-		run("decoder", func() error { return decoder.Run(ctx, decoder.Config{Stage: cfg}, log) })
+		run("decoder", func() error { return decoder.Run(ctx, decoder.Config{Stage: two}, log) })
 	}
 	run("gateway", func() error {
 		return gateway.Run(ctx, gateway.Config{
@@ -103,7 +105,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// The stages as goroutines, a mixed load at once: under the race detector, and every answer right.
+// The stages as goroutines, some with two NPUs, a mixed load at once: under the race detector, and every answer right.
 func TestAllServicesInOneProcess(t *testing.T) {
 	t.Run("one role each", func(t *testing.T) { allInOneProcess(t, false) })
 	t.Run("all roles each", func(t *testing.T) { allInOneProcess(t, true) })

@@ -115,7 +115,7 @@ func TestUpRefuses(t *testing.T) {
 		"topology":             {with(freePorts, "--topology", "1E1P"), "role D"},
 		"topology notation":    {with(freePorts, "--topology", "many"), "many"},
 		"order of roles":       {with(freePorts, "--topology", "1PE1D"), `"PE"`},
-		"several NPUs":         {with(freePorts, "--topology", "1EPDx2"), "several NPUs"},
+		"too many NPUs":        {with(freePorts, "--topology", "1EPDx65"), "64 NPUs"},
 		"setting":              {with(freePorts, "--config", settings), "up.htttp"},
 		"flag":                 {with(freePorts, "--htttp", "x"), "--htttp"},
 	} {

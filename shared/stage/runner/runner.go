@@ -1,6 +1,6 @@
-// Package runner is the one goroutine of a stage process that uses its NPU. It forms steps of what the process' roles have
-// to compute (shared/sched), runs them through the language model, and gives the logits back; vision encoding, which is no
-// part of a step, is done in pieces between steps. A process with one role and one with all run the same way.
+// Package runner is the one goroutine of a stage process that uses its NPUs. It forms steps of what the process' roles have
+// to compute (shared/sched), on all NPUs together, runs them through the language model, and gives the logits back; vision encoding,
+// which is no part of a step, is done in pieces between steps. A process with one role and one with all run the same way.
 package runner
 
 import (
@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"trireme.dev/shared/engine"
-	"trireme.dev/shared/kernel"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched"
 )
@@ -29,7 +28,7 @@ type Step struct {
 	seqs []engine.Seq
 }
 
-// Add puts a sequence into the step, of as many tokens as Token or Chunk has just granted.
+// Add puts a sequence into the step, of as many tokens as Token or Chunk has just granted for its NPU.
 func (s *Step) Add(q engine.Seq) { s.seqs = append(s.seqs, q) }
 
 // Piece computes the next piece of work that is no part of a step, and reports whether there is more of it. It is called
@@ -39,7 +38,7 @@ type Piece func() (more bool)
 // Observer is told how long something took, in seconds.
 type Observer interface{ Observe(seconds float64) }
 
-// Runner owns the NPU once it runs. Its methods but Do are called before that.
+// Runner owns the NPUs once it runs. Its methods but Do are called before that.
 type Runner struct {
 	sources []*source // as they were added; their names are joined in this order
 	turns   []*source // those that decode, then the others: see sched.Step
@@ -66,12 +65,12 @@ func New() *Runner {
 	return &Runner{inbox: make(chan func(), 64), stop: make(chan struct{}), ended: make(chan struct{})}
 }
 
-// AddDecoding adds a source of at most seqs sequences that decode: a step has at most one token of each. name is for metrics.
+// AddDecoding adds a source of at most seqs sequences an NPU that decode: a step has at most one token of each. name is for metrics.
 func (r *Runner) AddDecoding(name string, src Source, seqs int) {
 	r.add(&source{Source: src, name: name, decodes: true, rows: seqs, seqs: seqs})
 }
 
-// AddPrompts adds a source of prompts: at most rows new tokens of seqs sequences a step. name is for metrics.
+// AddPrompts adds a source of prompts: at most rows new tokens of seqs sequences a step and NPU. name is for metrics.
 func (r *Runner) AddPrompts(name string, src Source, rows, seqs int) {
 	r.add(&source{Source: src, name: name, rows: rows, seqs: seqs})
 }
@@ -87,7 +86,7 @@ func (r *Runner) AddPieces(p Piece) { r.pieces = append(r.pieces, p) }
 // Start prepares the language model, if anybody wants it, and starts the goroutine. mixed bounds steps in which sequences
 // decode and prompts are computed. took gives, for the names of the sources that had part in a step, joined with +, whoever
 // is told how long it took.
-func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mixed sched.Mixed, took func(names string) Observer) error {
+func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, took func(names string) Observer) error {
 	if len(r.sources) > 0 {
 		l := sched.Limits{Mixed: mixed}
 		for _, s := range r.sources {
@@ -98,10 +97,10 @@ func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mix
 			}
 		}
 		var err error
-		if r.text, err = engine.NewText(cfg, []engine.NPU{{Compute: c, Weights: w}}, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
+		if r.text, err = engine.NewText(cfg, npus, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
 			return err
 		}
-		r.step = Step{Step: sched.NewStep(l), seqs: make([]engine.Seq, 0, l.Seqs)}
+		r.step = Step{Step: sched.NewStep(l, len(npus)), seqs: make([]engine.Seq, 0, len(npus)*l.Seqs)}
 	}
 	for _, decodes := range []bool{true, false} {
 		for _, s := range r.sources {
@@ -134,6 +133,9 @@ func (r *Runner) Start(cfg model.Config, w *model.Weights, c kernel.Compute, mix
 func (r *Runner) Stop() {
 	close(r.stop)
 	<-r.ended
+	if r.text != nil {
+		r.text.Close()
+	}
 }
 
 // Do runs f on the runner's goroutine between two steps, now or later. It returns false, without running f, when the runner

@@ -44,11 +44,36 @@ func newLab(t *testing.T) *lab {
 	return l
 }
 
+// npus are NPUs of which each has the experts whose number comes to its own.
+func (l *lab) npus(count int) []engine.NPU {
+	npus := make([]engine.NPU, count)
+	for n := range npus {
+		npus[n] = engine.NPU{Compute: l.compute, Weights: l.weights}
+		if n > 0 {
+			c, err := npu.Open(npu.Options{Threads: 1})
+			if err != nil {
+				l.Fatal(err)
+			}
+			l.Cleanup(func() { c.Close() })
+			npus[n].Compute = c
+		}
+		for _, layer := range l.weights.Layers {
+			own := make([]model.Expert, len(layer.Experts))
+			for e := n; e < len(own); e += count {
+				own[e] = layer.Experts[e]
+			}
+			npus[n].Experts = append(npus[n].Experts, own)
+		}
+	}
+	return npus
+}
+
 // Observe implements runner.Observer.
 func (l *lab) Observe(float64) {}
 
 // sequence is a prompt that is computed and then, greedily, its answer.
 type sequence struct {
+	npu         int
 	tokens      []int32
 	prompt, end int
 	pos         int // computed
@@ -68,7 +93,7 @@ func (l *lab) sequence(prompt, answer int) *sequence {
 
 func (s *sequence) seq(n int) engine.Seq {
 	end := s.pos + n
-	return engine.Seq{Tokens: s.tokens[s.pos:end], Pos: s.pos, Blocks: s.blocks, Want: end == len(s.tokens)}
+	return engine.Seq{NPU: s.npu, Tokens: s.tokens[s.pos:end], Pos: s.pos, Blocks: s.blocks, Want: end == len(s.tokens)}
 }
 
 // computed books n computed tokens.
@@ -88,7 +113,7 @@ func (s *sequence) computed(n int, logits []float32) {
 // alone computes a sequence in an engine of its own, a token at a time.
 func (l *lab) alone(prompt, answer int) []int32 {
 	s := l.sequence(prompt, answer)
-	text, err := engine.NewText(l.config, []engine.NPU{{Compute: l.compute, Weights: l.weights}}, engine.Limits{Rows: 1, Seqs: 1})
+	text, err := engine.NewText(l.config, l.npus(1), engine.Limits{Rows: 1, Seqs: 1})
 	if err != nil {
 		l.Fatal(err)
 	}
@@ -116,11 +141,11 @@ func (s *source) Form(step *runner.Step) {
 	s.taken = s.taken[:0]
 	for _, q := range s.all {
 		n := 1
-		if s.decodes && !step.Token(q.pos) {
+		if s.decodes && !step.Token(q.npu, q.pos) {
 			break
 		}
 		if !s.decodes {
-			if n = step.Chunk(q.pos, q.prompt-q.pos); n == 0 {
+			if n = step.Chunk(q.npu, q.pos, q.prompt-q.pos); n == 0 {
 				break
 			}
 		}
@@ -152,11 +177,19 @@ func (s *source) Computed(seqs []engine.Seq, logits [][]float32, err error) {
 }
 
 // Sequences decode in every step while a long prompt is computed beside them, in chunks of what the budget leaves, and pieces
-// of other work between; what comes out is what each gives alone.
+// of other work between; what comes out is what each gives alone. It is so on one NPU, where chunks have what decoding leaves, and
+// with each sequence on an NPU of its own.
 func TestDecodingGoesOn(t *testing.T) {
+	for npus, chunk := range map[int]string{1: "chunk 23", 2: "chunk 24"} {
+		t.Run(fmt.Sprint(npus), func(t *testing.T) { decodingGoesOn(t, npus, chunk) })
+	}
+}
+
+func decodingGoesOn(t *testing.T, npus int, chunk string) {
 	l := newLab(t)
 	r := runner.New()
 	short, long := l.sequence(10, 12), l.sequence(200, 3)
+	long.npu = npus - 1
 	want := map[*sequence][]int32{short: l.alone(10, 12), long: l.alone(200, 3)}
 	ended := make(chan *sequence, 2)
 	decode := &source{lab: l, decodes: true, done: func(q *sequence) { ended <- q }}
@@ -173,7 +206,7 @@ func TestDecodingGoesOn(t *testing.T) {
 		return pieces > 0
 	})
 	var names []string
-	err := r.Start(l.config, l.weights, l.compute, sched.Mixed{Tokens: 24, Least: 8}, func(roles string) runner.Observer {
+	err := r.Start(l.config, l.npus(npus), sched.Mixed{Tokens: 24, Least: 8}, func(roles string) runner.Observer {
 		names = append(names, roles)
 		return l
 	})
@@ -200,7 +233,7 @@ func TestDecodingGoesOn(t *testing.T) {
 	r.Stop()
 	order := []string{"long", "piece"}
 	for range 4 {
-		order = append(order, "token", "chunk 23", "piece")
+		order = append(order, "token", chunk, "piece")
 	}
 	at := slices.Index(l.log, "long")
 	if got := l.log[at:min(at+len(order), len(l.log))]; !slices.Equal(got, order) {
@@ -212,7 +245,7 @@ func TestDecodingGoesOn(t *testing.T) {
 func TestStopped(t *testing.T) {
 	l := newLab(t)
 	r := runner.New()
-	if err := r.Start(l.config, l.weights, l.compute, sched.Mixed{}, nil); err != nil {
+	if err := r.Start(l.config, l.npus(1), sched.Mixed{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan bool)

@@ -1,0 +1,25 @@
+package sched
+
+import (
+	"cmp"
+	"slices"
+)
+
+// Held is what an NPU has of its instance's sequences.
+type Held struct {
+	Slabs int // of KV
+	Seqs  int
+}
+
+// Seats puts the NPUs of an instance in the order in which a new sequence tries to find room: the fewest slabs first, as all
+// have the same memory; of those alike the fewest sequences, then the lowest number. It returns order, filled.
+func Seats(held []Held, order []int) []int {
+	order = order[:0]
+	for npu := range held {
+		order = append(order, npu)
+	}
+	slices.SortStableFunc(order, func(a, b int) int {
+		return cmp.Or(held[a].Slabs-held[b].Slabs, held[a].Seqs-held[b].Seqs)
+	})
+	return order
+}
