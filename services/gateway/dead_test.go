@@ -184,7 +184,8 @@ func TestDeadLettersWithoutRequests(t *testing.T) {
 	}
 }
 
-// Clients are answered although no letter can be stored; the gateway stops all the same.
+// Clients are answered although no letter can be stored. Those that wait to be stored are not more and more: what is over is counted.
+// The gateway stops all the same.
 func TestDeadLettersAreRefused(t *testing.T) {
 	f := start(t, func(_ *gateway.Config, s *stages) {
 		s.prefill = final(s, wire.Lost{Final: true, Status: 500, Why: "another model"})
@@ -192,10 +193,16 @@ func TestDeadLettersAreRefused(t *testing.T) {
 	if _, err := f.bus.JetStream().CreateStream(t.Context(), jetstream.StreamConfig{Name: "THEIRS", Subjects: []string{"trireme.dead.>"}}); err != nil {
 		t.Fatal(err)
 	}
-	if status, _, _ := f.post("/v1/completions", `{"prompt":"x"}`); status != 500 {
-		t.Errorf("status %d", status)
+	const most, over = 256, 4 // deadQueue
+	for range most + over {
+		if status, _, _ := f.post("/v1/completions", `{"prompt":"x"}`); status != 500 {
+			t.Errorf("status %d", status)
+		}
 	}
 	f.settled()
+	if got := f.series("trireme_dead_letters_lost_total", `model_name="shapes",what="letter"`); got != fmt.Sprint(over) {
+		t.Errorf("%s letters are counted as lost, want %d", got, over)
+	}
 	f.stop()
 	if n, err := f.bus.DeadCount(t.Context()); n != 0 || err != nil {
 		t.Errorf("%d letters, %v", n, err)
