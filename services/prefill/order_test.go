@@ -2,6 +2,7 @@ package prefill
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -97,5 +98,45 @@ func TestOrderOfLanes(t *testing.T) {
 				t.Errorf("the steps were %s, want %s", got, c.want)
 			}
 		})
+	}
+}
+
+// A prompt for which its NPU has no room in a step keeps none from going on on another NPU, and keeps its place.
+func TestOrderOnSeveralNPUs(t *testing.T) {
+	p := &prefill{
+		Stage: &stage.Stage{},
+		epoch: time.Now().Add(-time.Minute), queue: sched.NewQueue(sched.Order{Policy: sched.FCFS, Patience: time.Minute}), jobs: map[*job]bool{},
+	}
+	add := func(npu, tokens int) {
+		spec := &wire.Spec{Prompt: make([]int32, tokens), Choices: 1}
+		j := &job{
+			spec: spec, seat: &stage.Seat{NPU: npu}, claim: &hbm.Claim{}, rope: make([][3]int32, tokens), choices: []choice{{seq: &kv.Sequence{}}},
+			place: wire.Place{Waited: -time.Duration(len(p.lanes)) * time.Second}, // one came after the other
+		}
+		l := &lane{job: j, tokens: spec.Prompt}
+		p.lanes = append(p.lanes, l)
+		p.wait(l)
+	}
+	add(1, 15)
+	add(1, 3)
+	add(0, 8)
+	add(2, 12)
+	for n, want := range [][]int{{15, 8, 12}, {15, 3, 12}} { // by their lengths
+		step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, 3)}
+		step.Begin()
+		p.Form(step)
+		room := [3]int{10, 10, 10}
+		var got []int
+		for _, l := range p.taken {
+			chunk := min(room[l.job.seat.NPU], len(l.tokens)-l.pos)
+			room[l.job.seat.NPU] -= chunk
+			got = append(got, len(l.tokens))
+			if l.pos += chunk; l.pos < len(l.tokens) {
+				p.wait(l)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("step %d has the prompts of %v tokens, want %v", n+1, got, want)
+		}
 	}
 }
