@@ -91,7 +91,7 @@ func (l *layer) double(e, hot int, bound uint64, consider func(step)) {
 		}
 		share := l.share(f, at.Len())
 		for n := range (at &^ was).All() {
-			if l.total[n]-share+smallest >= top {
+			if l.total[n] >= bound || l.total[n]-share+smallest >= top {
 				continue
 			}
 			less := at.Without(n)
