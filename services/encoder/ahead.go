@@ -33,8 +33,9 @@ func (a *ahead) change(f func()) {
 	}
 }
 
-// lead is how long before the NPU gets free the next picture is asked for: preparing takes longer now and then.
-func (a *ahead) lead() time.Duration { return 2 * a.prepare }
+// lead is how long before the NPU gets free the next picture is asked for. Preparing takes longer now and then, and an NPU that
+// waits for it costs more than a picture that waits here.
+func (a *ahead) lead() time.Duration { return 4 * a.prepare }
 
 // preparation is what one message does before its picture is in line.
 type preparation struct {

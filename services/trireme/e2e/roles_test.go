@@ -14,9 +14,9 @@ import (
 // Every reference case gives the reference answer in any topology, all of them at once: in instances with all roles prompts are
 // computed beside sequences that decode, and pictures between their steps.
 func TestGoldenAnswersInAnyTopology(t *testing.T) {
-	for _, topology := range []string{"1EPD", "2EPD", "1E1PD", "1EP1D", "1ED1P", "1EPD1E1P1D"} {
+	for _, topology := range []string{"1EPD", "2EPD", "1E1PD", "1EP1D", "1ED1P", "1EPD1E1P1D", "1EPD1E1P1D --domains per-npu"} {
 		t.Run(topology, func(t *testing.T) {
-			c := start(t, "--topology", topology, "--threads", "1")
+			c := start(t, append([]string{"--threads", "1", "--topology"}, strings.Fields(topology)...)...)
 			var wg sync.WaitGroup
 			for _, g := range loadGoldens(t) {
 				p := g.params(t)
