@@ -47,6 +47,18 @@ func BenchmarkHeld(b *testing.B) {
 	}
 }
 
+// BenchmarkProgress is what a worker says with each token, for the HMM to find if the worker dies.
+func BenchmarkProgress(b *testing.B) {
+	k := claim(b, dial(b, benchDaemon(b, 64*page), hbm.Hello{}), decodePart("r", 1, 0), "ack")
+	k.Run()
+	b.ReportAllocs()
+	n := uint32(0)
+	for b.Loop() {
+		n++
+		k.Progress(n)
+	}
+}
+
 // bench runs a case and reports the time of what it measures, without that of undoing it.
 func bench(b *testing.B, c hbmbench.Case, err error) {
 	b.Helper()
