@@ -281,6 +281,9 @@ func checkNATS(ctx context.Context, url string) error {
 		return fmt.Errorf("%w--nats-url %s: %w", errUsage, url, err)
 	}
 	defer nc.Close()
+	if v := nc.ConnectedServerVersion(); tooOld(v) {
+		return fmt.Errorf("%w--nats-url %s: nats-server %s is too old; queues that give work to the idlest instance need 2.12", errUsage, url, v)
+	}
 	js, err := jetstream.New(nc)
 	if err == nil {
 		_, err = js.AccountInfo(ctx)
@@ -289,6 +292,15 @@ func checkNATS(ctx context.Context, url string) error {
 		return fmt.Errorf("%w--nats-url %s: no JetStream there (start nats-server with -js): %w", errUsage, url, err)
 	}
 	return nil
+}
+
+// tooOld reports whether a version of nats-server, as 2.15.2, has no prioritized consumers. One that cannot be read is tried.
+func tooOld(version string) bool {
+	var major, minor int
+	if _, err := fmt.Sscanf(version, "%d.%d", &major, &minor); err != nil {
+		return false
+	}
+	return major < 2 || major == 2 && minor < 12
 }
 
 // lockData keeps two ups from sharing a data folder.
