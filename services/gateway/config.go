@@ -47,6 +47,7 @@ type Config struct {
 	Grace      time.Duration // after Run's ctx has ended, open requests may go on for so long; 0 means not at all
 	Notice     time.Duration // and before that, new ones are still taken for so long, although health says no
 	Attempts   int           // tries of a request; 0 means 3
+	Inbox      int           // messages of stages that wait in this process at most; what is beyond is lost, and asked for again; 0 means 65,536
 	ResendWait time.Duration // time after which missing tokens are asked for again, doubling; 0 means 50 ms
 
 	// DeadLetters says what is stored of requests that fail for good and not by their clients' fault: DeadWhole, DeadFacts or DeadOff;
@@ -83,6 +84,7 @@ func (c Config) withDefaults() Config {
 	def(&c.Late, LateLast)
 	def(&c.DeadLetters, DeadWhole)
 	def(&c.Ahead, 32)
+	def(&c.Inbox, 64<<10)
 	c.Classes = withClasses(c.Classes)
 	def(&c.ResendWait, 50*time.Millisecond)
 	def(&c.ConfirmWait, 2*time.Second)
@@ -120,7 +122,7 @@ func (c Config) Validate() error {
 	fault(c.HTTP == "", "no address to listen on")
 	fault(c.HMMSocket == "", "no HMM socket")
 	fault(c.ModelDir == "", "no model folder")
-	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0 || c.Replicas < 0, "a limit is negative")
+	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0 || c.Inbox < 0 || c.Replicas < 0, "a limit is negative")
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
 	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.Notice < 0 || c.ResendWait < 0 ||
 		c.ConfirmWait < 0 || c.AckWait < 0,

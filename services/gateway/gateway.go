@@ -100,7 +100,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 		return nil, err
 	}
 	g.metrics.registry.MustRegister(pacedMetrics{g.instances})
-	if g.dispatch, g.unsubscribe, err = subscribe(g.bus.Conn(), cfg.Instance, g.log); err != nil {
+	if g.dispatch, g.unsubscribe, err = subscribe(g.bus.Conn(), cfg.Instance, cfg.Inbox, g.log); err != nil {
 		return nil, err
 	}
 	g.node, _ = os.Hostname() // only shown

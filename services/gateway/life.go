@@ -58,13 +58,19 @@ type life struct {
 
 // newLife makes the life of a job. began is when the HTTP request arrived.
 func (g *Gateway) newLife(j *job, p *openai.Params, id string, deadline, began time.Time, out output) *life {
-	cfg := request.Config{Choices: p.N, Stop: p.Stop, IncludeStop: p.IncludeStop, MinTokens: p.MinTokens}
+	cfg := request.Config{Choices: p.N, Stop: p.Stop, IncludeStop: p.IncludeStop, MinTokens: p.MinTokens, Apart: g.apart}
 	l := &life{
 		g: g, job: j, id: id, out: out, deadline: deadline, began: began,
 		answer: request.New(cfg, g.model.stream(p)),
 	}
 	l.emit = l.deliver
 	return l
+}
+
+// apart reports whether an instance is known to be of another node than the other one, which may be gone.
+func (g *Gateway) apart(instance, other string) bool {
+	a, b := g.instances.Node(instance), g.instances.Node(other)
+	return a != "" && a != b
 }
 
 // run sends the job to the stages and its answer to the client, and returns when every choice has ended, or with an

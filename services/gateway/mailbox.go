@@ -61,9 +61,10 @@ type dispatcher struct {
 	boxes map[string]*mailbox // by request
 }
 
-// subscribe listens on the gateway's subjects.
-func subscribe(conn *nats.Conn, gateway string, log *slog.Logger) (d *dispatcher, unsubscribe func(), err error) {
-	d = &dispatcher{log: log, gateway: gateway, messages: make(chan *nats.Msg, 64<<10), boxes: make(map[string]*mailbox)}
+// subscribe listens on the gateway's subjects. Of what is not read in time, more than inbox messages, the client of NATS drops
+// the newest (nats.ErrSlowConsumer): tokens are asked for again when their gap is seen, and stages ask again what they asked.
+func subscribe(conn *nats.Conn, gateway string, inbox int, log *slog.Logger) (d *dispatcher, unsubscribe func(), err error) {
+	d = &dispatcher{log: log, gateway: gateway, messages: make(chan *nats.Msg, inbox), boxes: make(map[string]*mailbox)}
 	var subs []*nats.Subscription
 	unsubscribe = func() {
 		for _, s := range subs {

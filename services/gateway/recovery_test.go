@@ -294,3 +294,30 @@ func TestJoinRecordsAreSwept(t *testing.T) {
 	<-left
 	f.await("the left request's record is deleted", func() bool { return len(joins()) == 1 })
 }
+
+// A gateway that does not read as fast as tokens come loses messages to its own NATS client, and its clients nothing: what is
+// missing is asked for again, and so is what stages asked.
+func TestSlowConsumer(t *testing.T) {
+	f := start(t, func(cfg *gateway.Config, s *stages) {
+		cfg.Inbox = 1
+		s.answer = func(question) []int32 { return append(s.ids(strings.Repeat("far too much to read ", 60)), eos) }
+	})
+	const clients = 4
+	want := strings.Repeat("far too much to read ", 60)
+	answers := make(chan string, clients)
+	for range clients {
+		go func() {
+			status, _, body := f.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"x"}],"max_tokens":4000}`)
+			answers <- fmt.Sprint(status, body)
+		}()
+	}
+	for range clients {
+		if got := <-answers; !strings.HasPrefix(got, "200") || !strings.Contains(got, want) {
+			t.Errorf("got %s", got)
+		}
+	}
+	f.await("settled", func() bool { return len(f.resends) > 0 }) // or nothing was lost, and the test shows nothing
+	if f.metric("trireme_token_resends_total") == "0" {
+		t.Error("no token was asked for again")
+	}
+}

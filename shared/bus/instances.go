@@ -263,6 +263,13 @@ func (v *Instances) Alive(id string) bool {
 	return ok
 }
 
+// Node is the node of an instance that is alive, "" of any other.
+func (v *Instances) Node(id string) string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.seen[id].instance.Node
+}
+
 // Role returns the instances that are alive and have a role, perhaps beside others, sorted by role and id.
 func (v *Instances) Role(role string) []wire.Instance {
 	return slices.DeleteFunc(v.All(), func(i wire.Instance) bool { return !wire.HasRole(i.Role, role) })

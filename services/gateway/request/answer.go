@@ -39,6 +39,10 @@ type Config struct {
 	Stop        []string // strings that end a choice; none is empty
 	IncludeStop bool     // the stop string, or the text of the stop id, stays in the answer
 	MinTokens   int      // text of the first so many tokens is not searched for stop strings
+
+	// Apart reports whether two instances are of different nodes: each node's HMM has generations of its own, that say nothing
+	// beside another's. nil: there is one node.
+	Apart func(instance, other string) bool
 }
 
 // Token is one token of a piece.
@@ -151,7 +155,7 @@ func (a *Answer) Take(instance string, run *wire.Run, emit func(*Piece)) {
 		return
 	}
 	if run.Generation != 0 {
-		if run.Generation < c.generation {
+		if a.older(c, instance, run.Generation) {
 			return
 		}
 		c.generation = run.Generation
@@ -171,6 +175,11 @@ func (a *Answer) Take(instance string, run *wire.Run, emit func(*Piece)) {
 		a.hits = max(0, run.Hits)
 	}
 	a.append(run, next-run.Index, emit)
+}
+
+// older reports whether a decoder's claim is older than the one of whoever sent last.
+func (a *Answer) older(c *choice, instance string, generation uint64) bool {
+	return generation < c.generation && (a.cfg.Apart == nil || !a.cfg.Apart(instance, c.sender))
 }
 
 // append takes the tokens of run from number skip on.
@@ -264,7 +273,7 @@ func (a *Answer) Confirm(m *wire.Confirm, emit func(*Piece)) wire.Confirmed {
 		return wire.Confirmed{Over: true}
 	}
 	c := &a.choices[m.Choice]
-	if m.Finish != wire.FinishNone && m.Next == len(c.ids) && !c.over && m.Generation >= c.generation {
+	if m.Finish != wire.FinishNone && m.Next == len(c.ids) && !c.over && !a.older(c, m.Instance, m.Generation) {
 		c.finish, c.finishAt = m.Finish, m.Next
 		a.append(&wire.Run{Choice: m.Choice, Index: m.Next}, 0, emit)
 	}

@@ -293,3 +293,29 @@ func TestAnyDeliveryGivesTheSameAnswer(t *testing.T) {
 		}
 	})
 }
+
+// A decoder of another node goes on although its claim has a lower number: each node's HMM counts by itself, from when it was
+// started. On one node a lower number is an older claim.
+func TestSuccessorOnAnotherNode(t *testing.T) {
+	nodes := map[string]string{"d1": "a", "d2": "a", "d3": "b"}
+	a := New(Config{Choices: 1, Apart: func(x, y string) bool { return nodes[x] != nodes[y] }},
+		func() TextStream { return pieces{"a", "b", "c", "d"} })
+	got := collect(1)
+	take := func(instance string, generation uint64, index int) {
+		a.Take(instance, &wire.Run{Attempt: 1, Index: index, IDs: []int32{int32(index)}, Generation: generation}, got.emit)
+	}
+	take("d2", 900, 0)
+	take("d1", 800, 1) // taken over by d2 before
+	if got.text[0] != "a" {
+		t.Errorf("%q with tokens of a claim that was lost", got.text[0])
+	}
+	take("d3", 50, 1)
+	take("d3", 50, 2)
+	if got.text[0] != "abc" {
+		t.Errorf("%q, the successor on another node is not heard", got.text[0])
+	}
+	c := a.Confirm(&wire.Confirm{Instance: "d3", Attempt: 1, Generation: 50, Next: 3, Finish: wire.FinishLength}, got.emit)
+	if c.Next != 3 || got.reason[0] != ReasonLength {
+		t.Errorf("its end counts as %+v, %v", c, got.reason[0])
+	}
+}

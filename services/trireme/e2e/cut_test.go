@@ -125,6 +125,7 @@ func forward(t *testing.T, ns, addr string) string {
 	}
 	var wg sync.WaitGroup
 	t.Cleanup(func() { l.Close(); wg.Wait() })
+	dial := dialer(t, ns)
 	wg.Go(func() {
 		for {
 			in, err := l.Accept()
@@ -133,7 +134,7 @@ func forward(t *testing.T, ns, addr string) string {
 			}
 			wg.Go(func() {
 				defer in.Close()
-				out, err := dialIn(ns, addr)
+				out, err := dial(addr)
 				if err != nil {
 					return // the client sees its connection end
 				}
@@ -146,23 +147,35 @@ func forward(t *testing.T, ns, addr string) string {
 	return l.Addr().String()
 }
 
-// dialIn connects from a network namespace.
-func dialIn(ns, addr string) (conn net.Conn, err error) {
-	done := make(chan struct{})
+// dialer returns what connects from a network namespace. A thread of its own is there, for as long as the process lives: the
+// death of a thread is the death of the processes that it has started (PR_SET_PDEATHSIG), which may be anybody's.
+func dialer(t *testing.T, ns string) func(addr string) (net.Conn, error) {
+	t.Helper()
+	file, err := os.Open("/run/netns/" + ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	there, calls := make(chan error), make(chan func())
 	go func() {
-		defer close(done)
-		runtime.LockOSThread() // never unlocked: the thread, which is elsewhere, ends with the goroutine
-		var file *os.File
-		if file, err = os.Open("/run/netns/" + ns); err != nil {
-			return
-		}
-		defer file.Close()
-		if err = unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err == nil {
-			conn, err = net.DialTimeout("tcp", addr, 10*time.Second)
+		runtime.LockOSThread()
+		there <- unix.Setns(int(file.Fd()), unix.CLONE_NEWNET)
+		for f := range calls {
+			f()
 		}
 	}()
-	<-done
-	return conn, err
+	if err := <-there; err != nil {
+		t.Fatal(err)
+	}
+	return func(addr string) (conn net.Conn, err error) {
+		done := make(chan struct{})
+		calls <- func() {
+			conn, err = net.DialTimeout("tcp", addr, 10*time.Second)
+			close(done)
+		}
+		<-done
+		return conn, err
+	}
 }
 
 // cut is the test: nothing is lost or changed by a cut of so long, and all is free afterwards.

@@ -36,15 +36,15 @@ const startTimeout = 30 * time.Second
 
 // Options says where the server listens and keeps its data.
 type Options struct {
-	Host        string       // address that clients connect to; empty means 127.0.0.1
-	Port        int          // client port; 0 means a free one
-	MonitorHost string       // address of the monitoring pages; empty means Host
-	MonitorPort int          // HTTP monitoring port; 0 means a free one, negative no monitoring
-	StoreDir    string       // folder of JetStream's files; made when it is not there
+	Host        string // address that clients connect to; empty means 127.0.0.1
+	Port        int    // client port; 0 means a free one
+	MonitorHost string // address of the monitoring pages; empty means Host
+	MonitorPort int    // HTTP monitoring port; 0 means a free one, negative no monitoring
+	StoreDir    string // folder of JetStream's files; made when it is not there
 	// Ping is how often clients are asked for a sign of life; the third question finds two unanswered, and the connection is taken
 	// for broken. 0 means 5 s.
 	Ping time.Duration
-	Log         *slog.Logger // the server's warnings and errors go here; nil discards them
+	Log  *slog.Logger // the server's warnings and errors go here; nil discards them
 }
 
 // Server is a running nats-server. Its owner calls Shutdown.
