@@ -185,8 +185,8 @@ func failedAgain(id, why string) error {
 	return fmt.Errorf("it failed again: %s; if that makes a new dead letter, `trireme dead list` shows it, and `trireme dead show` that it is a replay of %s", why, id)
 }
 
-// selfContained makes a request independent of what was there when it came: pictures stand in for the http: and https: URLs of the body, in
-// the order of their first mention, and seed, if not 0, for one that is missing.
+// selfContained makes a request independent of what was there when it came: pictures stand in for the http: and https: URLs of
+// the body, in the order of their first mention, and seed, if not 0, for one that is missing.
 func selfContained(body []byte, pictures [][]byte, seed int64) ([]byte, error) {
 	if len(pictures) == 0 && seed == 0 {
 		return body, nil

@@ -116,8 +116,8 @@ func (s *Stage) Enter(ctx context.Context, claim *hbm.Claim) (leave func(), err 
 	return claim.Rest, nil
 }
 
-// Turn reports whether work under a claim may be in the next step, or the next piece, and notes whether it runs or waits. It is for the
-// runner's goroutine, which is woken when that changes.
+// Turn reports whether work under a claim may be in the next step, or the next piece, and notes whether it runs or waits. It is
+// for the runner's goroutine, which is woken when that changes.
 func (s *Stage) Turn(claim *hbm.Claim) bool {
 	g := &s.gate
 	if claim.Strikes() == 0 && g.suspects.Load() == 0 {
@@ -151,7 +151,8 @@ func (s *Stage) Pass(claim *hbm.Claim) {
 	}
 }
 
-// Reached notes how far work under a claim has come: see hbm.Claim.Progress. Once that is further than ever, it need not be alone any more.
+// Reached notes how far work under a claim has come: see hbm.Claim.Progress. Once that is further than ever, it need not be alone
+// any more.
 func (s *Stage) Reached(claim *hbm.Claim, n int) {
 	if claim.Progress(uint32(n)) {
 		s.gate.leave(claim)

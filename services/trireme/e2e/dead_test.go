@@ -135,8 +135,8 @@ func eventually(tb testing.TB, what string, ok func() bool) {
 	}
 }
 
-// A picture that brings down every encoder that decodes it, for want of memory, is quarantined after four of them, while the others go on
-// with what others ask. It is a dead letter, which can be looked at and replayed: when there is enough memory, the answer is
+// A picture that brings down every encoder that decodes it, for want of memory, is quarantined after four of them, while the
+// others go on with what others ask. It is a dead letter, which can be looked at and replayed: when there is enough memory, the answer is
 // the one that the request would have had, although its picture is nowhere else any more.
 func TestQuarantineAndReplay(t *testing.T) {
 	picture := huge(t)
