@@ -62,6 +62,9 @@ func (d *decoder) ask(ctx context.Context, s *sequence, next int, finish wire.Fi
 	if err != nil {
 		return c, err
 	}
+	if c.Ended {
+		d.Over(s.request)
+	}
 	if c.Next < 0 || c.Next > next {
 		c.Next = next
 	}

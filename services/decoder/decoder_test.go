@@ -297,3 +297,24 @@ func TestEndIsConfirmedBeforeTheAck(t *testing.T) {
 	r.same(spec, 0, r.gateway.Ended(req.ID, 0))
 	r.end(req)
 }
+
+// A message may come of a request that its gateway has no more, to an HMM that has started since its end. Nothing is left of it
+// there: neither when its KV is gone, nor when all of it is as it was.
+func TestMessageOfAnEndedRequest(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s, _ := r.decoder(decoder.Config{})
+	r.gateway.Set(func() { r.gateway.Without = true })
+	none := func() bool { return r.Stats().Requests == 0 }
+	gone := r.Request(r.gateway.ID)
+	spec, err := wire.MarshalSpec(r.Model.Random(prompt(t, "case02"), 10, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Publish(stage.Decode, gone.ID, &wire.Decode{Request: gone, Inline: spec, Log: mem.Handle{Node: "n", Object: 1 << 40, Generation: 1, Kind: mem.KindLog, Bytes: 1}})
+	r.Until("the message is settled", func() bool { return r.Outcomes(s, "lost") == 1 })
+	r.Until("nothing is left of a request whose KV is gone", none)
+	r.start(r.Model.Random(prompt(t, "case02"), 300, 1))
+	r.Until("nothing is left of a request that was as before", none)
+	r.Empty(stage.Decode)
+	r.NoMemory()
+}

@@ -99,7 +99,7 @@ func (d *dispatcher) close(request string) {
 	d.mu.Unlock()
 	for _, e := range m.take(nil) {
 		if e.confirm != nil {
-			d.answer(e.reply, &wire.Confirmed{Next: e.confirm.Next, Over: true})
+			d.answer(e.reply, &wire.Confirmed{Next: e.confirm.Next, Over: true, Ended: true})
 		}
 	}
 }
@@ -161,7 +161,7 @@ func (d *dispatcher) confirm(msg *nats.Msg) error {
 	}
 	d.mu.RUnlock()
 	if box == nil {
-		d.answer(msg, &wire.Confirmed{Next: m.Next, Over: true})
+		d.answer(msg, &wire.Confirmed{Next: m.Next, Over: true, Ended: true})
 	}
 	return nil
 }
@@ -171,10 +171,11 @@ func (d *dispatcher) lost(msg *nats.Msg) error {
 	if err := wire.Unmarshal(msg.Data, m); err != nil {
 		return err
 	}
-	if box := d.box(m.Request); box != nil {
+	box := d.box(m.Request)
+	if box != nil {
 		box.put(event{lost: m})
 	}
-	d.answer(msg, &wire.Confirmed{})
+	d.answer(msg, &wire.Confirmed{Ended: box == nil})
 	return nil
 }
 

@@ -138,9 +138,13 @@ func (s *Stage) tellLost(ctx context.Context, stage string, req wire.Request, er
 	defer cancel()
 	for {
 		try, cancel := context.WithTimeout(ctx, tellTimeout)
-		err := s.Bus.Ask(try, wire.SubjectLost(req.Gateway), &m, new(wire.Confirmed))
+		var c wire.Confirmed
+		err := s.Bus.Ask(try, wire.SubjectLost(req.Gateway), &m, &c)
 		cancel()
 		if err == nil {
+			if c.Ended {
+				s.Over(req)
+			}
 			return true
 		}
 		if pause(ctx, tellWait) != nil {

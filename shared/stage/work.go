@@ -31,6 +31,12 @@ func (s *Stage) Work(ctx context.Context, d *bus.Delivery, req wire.Request, par
 	s.Settle(ctx, d, req, claim, err)
 }
 
+// Over notes that a request has ended, as its gateway has answered (wire.Confirmed.Ended), and tells the HMM.
+func (s *Stage) Over(req wire.Request) {
+	s.ended.add(&wire.Done{Request: req.ID, Choice: -1})
+	s.passOn(req)
+}
+
 // passOn tells the HMM that a request has ended, as this process has heard on NATS: the HMM may be cut off from that.
 func (s *Stage) passOn(req wire.Request) {
 	if !s.ended.whole(req) {

@@ -231,6 +231,9 @@ type Confirmed struct {
 
 	Next int  // index after the last token that the gateway has in order; the sender publishes from here again when lower
 	Over bool // the gateway needs no more of this choice: finished, stopped by a string, cancelled, or unknown to it
+	// Ended says that the gateway does not have the request any more. Who asks may be the only one on its node that knows of
+	// the request: an HMM that has started since has not heard of the end.
+	Ended bool
 }
 
 // Resend asks an instance to publish tokens again from its log: SubjectResend, sent by a gateway that sees a gap.

@@ -57,7 +57,7 @@ func messages() map[string]any {
 		"decode":    &wire.Decode{Request: req, Choice: 1, Inline: []byte{1}, Spec: &spec, Log: handle(5), RopeBase: -30},
 		"tokens":    &wire.Tokens{Instance: "decode-1", Items: []wire.Run{{Request: req.ID, Attempt: 2, Choice: 1, Generation: 99, Index: 4, IDs: []int32{5, 1 << 20}, Logprobs: lp, Finish: wire.FinishStop, Cached: 16, Computed: 20, Pictures: 3, Hits: 2}}},
 		"confirm":   &wire.Confirm{Instance: "decode-1", Request: req.ID, Attempt: 2, Choice: 1, Generation: 99, Next: 5, Finish: wire.FinishLength},
-		"confirmed": &wire.Confirmed{Next: 5, Over: true},
+		"confirmed": &wire.Confirmed{Next: 5, Over: true, Ended: true},
 		"resend":    &wire.Resend{Request: req.ID, Choice: 1, From: 3},
 		"lost":      &wire.Lost{Request: req.ID, Attempt: 2, Why: "gone", Final: true, Status: 400, Param: "messages", NoRoom: true, Stage: "encode", Code: "x"},
 		"done":      &wire.Done{Request: req.ID, Choice: -1},

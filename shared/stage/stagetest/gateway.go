@@ -19,6 +19,7 @@ type Gateway struct {
 	Over  func(choice int) bool
 	// Unheard is how many words of lost attempts it does not get.
 	Unheard int
+	Without bool // has no request any more
 
 	r       *Rig
 	mu      sync.Mutex
@@ -63,8 +64,9 @@ func (g *Gateway) Return() {
 			if err := wire.Unmarshal(data, &m); err != nil {
 				r.tb.Errorf("gateway: %v", err)
 			}
-			unheard := false
+			unheard, without := false, false
 			g.Set(func() {
+				without = g.Without
 				if unheard = g.Unheard > 0; unheard {
 					g.Unheard--
 					return
@@ -74,7 +76,7 @@ func (g *Gateway) Return() {
 			if unheard {
 				return
 			}
-			if err := respond(&wire.Confirmed{}); err != nil {
+			if err := respond(&wire.Confirmed{Ended: without}); err != nil {
 				r.tb.Errorf("gateway: %v", err)
 			}
 		},
@@ -177,7 +179,7 @@ func (g *Gateway) confirm(data []byte, respond func(any) error) {
 	if g.Deaf {
 		return
 	}
-	c := wire.Confirmed{Next: len(a.IDs), Over: g.Over != nil && g.Over(m.Choice)}
+	c := wire.Confirmed{Next: len(a.IDs), Over: g.Without || g.Over != nil && g.Over(m.Choice), Ended: g.Without}
 	if m.Finish != wire.FinishNone && m.Next == len(a.IDs) {
 		a.Ended, a.Finish = true, m.Finish
 	}
