@@ -3,6 +3,7 @@ package benchcmd
 import (
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 
 	"trireme.dev/services/trireme/compare"
@@ -12,8 +13,8 @@ import (
 func (r *CompareReport) writeTable(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	for i, x := range r.Workloads {
-		fmt.Fprintf(t, "%s PICTURES A REQUEST: bounds TTFT %.0f ms, TPOT %.0f ms; encoding takes %.0f ms of an NPU, the prompt %.0f ms\n",
-			x.Pictures, x.TTFTBound, x.TPOTBound, x.Encode, x.Prefill)
+		fmt.Fprintf(t, "%s A REQUEST: bounds TTFT %.0f ms, TPOT %.0f ms; encoding takes %.0f ms of an NPU, the prompt %.0f ms\n",
+			strings.ToUpper(compare.Count(x.Pictures)), x.TTFTBound, x.TPOTBound, x.Encode, x.Prefill)
 		fmt.Fprintln(t, "TOPOLOGY\tREQUESTS/S\tWITHIN BOUNDS %\tREPEATS\tTTFT P50 ms\tP99 ms\tTPOT ms")
 		for _, c := range r.Rates[x.Pictures] {
 			for _, rate := range r.Study.Rates(i) {

@@ -178,6 +178,14 @@ func (s *Study) Findings() []Finding {
 	return all
 }
 
+// Count is a number, or a range, of pictures in words.
+func Count(pictures string) string {
+	if pictures == "1" {
+		return "1 picture"
+	}
+	return pictures + " pictures"
+}
+
 // Rule says in a sentence when separate encoding pays, as far as these findings tell; findings are as Findings gives them.
 func Rule(findings []Finding) string {
 	first, last := -1, -1 // of those in which it pays
@@ -198,7 +206,7 @@ func Rule(findings []Finding) string {
 		}
 	}
 	what := func(f Finding) string {
-		return fmt.Sprintf("%s pictures a request (encoding takes %.3g times as long as the prompt)", f.Workload.Pictures, f.Ratio)
+		return fmt.Sprintf("%s a request (encoding takes %.3g times as long as the prompt)", Count(f.Workload.Pictures), f.Ratio)
 	}
 	switch {
 	case first < 0 && costs == 0:

@@ -70,7 +70,7 @@ func TestRule(t *testing.T) {
 		"pays from some pictures on": {
 			map[string][][2]float64{"8EPD": {{4, 4}, {2, 2}, {1, 1}}, "5E2P1D": {{4, 4}, {2, 2}, {2, 4}}},
 			"no difference beyond the spread of repeats, no difference beyond the spread of repeats, pays",
-			"pays from 4 pictures a request (encoding takes 8 times as long as the prompt) on, not at 1 pictures",
+			"pays from 4 pictures a request (encoding takes 8 times as long as the prompt) on, not at 1 picture",
 		},
 		"the spread hides it": {
 			map[string][][2]float64{"8EPD": {{4, 4}, {2, 2}, {1, 2}}, "5E2P1D": {{4, 4}, {2, 2}, {2, 4}}},
