@@ -60,7 +60,8 @@ func (f *fixture) letters(n int) []wire.DeadLetter {
 
 // final has a stage say the last word to every request.
 func final(s *stages, m wire.Lost) func(*wire.Prefill, question) bool {
-	return func(_ *wire.Prefill, q question) bool {
+	return func(_ *wire.Prefill, q question) bool { // of several requests at once
+		m := m
 		m.Request, m.Attempt = q.ID, q.Attempt
 		_ = s.bus.Send(wire.SubjectLost(q.Gateway), &m)
 		return true
