@@ -75,7 +75,24 @@ type Space interface {
 	Unmap(e Extent) error
 	// Bytes is the memory of a mapped extent, valid until Unmap; nil where the CPU cannot address it.
 	Bytes(e Extent) []byte
+	// Window reserves another range of so many bytes, whole pages. It is closed before the space is.
+	Window(bytes int64) (Window, error)
 	// Close unmaps everything and gives the reservation back. Later calls return ErrInvalid; Close itself is idempotent.
+	Close() error
+}
+
+// Window is a second range of addresses of a Space, in which extents are mapped in an order of the caller's choice, whether or not
+// they are mapped in the space: the same memory at several addresses. What is behind a place changes only by Unmap and Map. Methods
+// may be called from several goroutines.
+type Window interface {
+	// Map makes e readable so many bytes from the start of the window, fills the page tables, and returns the address. ErrInvalid when
+	// e is not whole pages, not imported into an Importer, not within the window, or over a live mapping.
+	Map(at int64, e Extent) (uintptr, error)
+	// Unmap ends the mapping that was made at that place; ErrInvalid when there is none. The caller knows that nobody reads it.
+	Unmap(at int64) error
+	// Bytes is the memory of the extent that is mapped at a place, valid until Unmap; nil where the CPU cannot address it.
+	Bytes(at int64) []byte
+	// Close unmaps everything and gives the reservation back. It is idempotent.
 	Close() error
 }
 
@@ -86,6 +103,6 @@ type Importer interface {
 	// closes f. ErrInvalid when f is no such descriptor, or e is not whole pages or overlaps an imported extent.
 	Import(e Extent, f *os.File) error
 	// Forget ends the import, so that the pages may be imported anew with other memory behind them; ErrInvalid while e is
-	// mapped or when it is not exactly an imported extent. Unmap alone keeps the import: mapping again is then cheap.
+	// mapped, in a window too, or when it is not exactly an imported extent. Unmap alone keeps the import: mapping again is then cheap.
 	Forget(e Extent) error
 }

@@ -21,10 +21,11 @@ type Space struct {
 }
 
 type imported struct {
-	bytes  int64
-	memory allocation
-	mapped bool
-	access mem.Access // of the mapping
+	bytes   int64
+	memory  allocation
+	mapped  bool
+	access  mem.Access // of the mapping
+	windows int        // mappings in windows
 }
 
 var _ mem.Importer = (*Space)(nil)
@@ -81,7 +82,7 @@ func (s *Space) Forget(e mem.Extent) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i, ok := s.exactly(e)
-	if !ok || i.mapped {
+	if !ok || i.mapped || i.windows > 0 {
 		return fmt.Errorf("forgetting %v: mapped, or not exactly an imported extent: %w", e, mem.ErrInvalid)
 	}
 	delete(s.imported, e.Offset)

@@ -21,7 +21,7 @@ type Space struct {
 	file  *os.File       // nil once closed
 	base  unsafe.Pointer // of the reservation
 	live  map[int64]mapped
-	pages []uint64 // a bit a page that is mapped
+	pages pageSet // mapped
 }
 
 type mapped struct {
@@ -48,17 +48,31 @@ func openSpace(f *os.File, bytes int64) (*Space, error) {
 	if err := sized(f, bytes); err != nil {
 		return nil, err
 	}
-	base, err := unix.MmapPtr(-1, 0, nil, uintptr(bytes), unix.PROT_NONE, reservation)
+	base, err := reserve(bytes)
 	if err != nil {
-		return nil, fmt.Errorf("reserving addresses: %w", err)
+		return nil, err
 	}
 	return &Space{
-		bytes: bytes, file: f, base: base, live: map[int64]mapped{},
-		pages: make([]uint64, (bytes/mem.HostPage+63)/64),
+		bytes: bytes, file: f, base: base, live: map[int64]mapped{}, pages: newPageSet(bytes),
 	}, nil
 }
 
 const reservation = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
+
+// reserve takes a range of addresses without access.
+func reserve(bytes int64) (unsafe.Pointer, error) {
+	base, err := unix.MmapPtr(-1, 0, nil, uintptr(bytes), unix.PROT_NONE, reservation)
+	if err != nil {
+		return nil, fmt.Errorf("reserving addresses: %w", err)
+	}
+	return base, nil
+}
+
+// unmap makes a mapped range a part of its reservation again.
+func unmap(at unsafe.Pointer, bytes int64) error {
+	_, err := unix.MmapPtr(-1, 0, at, uintptr(bytes), unix.PROT_NONE, reservation|unix.MAP_FIXED)
+	return err
+}
 
 // Page implements mem.Space.
 func (s *Space) Page() int64 { return mem.HostPage }
@@ -73,7 +87,7 @@ func (s *Space) Map(e mem.Extent, a mem.Access) (uintptr, error) {
 	if s.file == nil {
 		return 0, fmt.Errorf("mapping %v: space is closed: %w", e, mem.ErrInvalid)
 	}
-	if s.taken(e) {
+	if s.pages.any(e.Offset, e.Bytes) {
 		return 0, fmt.Errorf("mapping %v over a live mapping: %w", e, mem.ErrInvalid)
 	}
 	at := unsafe.Add(s.base, e.Offset)
@@ -81,7 +95,7 @@ func (s *Space) Map(e mem.Extent, a mem.Access) (uintptr, error) {
 		return 0, fmt.Errorf("mapping %v: %w", e, err)
 	}
 	s.live[e.Offset] = mapped{e.Bytes, a}
-	s.mark(e, true)
+	s.pages.mark(e.Offset, e.Bytes, true)
 	return uintptr(at), nil
 }
 
@@ -110,12 +124,11 @@ func (s *Space) Unmap(e mem.Extent) error {
 	if m, ok := s.live[e.Offset]; !ok || m.bytes != e.Bytes {
 		return fmt.Errorf("unmapping %v: no such mapping: %w", e, mem.ErrInvalid)
 	}
-	at := unsafe.Add(s.base, e.Offset)
-	if _, err := unix.MmapPtr(-1, 0, at, uintptr(e.Bytes), unix.PROT_NONE, reservation|unix.MAP_FIXED); err != nil {
+	if err := unmap(unsafe.Add(s.base, e.Offset), e.Bytes); err != nil {
 		return fmt.Errorf("unmapping %v: %w", e, err)
 	}
 	delete(s.live, e.Offset)
-	s.mark(e, false)
+	s.pages.mark(e.Offset, e.Bytes, false)
 	return nil
 }
 
@@ -158,22 +171,28 @@ func (s *Space) slice(e mem.Extent) []byte {
 	return unsafe.Slice((*byte)(unsafe.Add(s.base, e.Offset)), e.Bytes)
 }
 
-// taken reports whether any page of e is mapped. s.mu is held, as in mark.
-func (s *Space) taken(e mem.Extent) bool {
-	for p := e.Offset / mem.HostPage; p < (e.Offset+e.Bytes)/mem.HostPage; p++ {
-		if s.pages[p/64]&(1<<(p%64)) != 0 {
+// pageSet has a bit a page.
+type pageSet []uint64
+
+func newPageSet(bytes int64) pageSet { return make(pageSet, (bytes/mem.HostPage+63)/64) }
+
+// any reports whether a page of a range of bytes, whole pages, is in the set.
+func (s pageSet) any(offset, bytes int64) bool {
+	for p := offset / mem.HostPage; p < (offset+bytes)/mem.HostPage; p++ {
+		if s[p/64]&(1<<(p%64)) != 0 {
 			return true
 		}
 	}
 	return false
 }
 
-func (s *Space) mark(e mem.Extent, used bool) {
-	for p := e.Offset / mem.HostPage; p < (e.Offset+e.Bytes)/mem.HostPage; p++ {
-		if used {
-			s.pages[p/64] |= 1 << (p % 64)
+// mark puts a range into the set, or takes it out.
+func (s pageSet) mark(offset, bytes int64, in bool) {
+	for p := offset / mem.HostPage; p < (offset+bytes)/mem.HostPage; p++ {
+		if in {
+			s[p/64] |= 1 << (p % 64)
 		} else {
-			s.pages[p/64] &^= 1 << (p % 64)
+			s[p/64] &^= 1 << (p % 64)
 		}
 	}
 }

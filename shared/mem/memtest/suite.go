@@ -48,6 +48,8 @@ func Run(t *testing.T, b Backend) {
 		"Closed":             closed,
 		"StoreClosed":        storeClosed,
 		"Concurrent":         concurrent,
+		"Windows":            windows,
+		"WindowRules":        windowRules,
 		"Between/Bytes":      otherProcessSees,
 		"Between/Killed":     killedWriter,
 		"Between/Generation": generations,
