@@ -35,8 +35,8 @@ func benchmarkSteps(b *testing.B, batch int) {
 	gateway := r.Gateway()
 	var profile *engine.Profile
 	r.Open(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
-		profile = engine.NewProfile(s.NPUs[0].Compute)
-		s.NPUs[0].Compute = profile
+		profile = engine.NewProfile(s.NPUs()[0].Compute)
+		s.NPUs()[0].Compute = profile
 		return decoder.Serve(ctx, s, decoder.Config{})
 	})
 	const warm = 8 // steps before and after the measured ones

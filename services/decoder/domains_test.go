@@ -59,8 +59,8 @@ func TestSequencesBetweenDomains(t *testing.T) {
 			t.Fatalf("the test does not get the first decoder's NPU: %v", err)
 		}
 		s, stop := r.decoder(decoder.Config{})
-		if s.NPUs[0].Number != 2 {
-			t.Fatalf("the successor has NPU %d", s.NPUs[0].Number)
+		if s.NPUs()[0].Number != 2 {
+			t.Fatalf("the successor has NPU %d", s.NPUs()[0].Number)
 		}
 		for c := range choices {
 			r.same(spec, c, r.gateway.Ended(req.ID, c))

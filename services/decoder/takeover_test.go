@@ -498,11 +498,11 @@ func (r *rig) fill(s *stage.Stage) *hbm.Object {
 	r.Helper()
 	var free int64
 	for _, n := range r.Stats().Memory {
-		if n.NPU == s.NPUs[0].Number {
+		if n.NPU == s.NPUs()[0].Number {
 			free = n.Free
 		}
 	}
-	objs, err := s.HBM.Alloc(r.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPUs[0].Number, Bytes: free})
+	objs, err := s.HBM.Alloc(r.Context(), hbm.Spec{Kind: mem.KindKV, NPU: s.NPUs()[0].Number, Bytes: free})
 	if err != nil {
 		r.Fatal(err)
 	}

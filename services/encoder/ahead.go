@@ -100,5 +100,5 @@ func (a *ahead) out() {
 }
 
 func newAhead(s *stage.Stage) *ahead {
-	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour, npus: len(s.NPUs)}
+	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour, npus: len(s.HBM.NPUs())}
 }

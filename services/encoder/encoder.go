@@ -76,7 +76,11 @@ func start(s *stage.Stage) (stage.Worker, error) {
 		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(),
 		ahead: newAhead(s),
 	}
-	for _, n := range s.NPUs {
+	for _, n := range s.NPUs() {
+		if n.Compute == nil {
+			e.line.npus = append(e.line.npus, bench{})
+			continue
+		}
 		engine, err := engine.NewEncoder(s.Model, n.Weights, n.Compute, prep.MaxPixels/(v.Patch*v.Patch))
 		if err != nil {
 			return nil, err
@@ -201,7 +205,7 @@ func (e *encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill)
 	if end > stage.Reusable(spec) {
 		return false
 	}
-	n, err := e.HBM.CountPrefix(ctx, e.NPUs[0].Number, e.BlockKeys(spec, spec.Prompt)[:end])
+	n, err := e.HBM.CountPrefix(ctx, e.HBM.NPUs()[0], e.BlockKeys(spec, spec.Prompt)[:end])
 	return err == nil && n == end
 }
 

@@ -14,7 +14,7 @@ import (
 // line is the pictures that wait for their NPUs and those that are on them, in pieces, so that steps of other roles of the process
 // go on between them. The process' runner owns it.
 type line struct {
-	npus    []bench
+	npus    []bench    // by slot
 	waiting []*picture // in order of arrival
 	chosen  []*picture // whose piece is computed, one an NPU at most
 	running sync.WaitGroup
@@ -28,7 +28,7 @@ type bench struct {
 
 // picture is one picture to encode. Until done is sent, the runner uses its memory.
 type picture struct {
-	npu         int       // in Stage.NPUs: where out lies
+	npu         int       // the slot of the NPU where out lies
 	out, pixels []float32 // see engine.Encoder.Begin
 	grid        engine.Grid
 	claim       *hbm.Claim

@@ -3,12 +3,12 @@ package prefill
 import (
 	"context"
 	"fmt"
-	"math/bits"
 	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -76,7 +76,7 @@ func (p *prefill) Form(step *runner.Step) {
 	for _, it := range p.queue.Overdue(p.formed.Sub(p.epoch)) {
 		p.queue.Demote(it)
 	}
-	full := uint64(0) // NPUs without room in the step
+	full := placement.Set(0) // NPUs without room in the step
 	for it := p.queue.Next(); it != nil; it = p.queue.Next() {
 		l := it.Owner.(*lane)
 		if !p.Turn(l.job.claim) {
@@ -93,7 +93,7 @@ func (p *prefill) Form(step *runner.Step) {
 		n := step.Chunk(npu, l.pos, left)
 		if n == 0 {
 			l.job.claim.Rest()
-			if full |= 1 << npu; bits.OnesCount64(full) == step.NPUs() {
+			if full = full.With(npu); full == step.NPUs() {
 				break
 			}
 			p.queue.Remove(it)

@@ -10,6 +10,7 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -68,7 +69,7 @@ func TestOrderOfLanes(t *testing.T) {
 					names[l] = string(rune('a' + i))
 					p.wait(l)
 				}
-				step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, 1)}
+				step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, placement.First(1))}
 				step.Begin()
 				before := map[*lane]int64{}
 				for l := range names {
@@ -122,7 +123,7 @@ func TestOrderOnSeveralNPUs(t *testing.T) {
 	add(0, 8)
 	add(2, 12)
 	for n, want := range [][]int{{15, 8, 12}, {15, 3, 12}} { // by their lengths
-		step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, 3)}
+		step := &runner.Step{Step: sched.NewStep(sched.Limits{Seqs: 8, Rows: 10}, placement.First(3))}
 		step.Begin()
 		p.Form(step)
 		room := [3]int{10, 10, 10}

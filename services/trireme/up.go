@@ -255,7 +255,7 @@ func (c *upCmd) checkWeights(p *plan) error {
 				own = vision
 			}
 			if g.Roles != "E" { // the first NPU has as many experts as any
-				layout := stage.Layout(&f.Config.Text, g.NPUs)
+				layout := stage.Layout(&f.Config.Text, placement.First(g.NPUs))
 				own += need(hf.Text, func(layer, expert int) bool { return layout[layer][expert].Has(0) })
 			}
 			all = max(all, own)

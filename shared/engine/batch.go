@@ -25,7 +25,7 @@ type Seq struct {
 	Rope  [][3]int32
 	Delta int
 
-	// NPU is the number of the NPU that computes the sequence, by its place in NewText. Its blocks, and the planes of its Visuals,
+	// NPU is the slot of the NPU that computes the sequence, by its place in NewText. Its blocks, and the planes of its Visuals,
 	// lie in that NPU's memory.
 	NPU int
 
@@ -63,8 +63,8 @@ func (s *Seq) wanted() int {
 // check says what is wrong with one sequence.
 func (t *Text) check(s *Seq) error {
 	n := len(s.Tokens)
-	if s.NPU < 0 || s.NPU >= len(t.parts) {
-		return fmt.Errorf("on NPU %d of %d", s.NPU, len(t.parts))
+	if s.NPU < 0 || s.NPU >= len(t.byNPU) || t.byNPU[s.NPU] == nil {
+		return fmt.Errorf("on NPU %d, where there is none", s.NPU)
 	}
 	if n == 0 || s.Pos < 0 {
 		return fmt.Errorf("%d tokens at position %d", n, s.Pos)

@@ -8,27 +8,34 @@ import (
 	"trireme.dev/shared/model"
 )
 
-// maxNPUs is the most NPUs of a Text: a set of them is a word.
+// maxNPUs is the most slots of a Text: a set of them is a word.
 const maxNPUs = 64
 
 // placed says where the experts lie.
 type placed struct {
 	// tables[npu][layer] has the experts that the NPU has, and one more at the end that no NPU has: slots that are computed
-	// elsewhere, or by another copy, are its (kernel.Compute.Experts leaves them alone).
+	// elsewhere, or by another copy, are its (kernel.Compute.Experts leaves them alone). Of slots without NPU there is none.
 	tables [][][]model.Expert
 	has    [][]uint64 // [layer][expert]: the set of the NPUs that have it
 }
 
 // SetExperts has batches from the next Forward on find the experts in other memory: tables[npu][layer] has one entry for each
-// expert, without data (Down.Data nil) if the NPU does not have it, none in a dense layer. All NPUs change in the same batch. A
-// Forward that runs meanwhile ends with the tables that it began with, and the memory of those must stay as long. It may be
-// called from any goroutine, and returns ErrModel, changing nothing, when the shapes are not the model's or an expert is nowhere.
+// expert, without data (Down.Data nil) if the NPU does not have it, none in a dense layer; that of a slot without NPU is empty. All
+// NPUs change in the same batch. A Forward that runs meanwhile ends with the tables that it began with, and the memory of those must
+// stay as long. It may be called from any goroutine, and returns ErrModel, changing nothing, when the shapes are not the model's or
+// an expert is nowhere.
 func (t *Text) SetExperts(tables [][][]model.Expert) error {
-	if len(tables) != len(t.parts) {
-		return fmt.Errorf("experts on %d NPUs, there are %d: %w", len(tables), len(t.parts), ErrModel)
+	if len(tables) != len(t.byNPU) {
+		return fmt.Errorf("experts on NPUs in %d slots, there are %d: %w", len(tables), len(t.byNPU), ErrModel)
 	}
-	p := &placed{has: make([][]uint64, t.cfg.Layers)}
+	p := &placed{has: make([][]uint64, t.cfg.Layers), tables: make([][][]model.Expert, len(tables))}
 	for npu, table := range tables {
+		if t.byNPU[npu] == nil {
+			if len(table) > 0 {
+				return fmt.Errorf("experts on NPU %d, where there is none: %w", npu, ErrModel)
+			}
+			continue
+		}
 		if err := checkExperts(&t.cfg, table); err != nil {
 			return fmt.Errorf("experts on NPU %d: %w", npu, err)
 		}
@@ -44,7 +51,7 @@ func (t *Text) SetExperts(tables [][][]model.Expert) error {
 				}
 			}
 		}
-		p.tables = append(p.tables, own)
+		p.tables[npu] = own
 	}
 	for l, experts := range p.has {
 		for e, npus := range experts {
@@ -74,12 +81,16 @@ type parcel struct {
 	ids  []int32 // [rows, TopK]; slots that are not for that NPU have the number of no expert
 }
 
-func newExchange(npus, rows, topK int) exchange {
+// newExchange has room for the rows of an NPU, and of all of them for what they send to one.
+func newExchange(npus []NPU, all, rows, topK int) exchange {
 	x := exchange{
-		to: make([]parcel, npus), base: make([]int, npus), given: make([]int32, npus), number: make([]int32, npus*rows),
+		to: make([]parcel, len(npus)), base: make([]int, len(npus)), given: make([]int32, len(npus)), number: make([]int32, all),
 		here: make([]int32, 0, rows*topK), there: make([]int32, 0, rows*topK),
 	}
 	for i := range x.to {
+		if npus[i].Compute == nil {
+			continue
+		}
 		x.to[i] = parcel{rows: make([]int32, 0, rows), ids: make([]int32, 0, rows*topK)}
 	}
 	for i := range x.number {
@@ -101,7 +112,7 @@ func (p *part) dispatch(layer int) {
 	}
 	p.address(layer)
 	p.c.Sync()
-	t.meet.wait(p.npu)
+	t.meet.wait(p.place)
 	rows := p.rows
 	for _, from := range t.parts {
 		parcel := &from.to[p.npu]
@@ -116,7 +127,7 @@ func (p *part) dispatch(layer int) {
 	}
 	p.compute(layer, rows)
 	p.c.Sync()
-	t.meet.wait(p.npu)
+	t.meet.wait(p.place)
 	for _, by := range t.parts {
 		parcel, base := &p.to[by.npu], by.base[p.npu]
 		if by == p || len(parcel.rows) == 0 {

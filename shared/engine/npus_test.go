@@ -15,24 +15,35 @@ import (
 	"trireme.dev/shared/model"
 )
 
-// group is a rig of several NPUs. Each has experts in memory of its own and none but those that its table says.
+// group is a rig of NPUs in some slots. Each has experts in memory of its own and none but those that its table says.
 type group struct {
 	*rig
-	npus int
-	rnd  *rand.Rand
-	copy [][][]model.Expert // [npu][layer][expert]: all of them, in that NPU's memory
+	slots []int // in rising order
+	rnd   *rand.Rand
+	copy  [][][]model.Expert // [slot][layer][expert]: all of them, in that NPU's memory; nil: no NPU
 }
 
+// newGroup has NPUs in the first slots.
 func newGroup(t testing.TB, dir string, npus int, backend func() kernel.Compute, lim engine.Limits) *group {
 	t.Helper()
+	slots := make([]int, npus)
+	for i := range slots {
+		slots[i] = i
+	}
+	return newGroupIn(t, dir, slots, backend, lim)
+}
+
+func newGroupIn(t testing.TB, dir string, slots []int, backend func() kernel.Compute, lim engine.Limits) *group {
+	t.Helper()
 	r := newRig(t, dir, backend(), lim)
-	g := &group{rig: r, npus: npus, rnd: rand.New(rand.NewPCG(uint64(npus), 7))}
+	count := slots[len(slots)-1] + 1
+	g := &group{rig: r, slots: slots, rnd: rand.New(rand.NewPCG(uint64(len(slots)), 7)), copy: make([][][]model.Expert, count)}
 	var own [][]model.Expert
 	for i := range r.w.Layers {
 		own = append(own, r.w.Layers[i].Experts)
 	}
-	var members []engine.NPU
-	for i := range npus {
+	members := make([]engine.NPU, count)
+	for i, slot := range slots {
 		c := r.c
 		if i > 0 {
 			c = backend()
@@ -42,8 +53,8 @@ func newGroup(t testing.TB, dir string, npus int, backend func() kernel.Compute,
 				}
 			})
 		}
-		g.copy = append(g.copy, moved(own))
-		members = append(members, engine.NPU{Compute: c, Weights: r.w})
+		g.copy[slot] = moved(own)
+		members[slot] = engine.NPU{Compute: c, Weights: r.w}
 	}
 	r.text.Close()
 	var err error
@@ -67,14 +78,14 @@ func single() kernel.Compute {
 // place gives each expert to a random NPU, and to each other one with the given probability; what an NPU has not is not a number.
 func (g *group) place(again float64) {
 	g.t.Helper()
-	tables := make([][][]model.Expert, g.npus)
-	for l, experts := range g.copy[0] {
-		for n := range tables {
+	tables := make([][][]model.Expert, len(g.copy))
+	for l, experts := range g.copy[g.slots[0]] {
+		for _, n := range g.slots {
 			tables[n] = append(tables[n], make([]model.Expert, len(experts)))
 		}
 		for e := range experts {
-			first := g.rnd.IntN(g.npus)
-			for n := range tables {
+			first := g.slots[g.rnd.IntN(len(g.slots))]
+			for _, n := range g.slots {
 				if n == first || g.rnd.Float64() < again {
 					tables[n][l][e] = g.copy[n][l][e]
 				}
@@ -90,14 +101,14 @@ func (g *group) place(again float64) {
 func (g *group) spread(batch []engine.Seq, at map[*sequence]int, seqs []*sequence) {
 	for i, s := range seqs {
 		if _, ok := at[s]; !ok {
-			at[s] = g.rnd.IntN(g.npus)
+			at[s] = g.slots[g.rnd.IntN(len(g.slots))]
 		}
 		batch[i].NPU = at[s]
 	}
 }
 
-// TestNPUs runs sequences together, with and without pictures, greedy and sampled, on one to seven NPUs with experts anywhere,
-// some of them on several, all of them somewhere else in each step: tokens and logits are those of one NPU, bit for bit.
+// TestNPUs runs sequences together, with and without pictures, greedy and sampled, on one to seven NPUs, also where slots between
+// them are empty, with experts anywhere, some of them on several, all of them somewhere else in each step: tokens and logits are those of one NPU, bit for bit.
 func TestNPUs(t *testing.T) {
 	const tokens = 5
 	lim := engine.Limits{Rows: 256, Seqs: 8}
@@ -110,9 +121,9 @@ func TestNPUs(t *testing.T) {
 			alone[i].take(s, one.step(len(c.Input), s)[0])
 		}
 	}
-	for _, npus := range []int{1, 2, 3, 4, 5, 7} {
-		t.Run(fmt.Sprint(npus), func(t *testing.T) {
-			g := newGroup(t, shapesModel, npus, single, lim)
+	for _, slots := range [][]int{{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4, 5, 6}, {2}, {1, 3}, {0, 5, 6, 40, 63}} {
+		t.Run(fmt.Sprint(slots), func(t *testing.T) {
+			g := newGroupIn(t, shapesModel, slots, single, lim)
 			for _, again := range []float64{0, 0.3, 1} {
 				at := map[*sequence]int{}
 				var seqs []*sequence
@@ -272,6 +283,19 @@ func TestNPURefusals(t *testing.T) {
 	}
 	if err := g.text.SetExperts(g.copy[:1]); !errors.Is(err, engine.ErrModel) {
 		t.Errorf("experts of one NPU of two: %v", err)
+	}
+	gaps := newGroupIn(t, shapesModel, []int{1, 3}, single, engine.Limits{Rows: 8, Seqs: 2})
+	for _, npu := range []int{0, 2, 4} {
+		if _, err := gaps.text.Forward([]engine.Seq{seq(npu)}); !errors.Is(err, engine.ErrBatch) {
+			t.Errorf("a sequence on NPU %d, which is not there: %v", npu, err)
+		}
+	}
+	gaps.copy[2] = g.copy[0]
+	if err := gaps.text.SetExperts(gaps.copy); !errors.Is(err, engine.ErrModel) {
+		t.Errorf("experts on an NPU that is not there: %v", err)
+	}
+	if _, err := engine.NewText(g.cfg, make([]engine.NPU, 3), engine.Limits{Rows: 8, Seqs: 2}); err == nil {
+		t.Error("a model on no NPU")
 	}
 	c := single()
 	defer c.Close()

@@ -8,14 +8,15 @@ import (
 )
 
 // part is what one NPU has of a Text and does in a batch. Parts run beside each other, each on a goroutine of its own; that of
-// NPU 0 is the caller of Forward. They meet twice in each mixture-of-experts layer, and at the end.
+// the first NPU is the caller of Forward. They meet twice in each mixture-of-experts layer, and at the end.
 type part struct {
 	t     *Text
-	npu   int
+	npu   int // its slot
+	place int // in Text.parts
 	w     *model.Weights
 	c     kernel.Compute
 	meter kernel.Meter  // c, if it is one
-	wake  chan struct{} // a token a batch; not for NPU 0
+	wake  chan struct{} // a token a batch; not for the first NPU
 
 	// Device scratch for lim.Rows rows; with behind them what comes from other NPUs for experts here.
 	hidden []float32 // [rows, Hidden]: the residual stream
@@ -49,11 +50,12 @@ type part struct {
 	load []atomic.Uint64 // [Layers, Experts]: rows that went to each expert from here, ever
 }
 
-// newPart allocates the scratch of an NPU, one of count.
-func newPart(t *Text, npu, count int, n NPU) *part {
+// newPart allocates the scratch of npus[npu], which are count without the empty slots.
+func newPart(t *Text, npu int, npus []NPU, count int) *part {
+	n := &npus[npu]
 	m, c, lim := &t.cfg, n.Compute, t.lim
 	p := &part{
-		t: t, npu: npu, w: n.Weights, c: c, wake: make(chan struct{}, 1),
+		t: t, npu: npu, place: len(t.parts), w: n.Weights, c: c, wake: make(chan struct{}, 1),
 
 		hidden: c.Alloc(lim.Rows * m.Hidden),
 		normed: c.Alloc(count * lim.Rows * m.Hidden),
@@ -84,7 +86,7 @@ func newPart(t *Text, npu, count int, n NPU) *part {
 		p.weights = make([]float32, lim.Rows*m.TopK)
 		p.load = make([]atomic.Uint64, m.Layers*m.Experts)
 		if count > 1 {
-			p.exchange = newExchange(count, lim.Rows, m.TopK)
+			p.exchange = newExchange(npus, count*lim.Rows, lim.Rows, m.TopK)
 		}
 	}
 	return p
@@ -140,7 +142,7 @@ func (p *part) forward() {
 	if metered {
 		p.meter.End()
 	}
-	p.t.meet.wait(p.npu)
+	p.t.meet.wait(p.place)
 }
 
 // keys normalises hidden into normed and stores the layer's keys and values.

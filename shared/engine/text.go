@@ -9,7 +9,7 @@ import (
 	"trireme.dev/shared/model"
 )
 
-// NPU is one of the NPUs that a Text computes on.
+// NPU is one of the NPUs that a Text computes on. One without Compute stands for a slot that has none.
 type NPU struct {
 	Compute kernel.Compute
 	// Weights lie in the NPU's memory. Of the experts only those in Experts are used.
@@ -31,7 +31,8 @@ type Text struct {
 	lim    Limits
 	shape  kernel.AttnShape
 	rotary rotary
-	parts  []*part // one for each NPU
+	byNPU  []*part // by slot; nil: there is no NPU
+	parts  []*part // those there are, in this order
 
 	next   atomic.Pointer[placed] // where the experts lie
 	placed *placed                // in the batch being computed
@@ -44,34 +45,50 @@ type Text struct {
 	routerLogit []float32 // host, for observe
 }
 
-// NewText prepares the language model for batches within lim. It allocates its scratch from each NPU's Compute, all of one
+// NewText prepares the language model for batches within lim on the NPUs in the given slots, at least one and at most 64, of which
+// some may be empty: whatever names an NPU (Seq.NPU, SetExperts) names its slot. It allocates its scratch from each NPU's Compute, all of one
 // digest, which must outlive it, and keeps the weights. It returns ErrModel when these do not fit the configuration.
 func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
-	if len(npus) == 0 || len(npus) > maxNPUs || lim.Rows <= 0 || lim.Seqs <= 0 {
-		return nil, fmt.Errorf("language model of %s: %d NPUs, batches of %d rows and %d sequences", cfg.Name, len(npus), lim.Rows, lim.Seqs)
+	count := 0
+	for _, n := range npus {
+		if n.Compute != nil {
+			count++
+		}
+	}
+	if count == 0 || len(npus) > maxNPUs || lim.Rows <= 0 || lim.Seqs <= 0 {
+		return nil, fmt.Errorf("language model of %s: %d NPUs in %d slots, batches of %d rows and %d sequences",
+			cfg.Name, count, len(npus), lim.Rows, lim.Seqs)
 	}
 	m := cfg.Text
 	t := &Text{
 		cfg: m, lim: lim,
 		shape:  kernel.AttnShape{Layers: m.Layers, Heads: m.Heads, KVHeads: m.KVHeads, Dim: m.HeadDim},
 		rotary: newRotary(m.Rope, m.HeadDim),
-		out:    make([][]float32, 0, len(npus)*lim.Seqs),
-		meet:   newBarrier(len(npus)),
+		byNPU:  make([]*part, len(npus)),
+		out:    make([][]float32, 0, count*lim.Seqs),
+		meet:   newBarrier(count),
 	}
 	tables := make([][][]model.Expert, len(npus))
+	var digest string
 	for i, n := range npus {
+		if n.Compute == nil {
+			continue
+		}
 		if err := checkText(&m, n.Weights); err != nil {
 			return nil, fmt.Errorf("language model of %s on NPU %d: %w", cfg.Name, i, err)
 		}
-		if got, want := n.Compute.Digest(), npus[0].Compute.Digest(); got != want {
-			return nil, fmt.Errorf("language model of %s: kernels %s on NPU %d, %s on NPU 0", cfg.Name, got, i, want)
+		if got := n.Compute.Digest(); digest == "" {
+			digest = got
+		} else if got != digest {
+			return nil, fmt.Errorf("language model of %s: kernels %s on NPU %d, %s on those before", cfg.Name, got, i, digest)
 		}
 		if tables[i] = n.Experts; tables[i] == nil {
 			for l := range n.Weights.Layers {
 				tables[i] = append(tables[i], n.Weights.Layers[l].Experts)
 			}
 		}
-		t.parts = append(t.parts, newPart(t, i, len(npus), n))
+		t.byNPU[i] = newPart(t, i, npus, count)
+		t.parts = append(t.parts, t.byNPU[i])
 	}
 	if err := t.SetExperts(tables); err != nil {
 		return nil, fmt.Errorf("language model of %s: %w", cfg.Name, err)
@@ -146,7 +163,7 @@ func (t *Text) plan(seqs []Seq) error {
 		if err := t.check(s); err != nil {
 			return fmt.Errorf("%w: sequence %d: %w", ErrBatch, i, err)
 		}
-		t.parts[s.NPU].take(i, s)
+		t.byNPU[s.NPU].take(i, s)
 	}
 	for _, p := range t.parts {
 		if len(p.own) > t.lim.Seqs || p.rows > t.lim.Rows || p.wanted > t.lim.Seqs {

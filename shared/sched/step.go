@@ -3,7 +3,10 @@
 // device, so the same decisions can be replayed from a script (testdata) and by a simulator.
 package sched
 
-import "trireme.dev/shared/model"
+import (
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched/placement"
+)
 
 // Limits bound what a step of an instance has on each of its NPUs.
 type Limits struct {
@@ -27,7 +30,8 @@ type Mixed struct {
 // It grants what the limits allow; who is granted something takes it. It is used again and again and allocates nothing.
 type Step struct {
 	limits   Limits
-	parts    []part // of each NPU
+	npus     placement.Set
+	parts    []part // by NPU
 	decoding int    // tokens, on all NPUs
 	prompt   int    // likewise
 }
@@ -40,15 +44,15 @@ type part struct {
 	blocks   int // attended to
 }
 
-// NewStep returns an empty step of an instance with a number of NPUs.
-func NewStep(l Limits, npus int) Step {
+// NewStep returns an empty step of an instance with these NPUs.
+func NewStep(l Limits, npus placement.Set) Step {
 	if l.Tokens == 0 {
 		l.Tokens = l.Rows
 	}
 	if l.Prompt == 0 {
 		l.Prompt = l.Rows
 	}
-	return Step{limits: l, parts: make([]part, npus)}
+	return Step{limits: l, npus: npus, parts: make([]part, npus.Slots())}
 }
 
 // Begin empties the step.
@@ -57,8 +61,8 @@ func (s *Step) Begin() {
 	s.decoding, s.prompt = 0, 0
 }
 
-// NPUs is the number of the instance's NPUs.
-func (s *Step) NPUs() int { return len(s.parts) }
+// NPUs are the instance's NPUs.
+func (s *Step) NPUs() placement.Set { return s.npus }
 
 // Tokens is the number of new tokens so far.
 func (s *Step) Tokens() int { return s.decoding + s.prompt }

@@ -10,6 +10,7 @@ import (
 
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
 )
 
 // TestTraces replays the scripts in testdata: each command and what the scheduler makes of it. After a change that is meant
@@ -47,7 +48,7 @@ func (w *world) do(t *testing.T, d *datadriven.TestData) string {
 		} {
 			d.MaybeScanArgs(t, name, to)
 		}
-		w.step = sched.NewStep(w.limits, w.npus)
+		w.step = sched.NewStep(w.limits, placement.First(w.npus))
 		return ""
 	case "add": // a line each: NAME prompt=N answer=N [at=N] [npu=N]: a sequence of which at tokens are computed
 		for _, line := range strings.Split(d.Input, "\n") {
@@ -138,7 +139,7 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 				Least: rapid.IntRange(1, 32).Draw(t, "least"),
 			},
 		}
-		step := sched.NewStep(l, 1)
+		step := sched.NewStep(l, placement.First(1))
 		for range 3 {
 			step.Begin()
 			decoding, prompt, seqs, blocks := 0, 0, 0, 0
@@ -182,7 +183,7 @@ func TestStepsKeepTheirLimits(t *testing.T) {
 }
 
 func TestFormingAllocatesNothing(t *testing.T) {
-	step := sched.NewStep(sched.Limits{Seqs: 64, Rows: 512, Mixed: sched.Mixed{Tokens: 256, Blocks: 4096, Least: 16}}, 1)
+	step := sched.NewStep(sched.Limits{Seqs: 64, Rows: 512, Mixed: sched.Mixed{Tokens: 256, Blocks: 4096, Least: 16}}, placement.First(1))
 	if n := testing.AllocsPerRun(100, func() {
 		step.Begin()
 		for pos := range 32 {

@@ -30,11 +30,11 @@ func TestSeveralNPUs(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer s.Close()
-		layout := stage.Layout(&s.Model.Text, 3)
+		layout := stage.Layout(&s.Model.Text, placement.First(3))
 		if err := layout.Check(placement.First(3)); err != nil {
 			t.Fatal(err)
 		}
-		for i, n := range s.NPUs {
+		for i, n := range s.NPUs() {
 			if n.Number != i+1 { // the test has 0
 				t.Errorf("NPU %d of the stage is %d of the node", i, n.Number)
 			}
@@ -56,7 +56,7 @@ func TestSeveralNPUs(t *testing.T) {
 		all *= int64(len(r.Model.Weights.Layers))
 		sets, most := 1, all
 		if perNPU {
-			sets, most = 3, all/3+all/int64(3*len(s.NPUs[0].Experts))
+			sets, most = 3, all/3+all/int64(3*len(s.NPUs()[0].Experts))
 		}
 		var sum int64
 		for _, d := range stats.Shared {
@@ -98,4 +98,11 @@ func TestSeats(t *testing.T) {
 	expect(-1, 1, 2, 0)
 	a.Leave()
 	expect(-1, 0, 1, 2)
+	s.Leave(1) // it is about to leave: no new work comes there, not even what has something there already
+	expect(-1, 0, 2)
+	expect(s.NPUs()[1].Number, 0, 2)
+	s.Leave(0)
+	expect(-1, 2)
+	s.Stay(1)
+	expect(-1, 1, 2)
 }

@@ -21,7 +21,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/shared/bus"
-	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/imageprep"
@@ -92,7 +91,6 @@ type Stage struct {
 	Bus     *bus.Bus
 	HBM     *hbm.Client
 	Model   model.Config
-	NPUs    []NPU // their arithmetic is the Runner's, once that runs
 	Runner  *runner.Runner
 	Log     *slog.Logger
 	Metrics *Metrics
@@ -108,7 +106,9 @@ type Stage struct {
 	ended     endedSet
 	short     shortage
 	gate      gate
+	slots     slots
 	seats     seats
+	kernels   string
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
@@ -148,11 +148,13 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		}
 		s.processor = prep.Digest()
 	}
-	if s.NPUs, err = openNPUs(cfg.NPU, max(1, cfg.NPUs)); err != nil {
+	npus, err := openNPUs(cfg.NPU, max(1, cfg.NPUs))
+	s.changeNPUs(func([]NPU) []NPU { return npus })
+	if err != nil {
 		return nil, err
 	}
-	s.seats.held = make([]sched.Held, len(s.NPUs))
-	paced := paced(s.NPUs)
+	s.kernels = npus[0].Compute.Digest()
+	paced := paced(npus)
 	if len(paced) > 0 {
 		s.paced = paced[0].Profile().Name
 		s.Log = s.Log.With("paced", s.paced)
@@ -166,11 +168,12 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
-	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(s.NPUs)}); err != nil {
+	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(npus)}); err != nil {
 		return nil, err
 	}
 	for i, n := range s.HBM.NPUs() {
-		s.NPUs[i].Number = n
+		npus[i].Number = n
+		s.Stay(i)
 	}
 	if err := s.loadWeights(ctx, cfg.Loading); err != nil {
 		return nil, err
@@ -210,8 +213,10 @@ func (s *Stage) Close() {
 	if s.Bus != nil {
 		s.Bus.Close()
 	}
-	for _, n := range s.NPUs {
-		n.Compute.Close()
+	for _, n := range s.NPUs() {
+		if n.Compute != nil {
+			n.Compute.Close()
+		}
 	}
 	if s.folder != nil {
 		s.folder.Close()
@@ -244,11 +249,7 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 	if !slices.Equal(names, wire.Roles(s.Role)) {
 		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
 	}
-	var npus []engine.NPU
-	for _, n := range s.NPUs {
-		npus = append(npus, n.NPU)
-	}
-	if err := s.Runner.Start(s.Model, npus, s.mixed, s.Metrics.step); err != nil {
+	if err := s.Runner.Start(s.Model, engines(s.NPUs()), s.mixed, s.Metrics.step); err != nil {
 		return err
 	}
 	defer s.Runner.Stop()
@@ -364,7 +365,7 @@ func (s *Stage) emit(kind, text string) {
 // pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
 // until ctx ends. It asks at the level of the process' load, and anew when that changes.
 func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(*bus.Delivery)) error {
-	slots := r.Slots * len(s.NPUs)
+	slots := r.Slots * setOf(s.NPUs()).Len()
 	busy := make(chan struct{}, slots)
 	for s.gate.quiet(ctx) && enter(ctx, busy) {
 		level, waits, changed := s.load.ask(r.Name)
@@ -494,7 +495,7 @@ func (s *Stage) heartbeat() wire.Instance {
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}
-	for _, p := range paced(s.NPUs) {
+	for _, p := range paced(s.NPUs()) {
 		beat.Busy += p.Busy().Seconds()
 		beat.Behind += p.Behind().Seconds()
 	}

@@ -244,7 +244,7 @@ func TestServeStopsInOrder(t *testing.T) {
 	r.Until("its heartbeat says what it does", func() bool {
 		all := instances.Role(stage.Decode)
 		return len(all) == 1 && all[0].ID == s.ID && all[0].Ready && all[0].Running == 2 && all[0].Node == "n" &&
-			slices.Equal(all[0].NPUs, []int{s.NPUs[0].Number})
+			slices.Equal(all[0].NPUs, []int{s.NPUs()[0].Number})
 	})
 	r.Until("with 2 slots 2 messages are in work and 1 waits", func() bool {
 		waiting, taken := r.Queue(stage.Decode)
@@ -479,7 +479,7 @@ func TestOpen(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer s.Close()
-		npus = append(npus, s.NPUs[0].Number)
+		npus = append(npus, s.NPUs()[0].Number)
 		if s.Model.Digest != r.Model.Config.Digest || s.ID == "" || s.Ready() {
 			t.Errorf("stage %q of model %s, ready %v", s.ID, s.Model.Name, s.Ready())
 		}
@@ -488,7 +488,7 @@ func TestOpen(t *testing.T) {
 		if len(stats.Weights) != 1 || stats.Weights[0].Holders != i+1 || stats.Shared[0].Used != told.Load() || told.Load() == 0 {
 			t.Errorf("with %d stages %+v and %+v; %d bytes were loaded", i+1, stats.Shared, stats.Weights, told.Load())
 		}
-		if !reflect.DeepEqual(s.NPUs[0].Weights.Layers, r.Model.Weights.Layers) {
+		if !reflect.DeepEqual(s.NPUs()[0].Weights.Layers, r.Model.Weights.Layers) {
 			t.Error("the stage has other weights than the folder")
 		}
 	}

@@ -53,28 +53,30 @@ func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (
 // any of them has.
 func (w *weights) load(ctx context.Context, parts hf.Parts) error {
 	s := w.stage
-	layout := Layout(&s.Model.Text, len(s.NPUs))
-	for i := range s.NPUs {
-		if s.NPUs[i].Weights != nil {
+	npus := s.NPUs()
+	all := setOf(npus)
+	layout := Layout(&s.Model.Text, all)
+	for i := range all.All() {
+		if npus[i].Weights != nil {
 			continue
 		}
 		var domain placement.Set
-		for j := range s.NPUs {
-			if !s.HBM.Far(s.NPUs[i].Number, s.NPUs[j].Number) {
+		for j := range all.All() {
+			if !s.HBM.Far(npus[i].Number, npus[j].Number) {
 				domain = domain.With(j)
 			}
 		}
 		var wanted hf.Experts
-		if domain.Len() < len(s.NPUs) {
+		if domain != all {
 			wanted = func(layer, expert int) bool { return layout[layer][expert]&domain != 0 }
 		}
-		loaded, err := s.folder.Load(ctx, &domainMemory{w, s.NPUs[i].Number}, parts, wanted)
+		loaded, err := s.folder.Load(ctx, &domainMemory{w, npus[i].Number}, parts, wanted)
 		if err != nil {
 			return err
 		}
 		for j := range domain.All() {
-			s.NPUs[j].Weights = loaded
-			s.NPUs[j].Experts = expertsOf(loaded, layout, j)
+			npus[j].Weights = loaded
+			npus[j].Experts = expertsOf(loaded, layout, j)
 		}
 	}
 	return nil

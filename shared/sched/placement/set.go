@@ -43,6 +43,9 @@ func (s Set) Without(n int) Set { return s &^ (1 << n) }
 // Len is the number of NPUs in s.
 func (s Set) Len() int { return bits.OnesCount64(uint64(s)) }
 
+// Slots is the number of slots, empty ones included, up to the last NPU of s.
+func (s Set) Slots() int { return bits.Len64(uint64(s)) }
+
 // All yields the NPUs of s in rising order.
 func (s Set) All() iter.Seq[int] {
 	return func(yield func(int) bool) {

@@ -10,6 +10,7 @@ import (
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
 )
 
 // Source brings sequences to the steps. All its methods are called by the runner's goroutine.
@@ -83,7 +84,8 @@ func (r *Runner) add(s *source) {
 // AddPieces adds work that is done between steps.
 func (r *Runner) AddPieces(p Piece) { r.pieces = append(r.pieces, p) }
 
-// Start prepares the language model, if anybody wants it, and starts the goroutine. mixed bounds steps in which sequences
+// Start prepares the language model, if anybody wants it, on the NPUs in the instance's slots (engine.NewText), and starts the
+// goroutine. mixed bounds steps in which sequences
 // decode and prompts are computed. took gives, for the names of the sources that had part in a step, joined with +, whoever
 // is told how long it took.
 func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, took func(names string) Observer) error {
@@ -100,7 +102,8 @@ func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, t
 		if r.text, err = engine.NewText(cfg, npus, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
 			return err
 		}
-		r.step = Step{Step: sched.NewStep(l, len(npus)), seqs: make([]engine.Seq, 0, len(npus)*l.Seqs)}
+		set := Slots(npus)
+		r.step = Step{Step: sched.NewStep(l, set), seqs: make([]engine.Seq, 0, set.Len()*l.Seqs)}
 	}
 	for _, decodes := range []bool{true, false} {
 		for _, s := range r.sources {
@@ -126,6 +129,17 @@ func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, t
 		r.run()
 	}()
 	return nil
+}
+
+// Slots are those with an NPU.
+func Slots(npus []engine.NPU) placement.Set {
+	var set placement.Set
+	for slot, n := range npus {
+		if n.Compute != nil {
+			set = set.With(slot)
+		}
+	}
+	return set
 }
 
 // Stop ends the goroutine between two steps and waits for that. Nobody may wait for an answer of a function given to Do any

@@ -44,12 +44,13 @@ func newLab(t *testing.T) *lab {
 	return l
 }
 
-// npus are NPUs of which each has the experts whose number comes to its own.
-func (l *lab) npus(count int) []engine.NPU {
-	npus := make([]engine.NPU, count)
-	for n := range npus {
+// npus are NPUs in these slots, in rising order, of which each has the experts whose number comes to its own.
+func (l *lab) npus(slots ...int) []engine.NPU {
+	count := len(slots)
+	npus := make([]engine.NPU, slots[count-1]+1)
+	for i, n := range slots {
 		npus[n] = engine.NPU{Compute: l.compute, Weights: l.weights}
-		if n > 0 {
+		if i > 0 {
 			c, err := npu.Open(npu.Options{Threads: 1})
 			if err != nil {
 				l.Fatal(err)
@@ -59,7 +60,7 @@ func (l *lab) npus(count int) []engine.NPU {
 		}
 		for _, layer := range l.weights.Layers {
 			own := make([]model.Expert, len(layer.Experts))
-			for e := n; e < len(own); e += count {
+			for e := i; e < len(own); e += count {
 				own[e] = layer.Experts[e]
 			}
 			npus[n].Experts = append(npus[n].Experts, own)
@@ -113,7 +114,7 @@ func (s *sequence) computed(n int, logits []float32) {
 // alone computes a sequence in an engine of its own, a token at a time.
 func (l *lab) alone(prompt, answer int) []int32 {
 	s := l.sequence(prompt, answer)
-	text, err := engine.NewText(l.config, l.npus(1), engine.Limits{Rows: 1, Seqs: 1})
+	text, err := engine.NewText(l.config, l.npus(0), engine.Limits{Rows: 1, Seqs: 1})
 	if err != nil {
 		l.Fatal(err)
 	}
@@ -178,18 +179,21 @@ func (s *source) Computed(seqs []engine.Seq, logits [][]float32, err error) {
 
 // Sequences decode in every step while a long prompt is computed beside them, in chunks of what the budget leaves, and pieces
 // of other work between; what comes out is what each gives alone. It is so on one NPU, where chunks have what decoding leaves, and
-// with each sequence on an NPU of its own.
+// with each sequence on an NPU of its own, whichever slots these are in.
 func TestDecodingGoesOn(t *testing.T) {
-	for npus, chunk := range map[int]string{1: "chunk 23", 2: "chunk 24"} {
-		t.Run(fmt.Sprint(npus), func(t *testing.T) { decodingGoesOn(t, npus, chunk) })
+	for _, c := range []struct {
+		slots []int
+		chunk string
+	}{{[]int{0}, "chunk 23"}, {[]int{0, 1}, "chunk 24"}, {[]int{3}, "chunk 23"}, {[]int{1, 4, 9}, "chunk 24"}} {
+		t.Run(fmt.Sprint(c.slots), func(t *testing.T) { decodingGoesOn(t, c.slots, c.chunk) })
 	}
 }
 
-func decodingGoesOn(t *testing.T, npus int, chunk string) {
+func decodingGoesOn(t *testing.T, slots []int, chunk string) {
 	l := newLab(t)
 	r := runner.New()
 	short, long := l.sequence(10, 12), l.sequence(200, 3)
-	long.npu = npus - 1
+	short.npu, long.npu = slots[0], slots[len(slots)-1]
 	want := map[*sequence][]int32{short: l.alone(10, 12), long: l.alone(200, 3)}
 	ended := make(chan *sequence, 2)
 	decode := &source{lab: l, decodes: true, done: func(q *sequence) { ended <- q }}
@@ -206,7 +210,7 @@ func decodingGoesOn(t *testing.T, npus int, chunk string) {
 		return pieces > 0
 	})
 	var names []string
-	err := r.Start(l.config, l.npus(npus), sched.Mixed{Tokens: 24, Least: 8}, func(roles string) runner.Observer {
+	err := r.Start(l.config, l.npus(slots...), sched.Mixed{Tokens: 24, Least: 8}, func(roles string) runner.Observer {
 		names = append(names, roles)
 		return l
 	})
@@ -245,7 +249,7 @@ func decodingGoesOn(t *testing.T, npus int, chunk string) {
 func TestStopped(t *testing.T) {
 	l := newLab(t)
 	r := runner.New()
-	if err := r.Start(l.config, l.npus(1), sched.Mixed{}, nil); err != nil {
+	if err := r.Start(l.config, l.npus(0), sched.Mixed{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan bool)

@@ -21,10 +21,10 @@ type Meter struct {
 
 // Meter makes a stage count what it computes: call it before the stage serves.
 func (r *Rig) Meter(s *stage.Stage) *Meter {
-	m := &Meter{Compute: s.NPUs[0].Compute, r: r, limit: math.MaxInt}
+	m := &Meter{Compute: s.NPUs()[0].Compute, r: r, limit: math.MaxInt}
 	m.changed.L = &m.mu
 	r.tb.Cleanup(m.Release)
-	s.NPUs[0].Compute = m
+	s.NPUs()[0].Compute = m
 	return m
 }
 
