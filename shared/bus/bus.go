@@ -109,6 +109,7 @@ type Bus struct {
 	joins      jetstream.KeyValue
 	joinStream jetstream.Stream // the stream behind joins
 	instances  jetstream.KeyValue
+	layouts    jetstream.KeyValue
 	keeper     *keeper
 
 	ctx    context.Context // ends at Close; the life of the Bus's own goroutines
@@ -174,6 +175,9 @@ func (b *Bus) open(ctx context.Context) (err error) {
 	}
 	if b.instances, err = b.js.KeyValue(ctx, wire.BucketInstances); err != nil {
 		return fmt.Errorf("bucket %s: %w", wire.BucketInstances, err)
+	}
+	if b.layouts, err = b.js.KeyValue(ctx, wire.BucketLayouts); err != nil {
+		return fmt.Errorf("bucket %s: %w", wire.BucketLayouts, err)
 	}
 	return nil
 }
@@ -307,6 +311,7 @@ func (b *Bus) ensure(ctx context.Context) error {
 	for _, bucket := range []jetstream.StreamConfig{
 		{Name: wire.BucketJoin, Description: "which pictures of a request are encoded", MaxAge: joinTTL, Storage: jetstream.FileStorage},
 		{Name: wire.BucketInstances, Description: "heartbeats of all instances", MaxAge: b.instanceTTL, Storage: jetstream.MemoryStorage},
+		{Name: wire.BucketLayouts, Description: "NPUs and placement of experts of instances that were changed", Storage: jetstream.FileStorage},
 	} {
 		if err := b.ensureBucket(ctx, bucket); err != nil {
 			return fmt.Errorf("bucket %s: %w", bucket.Name, err)
@@ -323,7 +328,10 @@ func (b *Bus) ensureBucket(ctx context.Context, bucket jetstream.StreamConfig) (
 	bucket.Name, bucket.Subjects = "KV_"+name, []string{"$KV." + name + ".>"}
 	bucket.MaxMsgsPerSubject, bucket.MaxMsgSize, bucket.Discard = 1, wire.MaxMessage, jetstream.DiscardNew
 	bucket.AllowRollup, bucket.DenyDelete = true, true
-	bucket.Duplicates = min(dedupeWindow, bucket.MaxAge)
+	bucket.Duplicates = dedupeWindow
+	if bucket.MaxAge > 0 {
+		bucket.Duplicates = min(dedupeWindow, bucket.MaxAge)
+	}
 	if bucket.Replicas, err = b.copies(ctx, bucket.Name); err != nil {
 		return err
 	}

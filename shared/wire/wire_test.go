@@ -62,6 +62,12 @@ func messages() map[string]any {
 		"lost":      &wire.Lost{Request: req.ID, Attempt: 2, Why: "gone", Final: true, Status: 400, Param: "messages", NoRoom: true, Stage: "encode", Code: "x"},
 		"done":      &wire.Done{Request: req.ID, Choice: -1},
 		"gone":      &wire.Gone{Node: "node-1", Instance: "decode-1", Role: "decode"},
+		"layout": &wire.Layout{
+			Instance: "decode-1", Model: [32]byte{1}, Asked: 2, Epoch: 7, NPUs: []int{2, -1, 3}, Experts: []byte{0x80, 0x00, 0x82},
+			Pending: &wire.Pending{ID: "a1", Kind: wire.ChangeScale, NPUs: 3, Left: time.Minute},
+			Last:    &wire.Ended{ID: "a0", Kind: wire.ChangeRebalance, Committed: true, Why: "why"},
+		},
+		"change": &wire.Change{ID: "a1", Kind: wire.ChangeScale, NPUs: 4, Left: time.Minute, Rate: 1 << 30, Spare: 0.25, DryRun: true, Seen: 3, Hold: "commit", HoldTime: time.Second},
 	}
 }
 
