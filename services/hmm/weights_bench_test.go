@@ -312,7 +312,11 @@ func threeSteps(b *testing.B, cfg model.Config, w *model.Weights, steps *[3]time
 	for i := range steps {
 		var batch []engine.Seq
 		for s := range 8 {
-			q := engine.Seq{Blocks: [][]float32{c.Alloc(cfg.Text.BlockFloats())}, Want: true}
+			block, err := c.Alloc(cfg.Text.BlockFloats())
+			if err != nil {
+				b.Fatal(err)
+			}
+			q := engine.Seq{Blocks: [][]float32{block}, Want: true}
 			for t := range 8 {
 				q.Tokens = append(q.Tokens, int32((s*61+t*7+1)%cfg.Text.Vocab))
 			}

@@ -60,7 +60,7 @@ func BenchmarkPrefill(b *testing.B) {
 func BenchmarkEncode(b *testing.B) {
 	r, p := newBenchRig(b, engine.Limits{Rows: 1, Seqs: 1})
 	grid := engine.Grid{T: 1, H: 14, W: 14}
-	pixels, out := make([]float32, grid.Patches()*r.cfg.Vision.PatchDim()), r.c.Alloc(r.enc.Floats(grid))
+	pixels, out := make([]float32, grid.Patches()*r.cfg.Vision.PatchDim()), r.alloc(r.enc.Floats(grid))
 	b.ReportAllocs()
 	inside, start := p.Inside(), time.Now()
 	for b.Loop() {

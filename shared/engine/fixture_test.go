@@ -132,11 +132,21 @@ func newRig(t testing.TB, dir string, c kernel.Compute, lim engine.Limits) *rig 
 	return r
 }
 
+// alloc takes device memory, which lives as long as the rig.
+func (r *rig) alloc(n int) []float32 {
+	r.t.Helper()
+	x, err := r.c.Alloc(n)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return x
+}
+
 // blocks returns fresh KV blocks for n positions.
 func (r *rig) blocks(n int) [][]float32 {
 	var out [][]float32
 	for at := 0; at < n; at += model.BlockTokens {
-		out = append(out, r.c.Alloc(r.cfg.Text.BlockFloats()))
+		out = append(out, r.alloc(r.cfg.Text.BlockFloats()))
 	}
 	return out
 }

@@ -129,7 +129,7 @@ func (r *rig) encodeGolden(t *testing.T, c *goldenCase, g tensors) []float32 {
 		t.Fatal("no golden pixel values")
 	}
 	grid := c.grids()[0]
-	out := r.c.Alloc(r.enc.Floats(grid))
+	out := r.alloc(r.enc.Floats(grid))
 	if err := r.enc.Encode(out, pixels, grid); err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +176,7 @@ func (r *rig) encodeFile(t *testing.T, p imageprep.Config, file string, grid eng
 	if got, err := p.Patches(data, pixels); err != nil || got != imageprep.Grid(grid) {
 		t.Fatalf("%s: grid %v, %v, want %v", file, got, err, grid)
 	}
-	out := r.c.Alloc(r.enc.Floats(grid))
+	out := r.alloc(r.enc.Floats(grid))
 	if err := r.enc.Encode(out, pixels, grid); err != nil {
 		t.Fatal(err)
 	}

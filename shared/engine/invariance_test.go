@@ -209,7 +209,7 @@ func TestFrames(t *testing.T) {
 				pixels[i] = 2*rnd.Float32() - 1
 			}
 			encode := func(pixels []float32, g engine.Grid) [][]float32 {
-				out := r.c.Alloc(r.enc.Floats(g))
+				out := r.alloc(r.enc.Floats(g))
 				if err := r.enc.Encode(out, pixels, g); err != nil {
 					t.Fatal(err)
 				}

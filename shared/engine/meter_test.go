@@ -43,7 +43,7 @@ func TestMeter(t *testing.T) {
 		}
 	}
 	grid := picture.grids()[0]
-	out := c.Alloc(r.enc.Floats(grid))
+	out := r.alloc(r.enc.Floats(grid))
 	if err := r.enc.Encode(out, make([]float32, grid.Patches()*r.cfg.Vision.PatchDim()), grid); err != nil {
 		t.Fatal(err)
 	}

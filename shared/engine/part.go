@@ -19,6 +19,7 @@ type part struct {
 	wake  chan struct{} // a token a batch; not for the first NPU
 
 	// Device scratch for lim.Rows rows; with behind them what comes from other NPUs for experts here.
+	memory scratch
 	hidden []float32 // [rows, Hidden]: the residual stream
 	normed []float32 // [rows of all NPUs, Hidden]
 	query  []float32 // [rows, Heads, HeadDim]
@@ -55,16 +56,7 @@ func newPart(t *Text, npu int, npus []NPU, count int) *part {
 	n := &npus[npu]
 	m, c, lim := &t.cfg, n.Compute, t.lim
 	p := &part{
-		t: t, npu: npu, place: len(t.parts), w: n.Weights, c: c, wake: make(chan struct{}, 1),
-
-		hidden: c.Alloc(lim.Rows * m.Hidden),
-		normed: c.Alloc(count * lim.Rows * m.Hidden),
-		query:  c.Alloc(lim.Rows * m.Heads * m.HeadDim),
-		key:    c.Alloc(lim.Rows * m.KVHeads * m.HeadDim),
-		value:  c.Alloc(lim.Rows * m.KVHeads * m.HeadDim),
-		mixed:  c.Alloc(lim.Rows * m.Heads * m.HeadDim),
-		delta:  c.Alloc(lim.Rows * m.Hidden),
-		logits: c.Alloc(lim.Seqs * m.Vocab),
+		t: t, npu: npu, place: len(t.parts), w: n.Weights, c: c, wake: make(chan struct{}, 1), memory: scratch{c: c},
 
 		ids:       make([]int32, 0, lim.Rows),
 		cos:       make([]float32, lim.Rows*m.HeadDim/2),
@@ -73,15 +65,23 @@ func newPart(t *Text, npu int, npus []NPU, count int) *part {
 		own:       make([]int, 0, lim.Seqs),
 		seqs:      make([]kernel.Seq, 0, lim.Seqs),
 	}
+	p.hidden = p.memory.alloc(lim.Rows * m.Hidden)
+	p.normed = p.memory.alloc(count * lim.Rows * m.Hidden)
+	p.query = p.memory.alloc(lim.Rows * m.Heads * m.HeadDim)
+	p.key = p.memory.alloc(lim.Rows * m.KVHeads * m.HeadDim)
+	p.value = p.memory.alloc(lim.Rows * m.KVHeads * m.HeadDim)
+	p.mixed = p.memory.alloc(lim.Rows * m.Heads * m.HeadDim)
+	p.delta = p.memory.alloc(lim.Rows * m.Hidden)
+	p.logits = p.memory.alloc(lim.Seqs * m.Vocab)
 	p.meter, _ = c.(kernel.Meter)
 	for _, d := range m.Dense {
 		if d && p.gate == nil {
-			p.gate, p.up = c.Alloc(lim.Rows*m.DenseHidden), c.Alloc(lim.Rows*m.DenseHidden)
+			p.gate, p.up = p.memory.alloc(lim.Rows*m.DenseHidden), p.memory.alloc(lim.Rows*m.DenseHidden)
 		}
 	}
 	if m.Experts > 0 {
-		p.router = c.Alloc(lim.Rows * m.Experts)
-		p.slots = c.Alloc(count * lim.Rows * m.TopK * m.Hidden)
+		p.router = p.memory.alloc(lim.Rows * m.Experts)
+		p.slots = p.memory.alloc(count * lim.Rows * m.TopK * m.Hidden)
 		p.experts = make([]int32, count*lim.Rows*m.TopK)
 		p.weights = make([]float32, lim.Rows*m.TopK)
 		p.load = make([]atomic.Uint64, m.Layers*m.Experts)

@@ -38,7 +38,10 @@ func (p *Profile) since(start time.Time) {
 func (p *Profile) Digest() string { return p.c.Digest() }
 
 // Alloc allocates from the wrapped Compute; it is not measured.
-func (p *Profile) Alloc(n int) []float32 { return p.c.Alloc(n) }
+func (p *Profile) Alloc(n int) ([]float32, error) { return p.c.Alloc(n) }
+
+// Free gives back to the wrapped Compute; it is not measured.
+func (p *Profile) Free(scratch []float32) { p.c.Free(scratch) }
 
 // Close closes the wrapped Compute.
 func (p *Profile) Close() error { return p.c.Close() }

@@ -47,8 +47,9 @@ type Text struct {
 
 // NewText prepares the language model for batches within lim on the NPUs in the given slots, at least one and at most 64, of which
 // some may be empty: whatever names an NPU (Seq.NPU, SetExperts) names its slot. It allocates its scratch from each NPU's Compute, all of one
-// digest, which must outlive it, and keeps the weights. It returns ErrModel when these do not fit the configuration.
-func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
+// digest, which must outlive it, and keeps the weights; the NPUs may compute something else meanwhile. It returns ErrModel when the
+// weights do not fit the configuration, kernel.ErrNoMemory when an NPU has no room.
+func NewText(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
 	count := 0
 	for _, n := range npus {
 		if n.Compute != nil {
@@ -68,6 +69,11 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
 		out:    make([][]float32, 0, count*lim.Seqs),
 		meet:   newBarrier(count),
 	}
+	defer func() {
+		if err != nil {
+			t.free()
+		}
+	}()
 	tables := make([][][]model.Expert, len(npus))
 	var digest string
 	for i, n := range npus {
@@ -89,6 +95,9 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
 		}
 		t.byNPU[i] = newPart(t, i, npus, count)
 		t.parts = append(t.parts, t.byNPU[i])
+		if err := t.byNPU[i].memory.err; err != nil {
+			return nil, fmt.Errorf("language model of %s on NPU %d: %w", cfg.Name, i, err)
+		}
 	}
 	if err := t.SetExperts(tables); err != nil {
 		return nil, fmt.Errorf("language model of %s: %w", cfg.Name, err)
@@ -103,12 +112,20 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
 	return t, nil
 }
 
-// Close ends the goroutines. No Forward may run or follow.
+// Close ends the goroutines and gives the scratch back; logits of the last Forward stay. No Forward may run or follow, but the NPUs may
+// compute something else, such as another Text.
 func (t *Text) Close() {
 	for _, p := range t.parts[1:] {
 		close(p.wake)
 	}
 	t.ended.Wait()
+	t.free()
+}
+
+func (t *Text) free() {
+	for _, p := range t.parts {
+		p.memory.free()
+	}
 }
 
 // Limits returns the limits the Text was made for.

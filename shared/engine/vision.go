@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"fmt"
 
 	"trireme.dev/shared/kernel"
@@ -28,6 +29,7 @@ type Encoder struct {
 	next  int // the block that comes next; len(w.Blocks): what follows the last
 
 	// Device scratch for limit patches.
+	memory  scratch
 	pixels  []float32 // [patches, PatchDim]
 	hidden  []float32 // [patches, Hidden]: the residual stream
 	normed  []float32 // [patches, Hidden]
@@ -39,7 +41,8 @@ type Encoder struct {
 }
 
 // NewEncoder prepares an encoder for pictures of at most maxPatches patches. It allocates its scratch from c, which
-// must outlive it, and keeps w. It returns ErrModel when the model has no vision part or its weights do not fit.
+// must outlive it, and keeps w. It returns ErrModel when the model has no vision part or its weights do not fit, and
+// kernel.ErrNoMemory when there is no room.
 func NewEncoder(cfg model.Config, w *model.Weights, c kernel.Compute, maxPatches int) (*Encoder, error) {
 	v := cfg.Vision
 	if v == nil || w.Vision == nil {
@@ -54,18 +57,23 @@ func NewEncoder(cfg model.Config, w *model.Weights, c kernel.Compute, maxPatches
 	}
 	n := maxPatches
 	e := &Encoder{
-		v: v, w: w.Vision, c: c, limit: n,
-		pixels:  c.Alloc(n * v.PatchDim()),
-		hidden:  c.Alloc(n * v.Hidden),
-		normed:  c.Alloc(n * v.Hidden),
-		qkv:     c.Alloc(n * 3 * v.Hidden),
-		mixed:   c.Alloc(n * v.Hidden),
-		inner:   c.Alloc(n * v.MLP),
-		joined:  c.Alloc(n * v.Hidden),
-		squeeze: c.Alloc(n * v.Hidden),
+		v: v, w: w.Vision, c: c, limit: n, memory: scratch{c: c},
+	}
+	e.pixels = e.memory.alloc(n * v.PatchDim())
+	e.hidden = e.memory.alloc(n * v.Hidden)
+	e.normed = e.memory.alloc(n * v.Hidden)
+	e.qkv = e.memory.alloc(n * 3 * v.Hidden)
+	e.mixed = e.memory.alloc(n * v.Hidden)
+	e.inner = e.memory.alloc(n * v.MLP)
+	e.joined = e.memory.alloc(n * v.Hidden)
+	e.squeeze = e.memory.alloc(n * v.Hidden)
+	table, err := widen(c, w.Vision.PosEmbed)
+	if err = cmp.Or(e.memory.err, err); err != nil {
+		e.Close()
+		return nil, fmt.Errorf("vision encoder of %s: %w", cfg.Name, err)
 	}
 	e.tables = &patchTables{
-		v: v, side: side, embed: widen(c, w.Vision.PosEmbed),
+		v: v, side: side, embed: table,
 		inv:    inverseFrequencies(v.Theta, v.Hidden/v.Heads/2),
 		budget: patchTableBudget,
 	}
@@ -73,16 +81,24 @@ func NewEncoder(cfg model.Config, w *model.Weights, c kernel.Compute, maxPatches
 	return e, nil
 }
 
+// Close gives the scratch back. No call may follow.
+func (e *Encoder) Close() { e.memory.free() }
+
 // widen brings a device matrix to the host as float32.
-func widen(c kernel.Compute, m model.Matrix) []float32 {
+func widen(c kernel.Compute, m model.Matrix) ([]float32, error) {
 	ids := make([]int32, m.Rows)
 	for i := range ids {
 		ids[i] = int32(i)
 	}
-	device, host := c.Alloc(m.Rows*m.Cols), make([]float32, m.Rows*m.Cols)
+	device, err := c.Alloc(m.Rows * m.Cols)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Free(device)
+	host := make([]float32, m.Rows*m.Cols)
 	c.Embed(device, m, ids)
 	c.Download(host, device)
-	return host
+	return host, nil
 }
 
 // Tokens is the number of multimodal tokens of a picture.

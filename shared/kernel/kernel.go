@@ -16,15 +16,26 @@
 // whether AVX2 or AVX-512 was chosen. Backends whose Digest is equal give bit-equal results.
 package kernel
 
-import "trireme.dev/shared/model"
+import (
+	"errors"
+
+	"trireme.dev/shared/model"
+)
+
+// ErrNoMemory is wrapped by the error of Alloc when the device has not so much memory.
+var ErrNoMemory = errors.New("no memory for scratch")
 
 // Compute does the arithmetic of one NPU. It is used by one goroutine at a time; it spreads work over its own threads.
 // Wrong lengths are programmer errors and panic with a "BUG:" prefix. Outputs may not overlap inputs unless said.
 type Compute interface {
 	// Digest names the kernel set: arithmetic, dtype and order of summation. A sequence never moves between digests.
 	Digest() string
-	// Alloc returns zeroed scratch on the device of n float32. It lives until Close.
-	Alloc(n int) []float32
+	// Alloc returns zeroed scratch on the device of n float32, or an error that wraps ErrNoMemory. It lives until Free, or until
+	// Close. Free gives back what Alloc has returned, as a whole, which no operation uses that is under way or follows; it is no
+	// memory of the process from then on. Both may be called by any goroutine at any time, beside operations of another one.
+	// (CUDA: cuMemCreate and cuMemMap, as cuMemFree would wait for all that the device computes.)
+	Alloc(n int) ([]float32, error)
+	Free(scratch []float32)
 	// Upload copies host src to device dst; Download copies device src to host dst after all earlier operations.
 	// Lengths are equal.
 	Upload(dst, src []float32)

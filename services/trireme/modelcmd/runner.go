@@ -76,10 +76,17 @@ func newRunner(f *hf.Folder, c kernel.Compute, cases []goldenCase) (*runner, err
 		if r.enc, err = engine.NewEncoder(r.cfg, w, c, patches); err != nil {
 			return nil, err
 		}
-		r.planes, r.host = c.Alloc(floats), make([]float32, floats)
+		if r.planes, err = c.Alloc(floats); err != nil {
+			return nil, err
+		}
+		r.host = make([]float32, floats)
 	}
 	for at := 0; at < length; at += model.BlockTokens {
-		r.blocks = append(r.blocks, c.Alloc(r.cfg.Text.BlockFloats()))
+		block, err := c.Alloc(r.cfg.Text.BlockFloats())
+		if err != nil {
+			return nil, err
+		}
+		r.blocks = append(r.blocks, block)
 	}
 	return r, nil
 }

@@ -59,6 +59,7 @@ type compute struct {
 	vec     vector
 	pool    *pool
 	workers []worker // [Threads]
+	memory  memory
 
 	linear   linearTask
 	attend   attendTask
@@ -98,13 +99,12 @@ func New(options Options) (kernel.Compute, error) {
 
 func (c *compute) Digest() string { return Digest }
 
-// Close ends the worker threads. It may be called more than once.
+// Close ends the worker threads and gives scratch back. It may be called more than once.
 func (c *compute) Close() error {
 	c.pool.close()
+	c.memory.close()
 	return nil
 }
-
-func (c *compute) Alloc(n int) []float32 { return make([]float32, n) }
 
 func (c *compute) Upload(dst, src []float32) {
 	check.Same("Upload", dst, src)

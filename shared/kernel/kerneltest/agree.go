@@ -73,7 +73,21 @@ func memoryAgrees(rt *rapid.T, f *field, c, oracle kernel.Compute) {
 	oracle.Embed(want, table, ids)
 	equal(rt, "Embed", got, want)
 
-	host, back, device, sum := f.normals(n, 1), f.zeros(n), c.Alloc(n), c.Alloc(n)
+	alloc := func() []float32 {
+		x, err := c.Alloc(n)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		back := f.normals(n, 1)
+		c.Download(back, x)
+		equal(rt, "Alloc", back, f.zeros(n))
+		return x
+	}
+	other := alloc()
+	c.Upload(other, f.normals(n, 1))
+	c.Free(other)
+	host, back, device, sum := f.normals(n, 1), f.zeros(n), alloc(), alloc()
+	defer func() { c.Free(device); c.Free(sum) }()
 	c.Upload(device, host)
 	c.Copy(sum, device)
 	c.Add(sum, device)

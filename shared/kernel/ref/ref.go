@@ -19,8 +19,12 @@ type compute struct{}
 // New returns the reference implementation. Its device memory is ordinary memory.
 func New() kernel.Compute { return compute{} }
 
-func (compute) Digest() string        { return Digest }
-func (compute) Alloc(n int) []float32 { return make([]float32, n) }
+func (compute) Digest() string                 { return Digest }
+func (compute) Alloc(n int) ([]float32, error) { return make([]float32, n), nil }
+
+// Free leaves it to the garbage collector.
+func (compute) Free([]float32) {}
+
 func (compute) Upload(dst, src []float32) {
 	check.Same("Upload", dst, src)
 	copy(dst, src)

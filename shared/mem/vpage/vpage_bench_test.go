@@ -97,7 +97,7 @@ func BenchmarkExperts(b *testing.B) {
 		ranged = append(ranged, expert(ranges.Bytes(0, i)))
 	}
 	for _, rows := range []int{1, 32} {
-		x, out, ids := c.Alloc(rows*hidden), c.Alloc(rows*topK*hidden), make([]int32, rows*topK)
+		x, out, ids := make([]float32, rows*hidden), make([]float32, rows*topK*hidden), make([]int32, rows*topK)
 		for i := range ids {
 			ids[i] = int32(i * 5 % n)
 		}

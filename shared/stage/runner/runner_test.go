@@ -87,7 +87,11 @@ func (l *lab) sequence(prompt, answer int) *sequence {
 		s.tokens = append(s.tokens, int32(300+17*i%200))
 	}
 	for range (s.end + model.BlockTokens - 1) / model.BlockTokens {
-		s.blocks = append(s.blocks, l.compute.Alloc(l.config.Text.BlockFloats()))
+		block, err := l.compute.Alloc(l.config.Text.BlockFloats())
+		if err != nil {
+			l.Fatal(err)
+		}
+		s.blocks = append(s.blocks, block)
 	}
 	return s
 }
@@ -118,6 +122,7 @@ func (l *lab) alone(prompt, answer int) []int32 {
 	if err != nil {
 		l.Fatal(err)
 	}
+	defer text.Close()
 	for s.pos < s.end {
 		logits, err := text.Forward([]engine.Seq{s.seq(1)})
 		if err != nil {

@@ -160,10 +160,18 @@ func (m *Model) positions(spec *wire.Spec) ([][3]int32, int) {
 	return engine.Positions(spec.Prompt, grids, m.Config.Vision)
 }
 
+func (m *Model) alloc(n int) []float32 {
+	x, err := m.Compute.Alloc(n)
+	if err != nil {
+		m.tb.Fatal(err)
+	}
+	return x
+}
+
 func (m *Model) blocks(positions int) [][]float32 {
 	blocks := make([][]float32, kv.Blocks(positions))
 	for i := range blocks {
-		blocks[i] = m.Compute.Alloc(m.Config.Text.BlockFloats())
+		blocks[i] = m.alloc(m.Config.Text.BlockFloats())
 	}
 	return blocks
 }

@@ -59,7 +59,7 @@ func (m *Model) Embed(data []byte, grid engine.Grid) []float32 {
 	if got, err := prep.Patches(data, pixels); err != nil || got != imageprep.Grid(grid) {
 		m.tb.Fatalf("patches of grid %v, want %v: %v", got, grid, err)
 	}
-	out := m.Compute.Alloc(m.vision.Floats(grid))
+	out := m.alloc(m.vision.Floats(grid))
 	if err := m.vision.Encode(out, pixels, grid); err != nil {
 		m.tb.Fatal(err)
 	}
