@@ -92,6 +92,14 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.CloseWeights) (any, error) {
 			return nil, l.CloseWeights(s.id, v)
 		})
+	case protocol.OpJoin:
+		return with(s, body, func(l *ledger.Ledger, now time.Time, j protocol.Join) (any, error) {
+			return l.Join(now, s.id, j)
+		})
+	case protocol.OpPart:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, npus []int) (any, error) {
+			return nil, l.Part(s.id, npus)
+		})
 	case protocol.OpStats:
 		return s.d.Stats(), nil
 	}

@@ -31,7 +31,11 @@ type report struct {
 
 func child(part string) int {
 	ctx := context.Background()
-	c, err := hbm.Dial(ctx, os.Getenv(childSocket), hbm.Hello{Instance: "child", Role: "decode", NPUs: 1})
+	hello := hbm.Hello{Instance: "child", Role: "decode", NPUs: 1}
+	if part == "named" {
+		hello.Name = "decoder-0"
+	}
+	c, err := hbm.Dial(ctx, os.Getenv(childSocket), hello)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -87,7 +91,7 @@ func child(part string) int {
 				k.Progress(7)
 			}
 		}
-	case "idle":
+	case "idle", "named":
 	default:
 		fmt.Fprintln(os.Stderr, "no such part:", part)
 		return 2

@@ -16,6 +16,9 @@ import (
 	"trireme.dev/shared/wire"
 )
 
+// DefaultReserve is the Config.Reserve of 0.
+const DefaultReserve = 10 * time.Second
+
 // Config is what a daemon is made from.
 type Config struct {
 	Socket    string // path of the Unix socket to listen on, at most 107 bytes; its folder must be there
@@ -47,6 +50,7 @@ type Config struct {
 	Claims       int           // most claims at a time; 0: 65536
 	Margin       time.Duration // that holds outlive their request's deadline; 0: 10 s
 	Tombstone    time.Duration // that an ended request is remembered at least; 0: 10 min
+	Reserve      time.Duration // that NPUs of a named instance are kept for its name after its end; 0: DefaultReserve, negative: not at all
 	WriteTimeout time.Duration // after which a client that does not read is dropped; 0: 10 s
 }
 
@@ -89,6 +93,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Tombstone == 0 {
 		c.Tombstone = defaultTombstone
+	}
+	if c.Reserve == 0 {
+		c.Reserve = DefaultReserve
 	}
 	if c.WriteTimeout == 0 {
 		c.WriteTimeout = defaultWriteTimeout

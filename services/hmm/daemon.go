@@ -115,6 +115,7 @@ func (d *Daemon) open() error {
 		Board:   d.board.Load,
 		MMCache: d.cfg.MMCache, KVCache: d.cfg.KVCache, Weights: d.cfg.Weights,
 		Margin: d.cfg.Margin, Tombstone: d.cfg.Tombstone, MaxTombstones: maxTombstones, MaxRequests: maxRequests, Unknown: unknownDeadline,
+		Reserve: d.cfg.Reserve,
 	}))
 	return nil
 }

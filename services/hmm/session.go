@@ -124,8 +124,8 @@ func (s *session) hello(r io.Reader) error {
 	if h.Version != protocol.Version {
 		return fmt.Errorf("the HMM speaks version %d, %q speaks %d: %w", protocol.Version, h.Instance, h.Version, protocol.ErrVersion)
 	}
-	if len(h.Instance) > 128 || len(h.Role) > 32 {
-		return fmt.Errorf("instance or role is too long: %w", mem.ErrInvalid)
+	if len(h.Instance) > 128 || len(h.Role) > 32 || len(h.Name) > 128 {
+		return fmt.Errorf("instance, role or name is too long: %w", mem.ErrInvalid)
 	}
 	npus, err := s.connect(h)
 	if err != nil {
@@ -148,7 +148,7 @@ func (s *session) retire(err error) error {
 	return err
 }
 
-// connect enters the client into the books. NPUs of an instance that has just died become free when its process is
+// connect enters the client into the books. NPUs and the name of an instance that has just died become free when its process is
 // found to have exited: its successor waits for that.
 func (s *session) connect(h protocol.Hello) ([]int, error) {
 	deadline := time.NewTimer(npuWait)
@@ -158,11 +158,11 @@ func (s *session) connect(h protocol.Hello) ([]int, error) {
 		var err error
 		var reaped chan struct{}
 		leaving := false
-		s.d.books.do(func(l *ledger.Ledger, _ time.Time) {
-			s.id, npus, err = l.Connect(h.Instance, h.Role, h.NPUs)
-			reaped, leaving = s.d.books.reaped, l.Leaving()
+		s.d.books.do(func(l *ledger.Ledger, now time.Time) {
+			s.id, npus, err = l.Connect(now, h)
+			reaped, leaving = s.d.books.reaped, l.Leaving(h.Name)
 		})
-		if !errors.Is(err, mem.ErrExhausted) || !leaving {
+		if err == nil || errors.Is(err, mem.ErrInvalid) || !leaving {
 			return npus, err
 		}
 		select {

@@ -78,7 +78,9 @@ func (p *peers) serve(ctx context.Context) {
 		return
 	}
 	var err error
-	if !p.d.books.do(func(l *ledger.Ledger, _ time.Time) { p.id, _, err = l.Connect("other nodes", "hmm", 0) }) || err != nil {
+	if !p.d.books.do(func(l *ledger.Ledger, now time.Time) {
+		p.id, _, err = l.Connect(now, protocol.Hello{Instance: "other nodes", Role: "hmm"})
+	}) || err != nil {
 		return // closed already: an instance's name and no NPU are never refused
 	}
 	p.d.log.Info("serving other nodes", "address", p.listener.Addr().String(), "announced", p.d.announced(),

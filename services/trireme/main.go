@@ -18,6 +18,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"trireme.dev/services/hmm"
 	"trireme.dev/services/trireme/benchcmd"
 	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/conf"
@@ -123,7 +124,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		kong.DefaultEnvars("TRIREME"),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
 		kong.Vars{
-			"data": defaultData(), "lease": stage.DefaultLease.String(), "drain": stage.DefaultDrain.String(), "profiles": strings.Join(pace.Names(), ", "),
+			"data": defaultData(), "lease": stage.DefaultLease.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
 			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
 		},
 	)

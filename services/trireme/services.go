@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -38,7 +39,6 @@ type connectFlags struct {
 	HMM     string `name:"hmm" help:"Socket of the node's HMM." default:"${data}/hmm.sock" type:"path"`
 	Model   string `help:"Hugging Face folder of the model; by default the bundled one." type:"path"`
 	Data    string `help:"Folder for state and the unpacked model." default:"${data}" type:"path"`
-	Name    string `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
 	ackFlag
 }
 
@@ -51,6 +51,7 @@ type ackFlag struct {
 // stageFlags are what every stage needs.
 type stageFlags struct {
 	connectFlags
+	Name    string `help:"Stable name of the instance, of which no other that runs has the same: its id is this and a random suffix, and the HMM keeps its NPUs for a while for the process that is started in its place. None by default." placeholder:"NAME"`
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 	NPUs    int    `name:"npus" help:"NPUs of the instance: each has sequences of its own, experts are spread over all." default:"1"`
 	Threads int    `help:"Worker threads of the instance's host NPUs together; 0: one for each core."`
@@ -67,17 +68,22 @@ type paceFlag struct {
 	Pace string `help:"Slow NPUs down to the rates of a profile, so that many on a few cores behave as a fleet: ${profiles}, or a file FILE.yaml. All figures are labelled so." placeholder:"NAME"`
 }
 
+var validName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+
 // run opens a stage and serves it; serve gets the open stage.
 func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage.Stage) error) error {
 	if f.NPUs < 1 || f.NPUs > placement.MaxNPUs {
 		return fmt.Errorf("%w--npus %d: an instance has 1 to %d", errUsage, f.NPUs, placement.MaxNPUs)
+	}
+	if f.Name != "" && !validName.MatchString(f.Name) {
+		return fmt.Errorf("%w--name %q: letters, digits, - and _, at most 64", errUsage, f.Name)
 	}
 	model, err := modelDir(f.Model, f.Data)
 	if err != nil {
 		return err
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
-		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Instance: f.Name, Metrics: f.Metrics,
+		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
 		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
 		NPUs:    f.NPUs,
@@ -187,6 +193,7 @@ func (c *stageCmd) Run(e *env) error {
 
 type gatewayCmd struct {
 	connectFlags
+	Name           string        `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
 	HTTP           string        `name:"http" help:"Address of the OpenAI-compatible API." default:"127.0.0.1:8080"`
 	ServedName     string        `help:"Model name that clients use; by default the folder's." placeholder:"NAME"`
 	MaxBody        conf.Bytes    `help:"Largest request body." default:"64MiB"`
@@ -242,6 +249,8 @@ type hmmCmd struct {
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 
 	weightsFlags
+
+	Reserve time.Duration `help:"Time for which the NPUs of a named instance that has ended are kept for the next one of its name; 0: they are not." default:"${reserve}"`
 
 	PeerListen   string            `help:"Address to serve objects to other nodes' HMMs at; none by default." placeholder:"ADDR"`
 	PeerAnnounce string            `help:"Address that other nodes are told to reach --peer-listen at; by default that one, and for a wildcard address the one that NATS sees." placeholder:"ADDR"`
@@ -315,6 +324,7 @@ func (c *hmmCmd) Run(e *env) error {
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
 		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
 		Peers:   peers,
+		Reserve: cmp.Or(c.Reserve, -1),
 		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
 	}, e.log)
 	if err != nil {

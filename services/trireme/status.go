@@ -41,7 +41,29 @@ type status struct {
 	Instances []wire.Instance `json:"instances"`
 	Queues    []bus.Queue     `json:"queues"`
 	Dead      int             `json:"dead_letters"`
+	NPUs      []npuStatus     `json:"npus"` // of all nodes
 	Nodes     []hbm.Stats     `json:"nodes"`
+}
+
+// npuStatus is who has an NPU. Without Instance it is spare, or kept for a while for an instance that may come back.
+type npuStatus struct {
+	NPU      string `json:"npu"`                // node/index
+	Instance string `json:"instance,omitempty"` // id
+	Name     string `json:"name,omitempty"`     // the instance's stable name
+	Reserved string `json:"reserved,omitempty"` // name of the instance that it is kept for
+}
+
+// npusOf lists the NPUs of nodes.
+func npusOf(nodes []hbm.Stats) []npuStatus {
+	all := []npuStatus{}
+	for _, n := range nodes {
+		for _, m := range n.Memory {
+			if m.NPU >= 0 {
+				all = append(all, npuStatus{NPU: npuName(n.Node, m.NPU), Instance: m.Instance, Name: m.Name, Reserved: m.Reserved})
+			}
+		}
+	}
+	return all
 }
 
 // Run reads and prints the status.
@@ -84,6 +106,7 @@ func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status
 		return nil, err
 	}
 	s.Nodes, err = nodes(ctx, b.Conn())
+	s.NPUs = npusOf(s.Nodes)
 	return &s, err
 }
 
@@ -153,6 +176,17 @@ func (s *status) print(w io.Writer) error {
 	}
 	if s.Dead > 0 {
 		fmt.Fprintf(t, "\n%d dead letters: see trireme dead list\n", s.Dead)
+	}
+	fmt.Fprintln(t, "\nNPU\tINSTANCE\tNAME")
+	for _, n := range s.NPUs {
+		owner, name := n.Instance, n.Name
+		switch {
+		case n.Reserved != "":
+			owner, name = "reserved", n.Reserved
+		case owner == "":
+			owner = "spare"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\n", n.NPU, owner, dash(name))
 	}
 	fmt.Fprintln(t, "\nMEMORY\tKIND\tUSED\tPADDED\tCACHED\tFREE\tPEAK\tCAPACITY\tINSTANCE")
 	for _, n := range s.Nodes {

@@ -372,13 +372,16 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 		gateway = append(gateway, "--served-name", models.Default)
 	}
 	var stages []supervise.Child
+	alike := map[string]int{} // instances so far, by service
 	for _, g := range p.topology.Groups {
 		service, combined := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[g.Roles], []string(nil)
 		if service == "" {
 			service, combined = "stage", []string{"--roles", g.Roles}
 		}
 		for range g.Count {
-			args := slices.Concat(combined, common)
+			name := fmt.Sprintf("%s-%d", service, alike[service])
+			alike[service]++
+			args := slices.Concat(combined, common, []string{"--name", name})
 			if c.Threads > 0 {
 				args = append(args, "--threads", strconv.Itoa(c.Threads))
 			}
@@ -391,7 +394,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 			if strings.Contains(g.Roles, "P") {
 				args = append(args, c.policyFlag.args()...)
 			}
-			stages = append(stages, child(fmt.Sprintf("%s-%d", service, len(stages)), service, args...))
+			stages = append(stages, child(name, service, args...))
 		}
 	}
 	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--npus", strconv.Itoa(p.topology.NPUs()),

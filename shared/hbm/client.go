@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,6 +26,8 @@ type Hello struct {
 	Instance string // instance id
 	Role     string // gateway, encode, prefill, decode, or several of the last three joined by +; the gateway gets host memory only
 	NPUs     int    // NPUs wanted; 0 for the gateway
+	Name     string // stable name, which an instance that is started in the place of this one has, too; "": none
+	Want     []int  // NPUs wanted, by number, and no others; nil: those reserved for Name, then the lowest spare ones
 }
 
 // Ref names a request hold: the HMM keeps the object until the request ends, a newer attempt at it appears, or its
@@ -52,7 +53,6 @@ var ErrVersion = protocol.ErrVersion
 type Client struct {
 	conn  *net.UnixConn
 	node  string
-	npus  []int
 	homes []int                      // of each NPU of the node: its space; none for the gateway
 	table atomic.Pointer[host.View]  // of claims; nil once the connection has ended
 	board atomic.Pointer[host.Board] // what this client says of its work, by slot of the claim; nil for the gateway, and as table
@@ -61,6 +61,7 @@ type Client struct {
 	writing sync.Mutex // one write at a time
 
 	mu      sync.Mutex
+	npus    []int
 	out     []byte // requests that are not written yet, whole frames
 	lastID  uint64
 	pending map[uint64]chan reply
@@ -84,7 +85,8 @@ const retryDial = 20 * time.Millisecond
 const maxWrite = 30 * time.Second
 
 // Dial connects to the HMM at a Unix socket. It waits until ctx ends while the socket is not there or nobody listens.
-// ErrExhausted when there are not as many free NPUs as wanted, ErrVersion when the HMM is of another version.
+// ErrExhausted when the NPUs wanted are not to be had, ErrDenied when another instance has the name, ErrVersion when the HMM is of
+// another version.
 func Dial(ctx context.Context, socket string, h Hello) (*Client, error) {
 	var d net.Dialer
 	for {
@@ -113,7 +115,7 @@ func handshake(ctx context.Context, conn *net.UnixConn, h Hello) (*Client, error
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	hello, err := protocol.Request(1, protocol.OpHello, protocol.Hello{
-		Version: protocol.Version, Instance: h.Instance, Role: h.Role, NPUs: h.NPUs,
+		Version: protocol.Version, Instance: h.Instance, Role: h.Role, NPUs: h.NPUs, Name: h.Name, Want: h.Want,
 	})
 	if err != nil {
 		return nil, err
@@ -234,9 +236,6 @@ func welcome(conn *net.UnixConn, payload []byte, files []*os.File) (*Client, err
 
 // Node is the id of the node.
 func (c *Client) Node() string { return c.node }
-
-// NPUs lists the NPUs granted to this instance: indices on the node, rising.
-func (c *Client) NPUs() []int { return slices.Clone(c.npus) }
 
 // Lost is closed when the connection has ended, by Close too. Every map is then useless: the HMM may give its memory to
 // others once this process ends. Calls return mem.ErrLost from then on.

@@ -44,7 +44,8 @@ type Config struct {
 	NATSURL  string
 	HMM      string // path of the HMM's socket
 	Model    string // Hugging Face folder
-	Instance string // instance id; "": role and a random suffix
+	Instance string // instance id; "": the name or role and a random suffix
+	Name     string // stable name, which the process that is started in the place of this one has, too (hbm.Hello); "": none
 	Metrics  string // address that serves /metrics, for the heartbeat; "": none
 	NPU      npu.Options
 	NPUs     int           // of the instance, each opened so; they share the threads. 0: 1
@@ -87,6 +88,7 @@ type Worker interface {
 // Stage is a connected stage process.
 type Stage struct {
 	ID      string
+	Name    string // see Config
 	Role    string // several are joined
 	Bus     *bus.Bus
 	HBM     *hbm.Client
@@ -119,7 +121,7 @@ type Stage struct {
 // another process of the node has loaded. role may be several, joined. Nothing is announced before Serve.
 func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *Stage, err error) {
 	s := &Stage{
-		ID: cfg.Instance, Role: role, dir: cfg.Model, address: cfg.Metrics,
+		ID: cfg.Instance, Name: cfg.Name, Role: role, dir: cfg.Model, address: cfg.Metrics,
 		Runner: runner.New(), mixed: cfg.Mixed,
 	}
 	s.gate.runner = s.Runner
@@ -128,7 +130,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		s.mixed = MixedDefault
 	}
 	if s.ID == "" {
-		s.ID = NewID(role)
+		s.ID = NewID(s.Name, role)
 	}
 	s.drainWait = cmp.Or(cfg.Drain, DefaultDrain)
 	s.Log = log.With("instance", s.ID)
@@ -168,7 +170,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
-	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(npus)}); err != nil {
+	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(npus), Name: s.Name}); err != nil {
 		return nil, err
 	}
 	for i, n := range s.HBM.NPUs() {
@@ -181,8 +183,8 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	return s, nil
 }
 
-// NewID makes an instance id: the role, of several the first letters, and 8 random hexadecimal digits.
-func NewID(role string) string {
+// NewID makes an instance id: the name, or else the role, of several the first letters, and 8 random hexadecimal digits.
+func NewID(name, role string) string {
 	if roles := wire.Roles(role); len(roles) > 1 {
 		role = ""
 		for _, r := range roles {
@@ -193,7 +195,7 @@ func NewID(role string) string {
 	if _, err := rand.Read(b[:]); err != nil {
 		panic("BUG: no random numbers: " + err.Error())
 	}
-	return role + "-" + hex.EncodeToString(b[:])
+	return cmp.Or(name, role) + "-" + hex.EncodeToString(b[:])
 }
 
 // Ready reports whether the stage takes work.
@@ -491,7 +493,7 @@ func (s *Stage) takeOver(ctx context.Context, role string) {
 
 func (s *Stage) heartbeat() wire.Instance {
 	beat := wire.Instance{
-		ID: s.ID, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
+		ID: s.ID, Name: s.Name, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}

@@ -296,7 +296,8 @@ func HasRole(of, role string) bool { return slices.Contains(Roles(of), role) }
 // Instance is the heartbeat of one running stage process in BucketInstances, as JSON so that operators can read it.
 type Instance struct {
 	ID      string `json:"id"`
-	Role    string `json:"role"` // gateway, encode, prefill, decode; of several, joined: see Roles
+	Name    string `json:"name,omitempty"` // that its successor will have, too, when it is started again
+	Role    string `json:"role"`           // gateway, encode, prefill, decode; of several, joined: see Roles
 	Node    string `json:"node"`
 	PID     int    `json:"pid"`
 	NPUs    []int  `json:"npus"`

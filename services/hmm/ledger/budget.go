@@ -3,6 +3,7 @@ package ledger
 import (
 	"container/list"
 	"fmt"
+	"time"
 
 	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/mem"
@@ -13,7 +14,9 @@ type budget struct {
 	npu      int
 	space    int
 	capacity int64
-	owner    *conn // whom the NPU is granted to
+	owner    *conn     // whom the NPU is granted to
+	reserved string    // name of the client that the NPU, which has no owner, is kept for; "": of nobody
+	until    time.Time // it is
 	total    protocol.Usage
 	kinds    map[mem.Kind]*protocol.Usage
 	resting  map[mem.Kind]*list.List // of *object: what only a cache keeps, the first is evicted first
@@ -89,8 +92,9 @@ func (b *budget) keep(o *object, by int64) {
 func (b *budget) stats() protocol.NPUStats {
 	n := protocol.NPUStats{NPU: b.npu, Capacity: b.capacity, Free: b.free(), Usage: b.total, Kinds: map[string]protocol.Usage{}}
 	if b.owner != nil {
-		n.Instance = b.owner.instance
+		n.Instance, n.Name = b.owner.instance, b.owner.name
 	}
+	n.Reserved = b.reserved
 	for k, u := range b.kinds {
 		n.Kinds[k.String()] = *u
 	}

@@ -220,7 +220,7 @@ func TestCachesAgainstModel(t *testing.T) {
 			l: ledger.New(cfg), ended: map[string]bool{}, claims: map[string]*held{}, making: map[protocol.Key]*held{},
 		}
 		for range 2 {
-			c, _, err := s.l.Connect("i", "encode", 0)
+			c, _, err := s.l.Connect(start, protocol.Hello{Instance: "i", Role: "encode"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -375,7 +375,7 @@ func TestCachesAgainstModel(t *testing.T) {
 					}
 				}
 				s.settle(lost...)
-				s.conns[i], _, _ = s.l.Connect("i", "encode", 0)
+				s.conns[i], _, _ = s.l.Connect(start, protocol.Hello{Instance: "i", Role: "encode"})
 			},
 			"alloc": func(t *rapid.T) {
 				kind := rapid.SampledFrom([]mem.Kind{mem.KindMM, mem.KindKV}).Draw(t, "kind")

@@ -78,7 +78,7 @@ func TestCachesRefuse(t *testing.T) {
 	cfg.MMCache, cfg.KVCache = 20*page, 20*page
 	l := ledger.New(cfg)
 	c := connect(t, l, "i")
-	gateway, _, err := l.Connect("g", protocol.RoleGateway, 0)
+	gateway, _, err := l.Connect(start, protocol.Hello{Instance: "g", Role: protocol.RoleGateway})
 	must(t, err)
 	_, _, err = l.FindMM(start, gateway, protocol.FindMM{Ref: ref("r", 1, time.Minute)})
 	wantErr(t, err, mem.ErrDenied)

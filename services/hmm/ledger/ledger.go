@@ -38,6 +38,7 @@ type Config struct {
 	MaxRequests   int           // most requests that have not ended of those that one client named first; 0: any number
 	MaxTombstones int           // most ended requests remembered, the longest-lived win
 	Unknown       time.Duration // time to the deadline of a request whose deadline nobody told
+	Reserve       time.Duration // NPUs of a named client are kept for its name after its end so long; 0: not at all
 }
 
 // NPU is the budget of one NPU.
@@ -69,6 +70,8 @@ type Ledger struct {
 	spaces  []*page.Allocator
 	budgets []*budget // host memory, then the NPUs: see account
 	shared  []*budget // what the NPUs of a domain share, by space-1
+
+	reserved []*budget // NPUs kept for a name, the first to lapse first
 
 	mac     hash.Hash // HMAC with the key for capabilities
 	objects map[uint64]*object
@@ -103,9 +106,10 @@ type Ledger struct {
 
 type conn struct {
 	instance, role string
-	npus           []int
-	named          int  // requests, first by it, that have not ended
-	gone           bool // the connection has ended, but the process may still have maps: see Reap
+	name           string // that its successor will have, too; "": none
+	npus           []int  // in the order in which they were granted
+	named          int    // requests, first by it, that have not ended
+	gone           bool   // the connection has ended, but the process may still have maps: see Reap
 	objects        map[*object]bool
 	claims         map[*claim]bool
 	sets           map[*weightSet]int // times opened
@@ -143,28 +147,34 @@ func (l *Ledger) Effects() Effects {
 	return e
 }
 
-// Connect adds a client and grants it the n lowest free NPUs: ErrExhausted when there are not as many.
-func (l *Ledger) Connect(instance, role string, n int) (Conn, []int, error) {
-	if n < 0 || instance == "" || role == "" || role == protocol.RoleGateway && n > 0 {
-		return 0, nil, fmt.Errorf("instance %q of role %q with %d NPUs: %w", instance, role, n, mem.ErrInvalid)
+// Connect adds a client and grants it the NPUs that it wants: see Join. ErrDenied when another client has its name.
+func (l *Ledger) Connect(now time.Time, h protocol.Hello) (Conn, []int, error) {
+	if h.Instance == "" || h.Role == "" || h.Role == protocol.RoleGateway && h.NPUs+len(h.Want) > 0 {
+		return 0, nil, fmt.Errorf("instance %q of role %q with %d NPUs: %w", h.Instance, h.Role, max(h.NPUs, len(h.Want)), mem.ErrInvalid)
 	}
-	var free []int
-	for _, b := range l.budgets[1:] {
-		if b.owner == nil {
-			free = append(free, b.npu)
-		}
+	if c := l.named(h.Name); c != nil {
+		return 0, nil, fmt.Errorf("%q has the name %q: %w", c.instance, h.Name, mem.ErrDenied)
 	}
-	if n > len(free) {
-		return 0, nil, fmt.Errorf("%d NPUs wanted, %d of %d are free: %w", n, len(free), len(l.cfg.NPUs), mem.ErrExhausted)
+	npus, err := l.choose(now, h.Name, h.NPUs, h.Want)
+	if err != nil {
+		return 0, nil, err
 	}
-	c := &conn{instance: instance, role: role, npus: free[:n:n], objects: map[*object]bool{}, claims: map[*claim]bool{},
+	c := &conn{instance: h.Instance, role: h.Role, name: h.Name, objects: map[*object]bool{}, claims: map[*claim]bool{},
 		sets: map[*weightSet]int{}}
-	for _, i := range c.npus {
-		l.budgets[i+1].owner = c
-	}
+	l.grant(c, npus)
 	l.lastConn++
 	l.conns[l.lastConn] = c
-	return l.lastConn, c.npus, nil
+	return l.lastConn, npus, nil
+}
+
+// named is the client that has a name, connected or not reaped yet; nil when none has, and for no name.
+func (l *Ledger) named(name string) *conn {
+	for _, c := range l.conns {
+		if name != "" && c.name == name {
+			return c
+		}
+	}
+	return nil
 }
 
 // Disconnect notes that a client's connection has ended, as it wanted: its claims become orphans. What it holds stays until
@@ -200,20 +210,19 @@ func (l *Ledger) Reap(now time.Time, id Conn) {
 	for s := range c.sets {
 		l.leaveSet(c, s)
 	}
-	for _, i := range c.npus {
-		l.budgets[i+1].owner = nil
-	}
+	l.reserve(now, c)
 	delete(l.conns, id)
 }
 
-// Leaving reports whether some client is between Disconnect and Reap: its NPUs and memory are about to become free.
-func (l *Ledger) Leaving() bool {
+// Leaving reports whether some client is between Disconnect and Reap, so that its NPUs and memory are about to become free, or
+// one has this name, which may be of a process that has just died.
+func (l *Ledger) Leaving(name string) bool {
 	for _, c := range l.conns {
 		if c.gone {
 			return true
 		}
 	}
-	return false
+	return l.named(name) != nil
 }
 
 func (l *Ledger) conn(id Conn) *conn {

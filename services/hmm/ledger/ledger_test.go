@@ -29,7 +29,7 @@ func config() ledger.Config {
 
 func connect(t testing.TB, l *ledger.Ledger, instance string) ledger.Conn {
 	t.Helper()
-	c, _, err := l.Connect(instance, "decode", 0)
+	c, _, err := l.Connect(start, protocol.Hello{Instance: instance, Role: "decode"})
 	must(t, err)
 	return c
 }
@@ -180,7 +180,7 @@ func TestNewerAttempt(t *testing.T) {
 
 func TestReapAfterDisconnect(t *testing.T) {
 	l := ledger.New(config())
-	a, npus, err := l.Connect("a", "decode", 2)
+	a, npus, err := l.Connect(start, protocol.Hello{Instance: "a", Role: "decode", NPUs: 2})
 	must(t, err)
 	if !slices.Equal(npus, []int{0, 1}) {
 		t.Errorf("NPUs %v", npus)
@@ -197,16 +197,16 @@ func TestReapAfterDisconnect(t *testing.T) {
 	if o := l.Orphans("decode"); len(o) != 1 {
 		t.Errorf("orphans: %v", o)
 	}
-	if !alive(t, l, b, g[0].Handle) || !l.Leaving() {
+	if !alive(t, l, b, g[0].Handle) || !l.Leaving("") {
 		t.Error("memory that a process may still write was given away")
 	}
-	_, _, err = l.Connect("c", "decode", 1)
+	_, _, err = l.Connect(start, protocol.Hello{Instance: "c", Role: "decode", NPUs: 1})
 	wantErr(t, err, mem.ErrExhausted)
 	l.Reap(start, a)
-	if alive(t, l, b, g[0].Handle) || l.Leaving() {
+	if alive(t, l, b, g[0].Handle) || l.Leaving("") {
 		t.Error("memory of a dead process is kept")
 	}
-	_, npus, err = l.Connect("c", "decode", 1)
+	_, npus, err = l.Connect(start, protocol.Hello{Instance: "c", Role: "decode", NPUs: 1})
 	must(t, err)
 	if !slices.Equal(npus, []int{0}) {
 		t.Errorf("NPUs %v", npus)
@@ -341,7 +341,7 @@ func TestRequestsWithoutEnd(t *testing.T) {
 // knows of it.
 func TestRequestsOfAGoneGateway(t *testing.T) {
 	l := ledger.New(config())
-	g, _, err := l.Connect("g", protocol.RoleGateway, 0)
+	g, _, err := l.Connect(start, protocol.Hello{Instance: "g", Role: protocol.RoleGateway})
 	must(t, err)
 	stage := connect(t, l, "s")
 	put := func(r string) mem.Handle {

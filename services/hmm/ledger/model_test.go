@@ -209,7 +209,7 @@ func TestAgainstModel(t *testing.T) {
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"connect": func(t *rapid.T) {
-				id, _, err := w.l.Connect("i", "decode", 0)
+				id, _, err := w.l.Connect(w.now, protocol.Hello{Instance: "i", Role: "decode"})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -166,6 +166,7 @@ func (l *Ledger) forget() {
 
 // Tick ends what is past its deadline and forgets old tombstones. Call it at Next at the latest.
 func (l *Ledger) Tick(now time.Time) {
+	l.lapse(now)
 	for len(l.live) > 0 && !l.live[0].expiry.After(now) {
 		r := heap.Pop(&l.live).(*request)
 		l.end(now, r)
@@ -181,6 +182,9 @@ func (l *Ledger) Next() (t time.Time, ok bool) {
 		if len(q) > 0 && (!ok || q[0].expiry.Before(t)) {
 			t, ok = q[0].expiry, true
 		}
+	}
+	if len(l.reserved) > 0 && (!ok || l.reserved[0].until.Before(t)) {
+		t, ok = l.reserved[0].until, true
 	}
 	return t, ok
 }

@@ -257,7 +257,7 @@ func TestSharedSlabsLeaveRoom(t *testing.T) {
 }
 
 func connectRole(t *rapid.T, l *ledger.Ledger, role string) ledger.Conn {
-	c, _, err := l.Connect(role, role, 0)
+	c, _, err := l.Connect(start, protocol.Hello{Instance: role, Role: role})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -149,7 +149,7 @@ func TestOnlyKillersAreQuarantined(t *testing.T) {
 			if worker > 1000 {
 				t.Fatal("it does not come to an end")
 			}
-			id, _, err := s.l.Connect("w", "encode", 0)
+			id, _, err := s.l.Connect(start, protocol.Hello{Instance: "w", Role: "encode"})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -313,7 +313,7 @@ func TestWeightsAgainstModel(t *testing.T) {
 		}
 		anyKey := func(t *rapid.T) protocol.Key { return protocol.Key{rapid.ByteRange(1, 3).Draw(t, "key")} }
 		connect := func() {
-			c, _, err := w.l.Connect("i", "decode", 0)
+			c, _, err := w.l.Connect(start, protocol.Hello{Instance: "i", Role: "decode"})
 			if err != nil {
 				t.Fatal(err)
 			}

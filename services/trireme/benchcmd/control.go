@@ -283,7 +283,7 @@ func (c *StandIn) Run(e Env, log *slog.Logger) error {
 	cfg := standin.Config{Role: c.Role, Step: c.Step, Phase: c.Phase, Slots: c.Slots}
 	return standin.Run(e.Context, cfg, e.In, e.Out, func() (*stage.Stage, error) {
 		return stage.Open(e.Context, c.Role, stage.Config{
-			NATSURL: c.NATSURL, HMM: c.HMM, Model: c.Model, Instance: "standin-" + stage.NewID(c.Role),
+			NATSURL: c.NATSURL, HMM: c.HMM, Model: c.Model, Instance: stage.NewID("standin", c.Role),
 		}, log)
 	})
 }

@@ -11,7 +11,7 @@ import (
 
 // Version is the version of the protocol. Both sides refuse another one; it is raised by every change that an older peer
 // would misread.
-const Version = 2
+const Version = 3
 
 // Op names a request.
 type Op uint8
@@ -47,6 +47,12 @@ const (
 	OpUnclaimed                // []Part, []Part
 )
 
+// The requests about NPUs.
+const (
+	OpJoin Op = iota + 32 // Join, []int: the NPUs granted
+	OpPart                // []int (NPUs), nothing
+)
+
 // More requests about the caches.
 const (
 	OpCountPrefix Op = 26 // FindPrefix, int
@@ -68,14 +74,22 @@ type Hello struct {
 	Version  int
 	Instance string // instance id, unique among the running ones
 	Role     string // gateway, encode, prefill, decode; several are joined by +
-	NPUs     int    // NPUs wanted; the lowest free ones are granted
+	NPUs     int    // NPUs wanted: those reserved for Name, then the lowest spare ones
+	Name     string // stable name, which the instance that comes after this one has, too, and no other; "": none
+	Want     []int  // the NPUs wanted, by number, and no others; NPUs is then 0 or how many they are
+}
+
+// Join asks for more NPUs, as Hello does for the first ones.
+type Join struct {
+	NPUs int
+	Want []int
 }
 
 // Welcome answers Hello. Descriptors travel with it (SCM_RIGHTS): first the claim table's, then one a space.
 type Welcome struct {
 	Version int
 	Node    string
-	NPUs    []int   // granted, rising
+	NPUs    []int   // granted: as wanted by number, or rising
 	Slots   int     // words of the claim table
 	Spaces  []Space // host memory, then the memory domains; the gateway gets the first only
 	Domains []int   // of each NPU of the node: its memory domain, as an index of Spaces; empty for the gateway
@@ -227,6 +241,8 @@ type SpaceStats struct {
 type NPUStats struct {
 	NPU      int              `json:"npu"`
 	Instance string           `json:"instance,omitempty"` // whom the NPU is granted to
+	Name     string           `json:"name,omitempty"`     // its stable name
+	Reserved string           `json:"reserved,omitempty"` // nobody has the NPU, which is kept for an instance of this name
 	Capacity int64            `json:"capacity"`
 	Free     int64            `json:"free"` // Capacity - Used - Padded; who needs room is given what is Cached besides
 	Usage                     // of all kinds

@@ -27,7 +27,8 @@ var ref = protocol.Ref{Request: "0123456789abcdefghijkl", Attempt: 2, Left: 90 *
 func bodies() []any {
 	part := protocol.Part{Request: ref.Request, Attempt: 1, Stage: "decode", Part: 4, Left: time.Minute}
 	return []any{
-		&protocol.Hello{Version: 1, Instance: "i", Role: "decode", NPUs: 2},
+		&protocol.Hello{Version: 1, Instance: "i", Role: "decode", NPUs: 2, Name: "decoder-0", Want: []int{5, 0}},
+		&protocol.Join{NPUs: 2, Want: []int{1, 3}},
 		&protocol.Welcome{Version: 1, Node: "n", NPUs: []int{0, 5}, Slots: 9, Spaces: []protocol.Space{{Page: 1, Bytes: 2}}},
 		&[]protocol.Spec{{Kind: mem.KindKV, NPU: -1, Bytes: 5, Shape: []int{5}, Ref: ref}},
 		&[]protocol.Grant{{Handle: handle, Extent: mem.Extent{Space: 1, Offset: 1 << 40, Bytes: 65536}}},
@@ -92,6 +93,8 @@ func newLike(v any) any {
 	switch v.(type) {
 	case *protocol.Hello:
 		return new(protocol.Hello)
+	case *protocol.Join:
+		return new(protocol.Join)
 	case *protocol.Welcome:
 		return new(protocol.Welcome)
 	case *[]protocol.Spec:
