@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"net/http"
 	"strings"
@@ -15,6 +16,7 @@ import (
 
 // Sample is what one client saw.
 type Sample struct {
+	Number int // of the request: with the same seed and shape it is the same one in each run
 	Sent   time.Time
 	Late   time.Duration   // that the request was sent after its time: the load generator had no time, or too many were open
 	TTFT   time.Duration   // from sending to the first piece of the answer
@@ -27,7 +29,8 @@ type Sample struct {
 	Err    error           // why there is no whole answer
 	Status int             // HTTP status; 0: none came
 	Finish string          // finish_reason
-	pieces []time.Time
+	Said   uint64          // of what was said: equal answers have equal ones (FNV-1a)
+	Pieces []time.Time     // when the pieces of the answer came
 }
 
 // TPOT is the time for each token after the first: (E2EL - TTFT) / (output - 1), as vllm bench serve has it.
@@ -69,13 +72,13 @@ func (c *client) ask(ctx context.Context, body []byte) Sample {
 	s := Sample{Sent: time.Now()}
 	s.Err = c.stream(ctx, body, &s)
 	s.E2EL = time.Since(s.Sent)
-	if s.Err == nil && len(s.pieces) == 0 {
+	if s.Err == nil && len(s.Pieces) == 0 {
 		s.Err = errors.New("the answer is empty")
 	}
-	if n := len(s.pieces); n > 0 {
-		s.TTFT, s.Last = s.pieces[0].Sub(s.Sent), s.pieces[n-1].Sub(s.Sent)
+	if n := len(s.Pieces); n > 0 {
+		s.TTFT, s.Last = s.Pieces[0].Sub(s.Sent), s.Pieces[n-1].Sub(s.Sent)
 		for i := 1; i < n; i++ {
-			s.ITLs = append(s.ITLs, s.pieces[i].Sub(s.pieces[i-1]))
+			s.ITLs = append(s.ITLs, s.Pieces[i].Sub(s.Pieces[i-1]))
 		}
 		if s.Output == 0 {
 			s.Output = n
@@ -137,6 +140,7 @@ var done = []byte("[DONE]")
 // readEvents reads a stream of server-sent events to its [DONE].
 func readEvents(r io.Reader, s *Sample) error {
 	lines := bufio.NewReaderSize(r, 16<<10)
+	said := fnv.New64a()
 	var long []byte
 	for {
 		line, more, err := lines.ReadLine()
@@ -177,7 +181,10 @@ func readEvents(r io.Reader, s *Sample) error {
 		for i := range c.Choices {
 			ch := &c.Choices[i]
 			if ch.Delta.Content != "" || ch.Delta.Reasoning != "" {
-				s.pieces = append(s.pieces, now)
+				s.Pieces = append(s.Pieces, now)
+				_, _ = io.WriteString(said, ch.Delta.Content) // a hash takes everything
+				_, _ = io.WriteString(said, ch.Delta.Reasoning)
+				s.Said = said.Sum64()
 			}
 			if ch.Finish != "" {
 				s.Finish = ch.Finish

@@ -121,6 +121,7 @@ func (r *run) send(ctx context.Context, begin time.Time, bodies [][]byte, offset
 		}
 		wg.Go(func() {
 			s := r.client.ask(ctx, body)
+			s.Number = i
 			if s.Late = 0; offsets != nil {
 				s.Late = max(0, s.Sent.Sub(due))
 			}

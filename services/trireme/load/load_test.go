@@ -42,8 +42,8 @@ func TestReadEvents(t *testing.T) {
 		if (err == nil) != (x.fails == "") || err != nil && !strings.Contains(err.Error(), x.fails) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if len(s.pieces) != x.pieces || s.Output != x.output {
-			t.Errorf("%s: %d pieces, %d tokens", name, len(s.pieces), s.Output)
+		if len(s.Pieces) != x.pieces || s.Output != x.output {
+			t.Errorf("%s: %d pieces, %d tokens", name, len(s.Pieces), s.Output)
 		}
 		if name == "whole" && (s.Input != 7 || s.Cached != 4 || s.Finish != "length") {
 			t.Errorf("%s: %+v", name, s)

@@ -90,8 +90,8 @@ func newReport(cfg *Config, samples []Sample, began time.Time, took time.Duratio
 		if d, ok := s.TPOT(); ok {
 			tpot = append(tpot, d)
 		}
-		for _, at := range s.pieces { // a piece may be several tokens; they share the request's evenly
-			perSecond[int(at.Sub(began)/time.Second)] += float64(s.Output) / float64(len(s.pieces))
+		for _, at := range s.Pieces { // a piece may be several tokens; they share the request's evenly
+			perSecond[int(at.Sub(began)/time.Second)] += float64(s.Output) / float64(len(s.Pieces))
 		}
 	}
 	slices.SortFunc(edges, func(a, b edge) int {

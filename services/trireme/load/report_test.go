@@ -17,7 +17,7 @@ const ms = time.Millisecond
 func sample(begin time.Time, at time.Duration, output int, pieces ...time.Duration) Sample {
 	s := Sample{Sent: begin.Add(at), Input: 10, Output: output, Status: 200, Finish: "length"}
 	for _, p := range pieces {
-		s.pieces = append(s.pieces, s.Sent.Add(p))
+		s.Pieces = append(s.Pieces, s.Sent.Add(p))
 	}
 	s.TTFT, s.E2EL = pieces[0], pieces[len(pieces)-1]
 	for i := 1; i < len(pieces); i++ {

@@ -5,6 +5,7 @@ package hftest
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -18,6 +19,7 @@ type Shape struct {
 	Layers, Experts      int
 	Hidden, ExpertHidden int // a multiple of 64, a multiple of 8
 	Vocab                int
+	TopK                 int    // experts that a token is sent to; 0: 8, or all if there are fewer
 	Seed                 uint64 // models of different seeds have different weights
 }
 
@@ -52,7 +54,7 @@ func Write(dir string, s Shape) error {
 		"architectures": []string{"Qwen3MoeForCausalLM"}, "model_type": "qwen3_moe", "dtype": "bfloat16", "hidden_act": "silu",
 		"hidden_size": s.Hidden, "num_hidden_layers": s.Layers, "num_attention_heads": heads, "num_key_value_heads": 1,
 		"head_dim": headDim, "vocab_size": s.Vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-		"num_experts": s.Experts, "num_experts_per_tok": min(8, s.Experts), "moe_intermediate_size": s.ExpertHidden,
+		"num_experts": s.Experts, "num_experts_per_tok": cmp.Or(s.TopK, min(8, s.Experts)), "moe_intermediate_size": s.ExpertHidden,
 		"norm_topk_prob": true, "intermediate_size": 4 * s.Hidden, "decoder_sparse_step": 1, "mlp_only_layers": []int{},
 		"rope_theta": 1e6, "tie_word_embeddings": false, "attention_bias": false, "use_sliding_window": false,
 		"transformers_version": "4.57.0",
