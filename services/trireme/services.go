@@ -60,6 +60,9 @@ type stageFlags struct {
 	Drain        time.Duration `help:"Time for pictures and prompts in work to be finished after SIGTERM; what takes longer is handed to others. Sequences are handed to others at once." default:"${drain}"`
 	GatewayLease time.Duration `help:"Time without a sign of life of a gateway after which its requests are given up." default:"${lease}"`
 
+	OwnWeights bool       `help:"Read the weights from disk although another process has them." hidden:""`
+	DiskRate   conf.Bytes `help:"Bytes a second that weights are read from disk with; 0: as they come." default:"0" hidden:""`
+
 	mixed sched.Mixed // zero: the default
 }
 
@@ -85,9 +88,10 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
-		NPU:     npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
-		NPUs:    f.NPUs,
-		Mixed:   f.mixed,
+		NPU:        npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		NPUs:       f.NPUs,
+		Mixed:      f.mixed,
+		OwnWeights: f.OwnWeights, DiskRate: int64(f.DiskRate),
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {

@@ -55,6 +55,9 @@ type Config struct {
 	Lease    time.Duration // a gateway without sign of life for longer has its requests given up; 0: DefaultLease
 	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
 
+	OwnWeights bool  // read the weights from disk although another process of the node has them
+	DiskRate   int64 // bytes a second that weights are read with; 0: as they come
+
 	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
 	Loading func(done, total int64)
 }
@@ -177,7 +180,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		npus[i].Number = n
 		s.Stay(i)
 	}
-	if err := s.loadWeights(ctx, cfg.Loading); err != nil {
+	if err := s.loadWeights(ctx, &cfg); err != nil {
 		return nil, err
 	}
 	return s, nil

@@ -2,6 +2,7 @@ package stage
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -22,6 +23,7 @@ type weights struct {
 	stage *Stage
 	told  func(done, total int64) // Config.Loading
 	sets  []*hbm.Weights
+	disk  diskRate
 
 	stop      context.CancelFunc // of the populating
 	populated chan struct{}      // closed when it has ended
@@ -29,7 +31,7 @@ type weights struct {
 }
 
 // loadWeights loads or attaches what the roles need, and begins to populate it in the background.
-func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (err error) {
+func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	var parts hf.Parts
 	for _, role := range wire.Roles(s.Role) {
 		if role == Encode {
@@ -38,7 +40,7 @@ func (s *Stage) loadWeights(ctx context.Context, told func(done, total int64)) (
 			parts |= hf.Text
 		}
 	}
-	w := &weights{stage: s, told: told, populated: make(chan struct{})}
+	w := &weights{stage: s, told: cfg.Loading, populated: make(chan struct{}), disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}}
 	if err := w.load(ctx, parts); err != nil {
 		return err
 	}
@@ -105,13 +107,16 @@ func (w *domainMemory) Weights(ctx context.Context, key [32]byte, sizes []int64,
 	fill func(ctx context.Context, first int, objects [][]byte) error,
 ) ([][]byte, error) {
 	s := w.stage
+	if w.disk.own {
+		key = sha256.Sum256(append(key[:], s.ID...))
+	}
 	began := time.Now()
 	var filling time.Duration // of it, in fill
 	set, err := s.HBM.OpenWeights(ctx, w.npu, hbm.WeightSet{Key: key, Sizes: sizes},
 		func(ctx context.Context, first int, objects [][]byte) error {
 			start := time.Now()
 			defer func() { filling += time.Since(start) }()
-			return fill(ctx, first, objects)
+			return w.disk.pace(ctx, start, objects, func() error { return fill(ctx, first, objects) })
 		}, w.loading())
 	if errors.Is(err, mem.ErrExhausted) {
 		return nil, fmt.Errorf("%w (weights lie beside the NPUs' own memory: give the HMM more of it with --weights-memory, "+
@@ -134,6 +139,29 @@ func (w *domainMemory) Weights(ctx context.Context, key [32]byte, sizes []int64,
 		log.Info("weights attached", "waited", took.Round(time.Microsecond))
 	}
 	return set.Objects, nil
+}
+
+// diskRate has weights read as from a slow disk, for comparisons with ways that do not read them.
+type diskRate struct {
+	own  bool  // whoever else has them
+	rate int64 // bytes a second; 0: as they come
+}
+
+// pace has objects filled, which takes as long as the rate says from start on.
+func (d diskRate) pace(ctx context.Context, start time.Time, objects [][]byte, fill func() error) error {
+	if err := fill(); err != nil || d.rate == 0 {
+		return err
+	}
+	var bytes int64
+	for _, o := range objects {
+		bytes += int64(len(o))
+	}
+	select {
+	case <-time.After(time.Until(start.Add(time.Duration(float64(bytes) / float64(d.rate) * float64(time.Second))))):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // tellEvery is the time between two lines about weights that are being loaded.

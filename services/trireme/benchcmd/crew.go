@@ -23,6 +23,9 @@ type crew struct {
 	workers sync.WaitGroup // wait for the processes
 	closing chan struct{}
 	all     []*exec.Cmd
+
+	mu      sync.Mutex
+	dismiss map[*exec.Cmd]chan struct{} // those that may end; closed when they have
 }
 
 // stopping is the time that processes have for leaving by themselves.
@@ -65,6 +68,12 @@ func (c *crew) start(name string, in, out *os.File, extra []*os.File, args ...st
 	c.all = append(c.all, cmd)
 	c.workers.Go(func() {
 		err := cmd.Wait()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if gone, ok := c.dismiss[cmd]; ok {
+			close(gone)
+			return
+		}
 		select {
 		case <-c.closing:
 		default:
@@ -72,6 +81,25 @@ func (c *crew) start(name string, in, out *os.File, extra []*os.File, args ...st
 		}
 	})
 	return cmd, nil
+}
+
+// stop ends one of the processes, which has a moment to go by itself, and waits until it has gone.
+func (c *crew) stop(cmd *exec.Cmd) {
+	gone := make(chan struct{})
+	c.mu.Lock()
+	if c.dismiss == nil {
+		c.dismiss = map[*exec.Cmd]chan struct{}{}
+	}
+	c.dismiss[cmd] = gone
+	c.mu.Unlock()
+	_ = cmd.Process.Signal(syscall.SIGTERM) // an error: it has ended, which has broken the crew down
+	select {
+	case <-gone:
+	case <-c.ctx.Done():
+	case <-time.After(stopping):
+		_ = cmd.Process.Kill()
+		<-gone
+	}
 }
 
 // because is err, or why the crew broke down if that is the reason: connections may break before the process is known to

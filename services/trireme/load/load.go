@@ -30,6 +30,8 @@ type Config struct {
 	Timeout     time.Duration     // of one request; 0: 10 minutes
 	Progress    func(ended int)   // if not nil, called after each request that counts, not concurrently
 	Header      map[string]string // sent with each request
+	Begun       func()            // if not nil, called when all is ready and warm, and the clock starts
+	Stop        <-chan struct{}   // if not nil, nothing more is sent once it is closed
 }
 
 // Validate reports what is wrong with the configuration.
@@ -73,6 +75,9 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		}
 	}
 	r := &run{cfg: &cfg, client: c}
+	if cfg.Begun != nil {
+		cfg.Begun()
+	}
 	begin := time.Now()
 	r.send(ctx, begin, bodies[cfg.Warmup:], offsets)
 	took := time.Since(begin)
@@ -108,6 +113,8 @@ func (r *run) send(ctx context.Context, begin time.Time, bodies [][]byte, offset
 			timer.Reset(time.Until(due))
 			select {
 			case <-timer.C:
+			case <-r.cfg.Stop:
+				return
 			case <-ctx.Done():
 				return
 			}

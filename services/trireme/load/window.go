@@ -7,10 +7,11 @@ type Window struct {
 	From, To time.Time
 	Pieces   int           // of answers that came
 	Gap      time.Duration // longest between two pieces of one answer that reaches into the window, also where one end lies outside
+	Closed   time.Duration // longest of those that end in the window
 	Ended    int           // requests that ended in it, failed ones included
-	Good     int           // of these, that kept the bounds
-	Failed   int           // of these
 	Sent     int           // requests sent in it
+	Good     int           // of these, that kept the bounds, whenever they ended
+	Failed   int           // of these
 }
 
 // Seconds is the length of the window.
@@ -24,12 +25,12 @@ func (w *Window) Rate() float64 {
 	return 0
 }
 
-// Attainment is the share of the requests that ended in the window, 0 to 1, that kept the bounds; 1 when none ended.
+// Attainment is the share of the requests sent in the window, 0 to 1, that kept the bounds; 1 when none was.
 func (w *Window) Attainment() float64 {
-	if w.Ended == 0 {
+	if w.Sent == 0 {
 		return 1
 	}
-	return float64(w.Good) / float64(w.Ended)
+	return float64(w.Good) / float64(w.Sent)
 }
 
 // Between looks at a part of the run. A stream whose next piece never came counts as a gap up to its end.
@@ -39,11 +40,11 @@ func (r *Report) Between(from, to time.Time, g Goodput) Window {
 	for i := range r.Samples {
 		s := &r.Samples[i]
 		ended := s.Sent.Add(s.E2EL)
-		if inside(s.Sent) {
-			w.Sent++
-		}
 		if inside(ended) {
 			w.Ended++
+		}
+		if inside(s.Sent) {
+			w.Sent++
 			if g.Met(s) {
 				w.Good++
 			}
@@ -63,6 +64,9 @@ func (r *Report) Between(from, to time.Time, g Goodput) Window {
 			}
 			if at.Before(to) && next.After(from) {
 				w.Gap = max(w.Gap, next.Sub(at))
+			}
+			if inside(next) {
+				w.Closed = max(w.Closed, next.Sub(at))
 			}
 		}
 	}

@@ -20,6 +20,7 @@ func TestWindows(t *testing.T) {
 		}
 		return s
 	}
+	const ms = time.Millisecond
 	r := &Report{Began: t0, Duration: time.Second, Samples: []Sample{
 		sample(0, 500, nil, 100, 200, 490),
 		sample(50, 260, nil, 90, 250),
@@ -30,11 +31,12 @@ func TestWindows(t *testing.T) {
 		from, to int
 		want     Window
 	}{
-		{0, 1000, Window{Pieces: 7, Gap: 550 * time.Millisecond, Ended: 4, Good: 2, Failed: 1, Sent: 4}}, // the broken one waited from 350 to 900
-		{0, 300, Window{Pieces: 4, Gap: 290 * time.Millisecond, Ended: 1, Good: 1, Sent: 2}},             // 200 to 490 reaches in
-		{210, 260, Window{Pieces: 1, Gap: 290 * time.Millisecond}},
-		{495, 960, Window{Gap: 550 * time.Millisecond, Ended: 2, Good: 1, Failed: 1, Sent: 1}},
-		{950, 1000, Window{Pieces: 1, Ended: 1, Sent: 0}}, // the last one had its first piece too late
+		// The broken one waited from 350 to 900; the last one had its first piece too late.
+		{0, 1000, Window{Pieces: 7, Gap: 550 * ms, Closed: 550 * ms, Ended: 4, Sent: 4, Good: 2, Failed: 1}},
+		{0, 300, Window{Pieces: 4, Gap: 290 * ms, Closed: 160 * ms, Ended: 1, Sent: 2, Good: 2}}, // 200 to 490 reaches in
+		{210, 260, Window{Pieces: 1, Gap: 290 * ms, Closed: 160 * ms}},
+		{295, 960, Window{Pieces: 2, Gap: 550 * ms, Closed: 550 * ms, Ended: 2, Sent: 2, Failed: 1}},
+		{950, 1000, Window{Pieces: 1, Ended: 1}},
 	} {
 		got := r.Between(at(c.from), at(c.to), Goodput{TTFT: 200})
 		c.want.From, c.want.To = at(c.from), at(c.to)

@@ -30,7 +30,7 @@ type Part struct {
 	Seconds    float64 `json:"seconds"`
 	Rate       float64 `json:"tokens_per_second"`
 	Requests   float64 `json:"requests_per_second"` // that ended
-	Attainment float64 `json:"attainment"`          // of these, 0 to 1
+	Attainment float64 `json:"attainment"`          // of those sent in it, 0 to 1
 	Gap        float64 `json:"longest_gap_s"`       // between two tokens of an answer
 }
 
@@ -68,10 +68,10 @@ func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers m
 	for i := range r.Samples {
 		last = later(last, r.Samples[i].Sent)
 	}
+	before := later(r.Began, e.Command.Add(-changed.Sub(e.Command))) // as long as the change: as many gaps to compare with
 	f := Figures{
 		Removed: e.Removed, Parts: e.Parts, Latency: e.Full.Sub(e.Command).Seconds(),
-		// As long as the change, so that the longest of its gaps has as many to be compared with.
-		Before:   part(r, earlier(e.Command, later(r.Began, e.Command.Add(-changed.Sub(e.Command)))), e.Command, g),
+		Before:   part(r, earlier(before, e.Command), e.Command, g),
 		During:   part(r, e.Command, changed, g),
 		After:    part(r, changed, later(changed, last), g),
 		Downtime: Silence(r, e.Command, e.Full).Seconds(),
@@ -88,6 +88,8 @@ func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers m
 		}
 	}
 	f.Peak = max(f.Peak, f.Held)
+	quiet := r.Between(earlier(before, e.Command), e.Command, g)
+	f.Before.Gap = quiet.Closed.Seconds() // what is still open then is the change's
 	for i := range r.Samples {
 		s := &r.Samples[i]
 		if want, ok := answers[s.Number]; ok && s.Err == nil && s.Said != want {

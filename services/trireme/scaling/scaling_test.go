@@ -89,8 +89,8 @@ func TestMeasure(t *testing.T) {
 	if p := f.Before; p.Seconds != 3 || p.Gap != 0.5 || p.Rate != 5.0/3 {
 		t.Errorf("before: %+v, want 5 tokens and a gap of 0.5 s in 3 s", p)
 	}
-	if p := f.During; p.Seconds != 4 || p.Gap != 3 || p.Rate != 1 || p.Attainment != 0.5 {
-		t.Errorf("during: %+v, want 4 tokens in 4 s, a gap of 3 s, one of two good", p)
+	if p := f.During; p.Seconds != 4 || p.Gap != 3 || p.Rate != 1 || p.Attainment != 0 {
+		t.Errorf("during: %+v, want 4 tokens in 4 s, a gap of 3 s, none good of the one that was sent", p)
 	}
 	if p := f.After; p.Seconds != 0.5 || p.Requests != 2 || p.Attainment != 1 {
 		t.Errorf("after: %+v, want half a second up to the last request's sending", p)
