@@ -5,6 +5,7 @@ package runner
 
 import (
 	"strings"
+	"sync"
 	"time"
 
 	"trireme.dev/shared/engine"
@@ -39,17 +40,22 @@ type Piece func() (more bool)
 // Observer is told how long something took, in seconds.
 type Observer interface{ Observe(seconds float64) }
 
-// Runner owns the NPUs once it runs. Its methods but Do are called before that.
+// Runner owns the NPUs once it runs. Its methods up to Start are called before that.
 type Runner struct {
 	sources []*source // as they were added; their names are joined in this order
 	turns   []*source // those that decode, then the others: see sched.Step
 	pieces  []Piece
-	text    *engine.Text // nil when there are no sources
+	config  model.Config
+	limits  sched.Limits // of a step; see sched.NewStep
+	present *epoch       // the goroutine's; read by others with mu
 	inbox   chan func()
 	stop    chan struct{} // closed when the goroutine shall end
 	ended   chan struct{} // closed when it has
-	step    Step
-	took    []Observer // of steps, by the set of sources in them
+	took    []Observer    // of steps, by the set of sources in them
+
+	mu     sync.Mutex     // guards the rest, and who replaces present
+	past   placement.Load // load of experts in epochs that are over
+	change sync.Mutex     // held by who changes epochs or experts
 }
 
 type source struct {
@@ -89,21 +95,17 @@ func (r *Runner) AddPieces(p Piece) { r.pieces = append(r.pieces, p) }
 // decode and prompts are computed. took gives, for the names of the sources that had part in a step, joined with +, whoever
 // is told how long it took.
 func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, took func(names string) Observer) error {
-	if len(r.sources) > 0 {
-		l := sched.Limits{Mixed: mixed}
-		for _, s := range r.sources {
-			l.Rows += s.rows
-			l.Seqs += s.seqs
-			if !s.decodes {
-				l.Prompt += s.rows
-			}
+	r.config, r.limits = cfg, sched.Limits{Mixed: mixed}
+	for _, s := range r.sources {
+		r.limits.Rows += s.rows
+		r.limits.Seqs += s.seqs
+		if !s.decodes {
+			r.limits.Prompt += s.rows
 		}
-		var err error
-		if r.text, err = engine.NewText(cfg, npus, engine.Limits{Rows: l.Rows, Seqs: l.Seqs}); err != nil {
-			return err
-		}
-		set := Slots(npus)
-		r.step = Step{Step: sched.NewStep(l, set), seqs: make([]engine.Seq, 0, set.Len()*l.Seqs)}
+	}
+	var err error
+	if r.present, err = r.newEpoch(npus); err != nil {
+		return err
 	}
 	for _, decodes := range []bool{true, false} {
 		for _, s := range r.sources {
@@ -131,25 +133,14 @@ func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, t
 	return nil
 }
 
-// Slots are those with an NPU.
-func Slots(npus []engine.NPU) placement.Set {
-	var set placement.Set
-	for slot, n := range npus {
-		if n.Compute != nil {
-			set = set.With(slot)
-		}
-	}
-	return set
-}
-
 // Stop ends the goroutine between two steps and waits for that. Nobody may wait for an answer of a function given to Do any
 // more.
 func (r *Runner) Stop() {
 	close(r.stop)
 	<-r.ended
-	if r.text != nil {
-		r.text.Close()
-	}
+	r.change.Lock()
+	defer r.change.Unlock()
+	r.present.close()
 }
 
 // Do runs f on the runner's goroutine between two steps, now or later. It returns false, without running f, when the runner
@@ -207,13 +198,14 @@ func (r *Runner) listen(wait bool) bool {
 
 // compute forms a step, computes it and hands the results out. It returns false when there was nothing to compute.
 func (r *Runner) compute() bool {
-	r.step.Begin()
-	r.step.seqs = r.step.seqs[:0]
+	step := &r.present.step
+	step.Begin()
+	step.seqs = step.seqs[:0]
 	set := 0
 	for _, s := range r.turns {
-		s.from = len(r.step.seqs)
-		s.Form(&r.step)
-		if s.to = len(r.step.seqs); s.to > s.from {
+		s.from = len(step.seqs)
+		s.Form(step)
+		if s.to = len(step.seqs); s.to > s.from {
 			set |= s.bit
 		}
 	}
@@ -221,17 +213,17 @@ func (r *Runner) compute() bool {
 		return false
 	}
 	start := time.Now()
-	logits, err := r.text.Forward(r.step.seqs)
+	logits, err := r.present.text.Forward(step.seqs)
 	r.took[set].Observe(time.Since(start).Seconds())
 	for _, s := range r.turns {
 		switch {
 		case s.from == s.to:
 		case err != nil:
-			s.Computed(r.step.seqs[s.from:s.to], nil, err)
+			s.Computed(step.seqs[s.from:s.to], nil, err)
 		default:
-			s.Computed(r.step.seqs[s.from:s.to], logits[s.from:s.to], nil)
+			s.Computed(step.seqs[s.from:s.to], logits[s.from:s.to], nil)
 		}
 	}
-	clear(r.step.seqs) // the memory that they name may be unmapped from now on
+	clear(step.seqs) // the memory that they name may be unmapped from now on
 	return true
 }

@@ -20,20 +20,20 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // lab is the bundled model and what is written down of a runner's work, all on its goroutine.
 type lab struct {
-	*testing.T
+	testing.TB
 	config  model.Config
 	weights *model.Weights
 	compute kernel.Compute
 	log     []string
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	f, err := hf.Open("../../../models/shapes-vl-moe")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	l := &lab{T: t, config: f.Config}
+	l := &lab{TB: t, config: f.Config}
 	if l.weights, err = f.Weights(); err != nil {
 		t.Fatal(err)
 	}

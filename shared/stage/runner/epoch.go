@@ -1,0 +1,180 @@
+package runner
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"trireme.dev/shared/engine"
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/placement"
+)
+
+// ErrStopped is returned by Switch when the runner has been stopped.
+var ErrStopped = errors.New("the runner has been stopped")
+
+// epoch is what the runner computes with on one set of NPUs.
+type epoch struct {
+	npus []engine.NPU // by slot
+	text *engine.Text // nil when there are no sources
+	step Step
+}
+
+func (r *Runner) newEpoch(npus []engine.NPU) (*epoch, error) {
+	e := &epoch{npus: npus}
+	if len(r.sources) == 0 {
+		return e, nil
+	}
+	var err error
+	if e.text, err = engine.NewText(r.config, npus, engine.Limits{Rows: r.limits.Rows, Seqs: r.limits.Seqs}); err != nil {
+		return nil, err
+	}
+	set := Slots(npus)
+	e.step = Step{Step: sched.NewStep(r.limits, set), seqs: make([]engine.Seq, 0, set.Len()*r.limits.Seqs)}
+	return e, nil
+}
+
+func (e *epoch) close() {
+	if e.text != nil {
+		e.text.Close()
+	}
+}
+
+// Slots are those with an NPU.
+func Slots(npus []engine.NPU) placement.Set {
+	var set placement.Set
+	for slot, n := range npus {
+		if n.Compute != nil {
+			set = set.With(slot)
+		}
+	}
+	return set
+}
+
+// Next is the next epoch: other NPUs, ready to take the place of the present ones.
+type Next struct {
+	epoch *epoch
+	// Warm is how long the NPUs that join took to compute a first row, with every expert that they have.
+	Warm time.Duration
+}
+
+// Close gives up an epoch that was not switched to.
+func (n *Next) Close() { n.epoch.close() }
+
+// Prepare makes the next epoch beside the present one, in which steps go on: the language model on the NPUs that the instance's slots
+// shall have, each in its slot of now if it stays, with scratch of its own. Those that join, which compute nothing yet, are warmed up.
+// A Next is switched to, or closed. Errors are those of engine.NewText; nothing has changed then.
+func (r *Runner) Prepare(npus []engine.NPU) (*Next, error) {
+	e, err := r.newEpoch(npus)
+	if err != nil {
+		return nil, fmt.Errorf("preparing NPUs {%v}: %w", Slots(npus), err)
+	}
+	n := &Next{epoch: e}
+	if e.text == nil {
+		return n, nil
+	}
+	r.mu.Lock()
+	present := r.present.npus
+	r.mu.Unlock()
+	var join []int
+	for slot := range Slots(npus).All() {
+		if slot >= len(present) || present[slot].Compute != npus[slot].Compute {
+			join = append(join, slot)
+		}
+	}
+	if n.Warm, err = e.text.Warm(join...); err != nil {
+		n.Close()
+		return nil, fmt.Errorf("preparing NPUs {%v}: %w", Slots(npus), err)
+	}
+	return n, nil
+}
+
+// Switch makes the next epoch the present one between two steps, and gives up the one before. pause is how long steps waited for it.
+// No sequence in work may be on an NPU that leaves: may, if not nil, is asked on the runner's goroutine just before. With its error,
+// and when the runner has been stopped, nothing has changed, and the Next can be tried again or closed.
+func (r *Runner) Switch(n *Next, may func() error) (pause time.Duration, err error) {
+	r.change.Lock()
+	defer r.change.Unlock()
+	var before *epoch
+	err = r.between(func() error {
+		start := time.Now()
+		if may != nil {
+			if err := may(); err != nil {
+				return err
+			}
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		before, r.present = r.present, n.epoch
+		if before.text != nil {
+			if r.past == nil {
+				r.past = newLoad(&r.config.Text)
+			}
+			before.text.Load(r.past)
+		}
+		pause = time.Since(start)
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("switching to NPUs {%v}: %w", Slots(n.epoch.npus), err)
+	}
+	before.close()
+	return pause, nil
+}
+
+// between runs f between two steps and waits for that; ErrStopped when it has not run.
+func (r *Runner) between(f func() error) error {
+	done := make(chan error, 1)
+	if !r.Do(func() { done <- f() }) {
+		return ErrStopped
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-r.ended:
+	}
+	select {
+	case err := <-done: // it was the last thing done
+		return err
+	default:
+		return ErrStopped
+	}
+}
+
+// SetExperts has steps find the experts elsewhere: see engine.Text.SetExperts. When it returns no step is under way that uses the
+// tables before. There must be sequences to compute.
+func (r *Runner) SetExperts(tables [][][]model.Expert) error {
+	r.change.Lock()
+	defer r.change.Unlock()
+	if err := r.present.text.SetExperts(tables); err != nil {
+		return err
+	}
+	return r.between(func() error { return nil })
+}
+
+// Load is how many rows the router has sent to each expert, [layers][experts], since the runner was made, in all epochs; nil when
+// there are no sequences to compute. It may be called at any time after Start by any goroutine.
+func (r *Runner) Load() placement.Load {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.present == nil || r.present.text == nil {
+		return nil
+	}
+	load := newLoad(&r.config.Text)
+	for l := range r.past {
+		copy(load[l], r.past[l])
+	}
+	r.present.text.Load(load)
+	return load
+}
+
+func newLoad(t *model.Text) placement.Load {
+	load := make(placement.Load, t.Layers)
+	for l := range load {
+		if !t.Dense[l] {
+			load[l] = make([]uint64, t.Experts)
+		}
+	}
+	return load
+}
