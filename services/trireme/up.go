@@ -103,8 +103,9 @@ func (c *upCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
+	p.must = []byte("EPD")
 	if cfg.Vision == nil { // encoders would have nothing to do
-		p.topology = p.topology.Without('E')
+		p.topology, p.must = p.topology.Without('E'), []byte("PD")
 	}
 	if err := checkMemory(&cfg.Text, p.memory); err != nil {
 		return err
@@ -140,6 +141,7 @@ type plan struct {
 	http     string
 	socket   string
 	memory   conf.Bytes // of each NPU
+	must     []byte     // roles that some instance has to have
 }
 
 func (c *upCmd) plan() (*plan, error) {
@@ -354,8 +356,13 @@ func (c *upCmd) startNATS(e *env) (*embedded.Server, error) {
 	return embedded.Start(o)
 }
 
-// children are the processes of a plan by layer, in the order in which they are stopped.
-func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
+// children are the processes of a plan.
+type children struct {
+	gateway, hmm supervise.Child
+	stage        func(g conf.Group, name string) supervise.Child // one of a group
+}
+
+func (c *upCmd) children(e *env, p *plan, binary string) children {
 	// What must differ from child to child cannot come from the environment that they share.
 	environ := slices.DeleteFunc(os.Environ(), func(v string) bool {
 		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=")
@@ -371,31 +378,25 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 	if c.Model == "" {
 		gateway = append(gateway, "--served-name", models.Default)
 	}
-	var stages []supervise.Child
-	alike := map[string]int{} // instances so far, by service
-	for _, g := range p.topology.Groups {
-		service, combined := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[g.Roles], []string(nil)
-		if service == "" {
-			service, combined = "stage", []string{"--roles", g.Roles}
+	stage := func(g conf.Group, name string) supervise.Child {
+		service := serviceOf(g.Roles)
+		args := slices.Concat(common, []string{"--name", name})
+		if service == "stage" {
+			args = append(args, "--roles", g.Roles)
 		}
-		for range g.Count {
-			name := fmt.Sprintf("%s-%d", service, alike[service])
-			alike[service]++
-			args := slices.Concat(combined, common, []string{"--name", name})
-			if c.Threads > 0 {
-				args = append(args, "--threads", strconv.Itoa(c.Threads))
-			}
-			if g.NPUs > 1 {
-				args = append(args, "--npus", strconv.Itoa(g.NPUs))
-			}
-			if c.Pace != "" {
-				args = append(args, "--pace", c.Pace)
-			}
-			if strings.Contains(g.Roles, "P") {
-				args = append(args, c.policyFlag.args()...)
-			}
-			stages = append(stages, child(name, service, args...))
+		if c.Threads > 0 {
+			args = append(args, "--threads", strconv.Itoa(c.Threads))
 		}
+		if g.NPUs > 1 {
+			args = append(args, "--npus", strconv.Itoa(g.NPUs))
+		}
+		if c.Pace != "" {
+			args = append(args, "--pace", c.Pace)
+		}
+		if strings.Contains(g.Roles, "P") {
+			args = append(args, c.policyFlag.args()...)
+		}
+		return child(name, service, args...)
 	}
 	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--npus", strconv.Itoa(p.topology.NPUs()),
 		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10),
@@ -408,11 +409,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) [][]supervise.Child {
 	if c.WeightsMemory != 0 {
 		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
 	}
-	return [][]supervise.Child{
-		{child("gateway", "gateway", gateway...)},
-		stages,
-		{child("hmm", "hmm", hmm...)},
-	}
+	return children{gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage}
 }
 
 // serve runs the children until the context ends.
@@ -431,11 +428,14 @@ func (c *upCmd) serve(e *env, p *plan) error {
 		}
 		fmt.Fprintf(e.err, "%s (pid %d) ended: %s; starting it again in %v\n", x.Child.Name, x.PID, x.How, x.Again)
 	})
-	layers := c.children(e, p, binary)
-	for i := len(layers) - 1; i >= 0; i-- {
-		for _, ch := range layers[i] {
-			s.Start(ch)
-		}
+	all := c.children(e, p, binary)
+	s.Start(all.hmm)
+	stages := &replicas{make: all.stage, must: p.must, supervisor: s, named: map[string]int{}, out: e.err}
+	stages.begin(p.topology)
+	s.Start(all.gateway)
+	leave, err := stages.serve(ctx, p.natsURL, nodeName())
+	if err != nil {
+		return errors.Join(err, c.stop(e.err, s, stages.names()))
 	}
 	fmt.Fprintf(e.err, "model     %s\ntopology  %s, %v for each NPU\n", p.model, p.topology, p.memory)
 	if c.Pace != "" {
@@ -451,7 +451,8 @@ func (c *upCmd) serve(e *env, p *plan) error {
 		fmt.Fprintln(e.out, "ready", address)
 		<-ctx.Done()
 	}
-	return errors.Join(c.stop(e.err, s, layers), failure(ctx, e.ctx))
+	leave()
+	return errors.Join(c.stop(e.err, s, stages.names()), failure(ctx, e.ctx))
 }
 
 // failure is why ctx ended, nil when the user ended it.
@@ -462,20 +463,15 @@ func failure(ctx, user context.Context) error {
 	return context.Cause(ctx)
 }
 
-// stop ends the layers one after the other, gateway first.
-func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, layers [][]supervise.Child) error {
+// stop ends the processes layer by layer, gateway first.
+func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, stages []string) error {
 	var errs []error
-	for i, layer := range layers {
-		grace := stopGrace
-		if i == 0 {
-			grace += c.Grace
-		}
-		var names []string
-		for _, ch := range layer {
-			names = append(names, ch.Name)
-		}
-		fmt.Fprintf(w, "stopping  %s\n", strings.Join(names, ", "))
-		errs = append(errs, s.Stop(grace, names...))
+	for _, layer := range []struct {
+		names []string
+		grace time.Duration
+	}{{[]string{"gateway"}, stopGrace + c.Grace}, {stages, stopGrace}, {[]string{"hmm"}, stopGrace}} {
+		fmt.Fprintf(w, "stopping  %s\n", strings.Join(layer.names, ", "))
+		errs = append(errs, s.Stop(layer.grace, layer.names...))
 	}
 	return errors.Join(errs...)
 }

@@ -1,0 +1,272 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/services/trireme/supervise"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/wire"
+)
+
+// replicas are the stage processes of `trireme up`, whose number operators change while it runs.
+type replicas struct {
+	make func(g conf.Group, name string) supervise.Child
+	must []byte // roles that one instance has to have at least
+
+	mu         sync.Mutex
+	supervisor *supervise.Supervisor
+	groups     []replicaGroup
+	named      map[string]int // instances so far, by service: a name is not used twice
+	out        io.Writer
+	stopping   sync.WaitGroup
+}
+
+// replicaGroup is alike instances.
+type replicaGroup struct {
+	conf.Group
+	running []string // names, in the order in which they were started
+}
+
+// serviceOf is the command that runs instances with certain roles.
+func serviceOf(roles string) string {
+	if service := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[roles]; service != "" {
+		return service
+	}
+	return "stage"
+}
+
+// start starts an instance of a group. r.mu is held.
+func (r *replicas) start(g *replicaGroup) string {
+	service := serviceOf(g.Roles)
+	name := fmt.Sprintf("%s-%d", service, r.named[service])
+	r.named[service]++
+	g.running = append(g.running, name)
+	r.supervisor.Start(r.make(g.Group, name))
+	return name
+}
+
+// begin starts the instances of a topology.
+func (r *replicas) begin(t conf.Topology) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, g := range t.Groups {
+		r.groups = append(r.groups, replicaGroup{Group: g})
+		for range g.Count {
+			r.start(&r.groups[len(r.groups)-1])
+		}
+	}
+}
+
+// names are all that run.
+func (r *replicas) names() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []string
+	for _, g := range r.groups {
+		all = append(all, g.running...)
+	}
+	return all
+}
+
+// set does what is asked for. spare is the number of NPUs of the node that nobody has.
+func (r *replicas) set(ask wire.Replicas, spare func() (int, error)) wire.ReplicasReport {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	no := func(format string, args ...any) wire.ReplicasReport {
+		return wire.ReplicasReport{Why: fmt.Sprintf(format, args...)}
+	}
+	if err := conf.CheckRoles(ask.Roles); err != nil {
+		return no("%v", err)
+	}
+	if ask.Count < 0 {
+		return no("%d instances: there can be none at the least", ask.Count)
+	}
+	i := slices.IndexFunc(r.groups, func(g replicaGroup) bool { return g.Roles == ask.Roles })
+	if i < 0 {
+		r.groups = append(r.groups, replicaGroup{Group: conf.Group{Roles: ask.Roles, NPUs: 1}})
+		i = len(r.groups) - 1
+	}
+	var running []string
+	for _, g := range r.groups {
+		if g.Roles == ask.Roles {
+			running = append(running, g.running...)
+		}
+	}
+	report := wire.ReplicasReport{NPUs: r.groups[i].NPUs}
+	more := ask.Count - len(running)
+	switch {
+	case more > 0:
+		free, err := spare()
+		if err != nil {
+			return no("asking the HMM for spare NPUs: %v", err)
+		}
+		if need := more * report.NPUs; free < need {
+			return no("%d more instances of %d NPUs need %d, and %d are spare: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
+				"instance have fewer", more, report.NPUs, need, free, need-free)
+		}
+	case more < 0:
+		for _, role := range r.must {
+			if strings.IndexByte(ask.Roles, role) >= 0 && r.with(role)+more < 1 {
+				return no("no instance with role %c would be left, and nothing would be answered", role)
+			}
+		}
+		report.Stopped = running[len(running)+more:]
+	}
+	if ask.Check {
+		report.Instances = running[:min(len(running), ask.Count)]
+		return report
+	}
+	for range more {
+		report.Started = append(report.Started, r.start(&r.groups[i]))
+	}
+	if len(report.Stopped) > 0 {
+		for i := range r.groups {
+			r.groups[i].running = slices.DeleteFunc(r.groups[i].running, func(n string) bool { return slices.Contains(report.Stopped, n) })
+		}
+		r.stopping.Go(func() {
+			if err := r.supervisor.Stop(stopGrace, report.Stopped...); err != nil {
+				fmt.Fprintf(r.out, "stopping instances: %v\n", err)
+			}
+		})
+	}
+	for _, g := range r.groups {
+		if g.Roles == ask.Roles {
+			report.Instances = append(report.Instances, g.running...)
+		}
+	}
+	return report
+}
+
+// with is how many instances have a role. r.mu is held.
+func (r *replicas) with(role byte) (n int) {
+	for _, g := range r.groups {
+		if strings.IndexByte(g.Roles, role) >= 0 {
+			n += len(g.running)
+		}
+	}
+	return n
+}
+
+// serve answers operators until the returned function is called, which waits for instances that are about to end.
+func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), err error) {
+	conn, err := nats.Connect(url, append(bus.Lasting("up-"+node), nats.RetryOnFailedConnect(true))...)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to NATS at %s: %w", url, err)
+	}
+	spare := func() (int, error) {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		all, err := nodes(ctx, conn)
+		if err != nil {
+			return 0, err
+		}
+		i := slices.IndexFunc(all, func(s hbm.Stats) bool { return s.Node == node })
+		if i < 0 {
+			return 0, errors.New("it does not answer")
+		}
+		free := 0
+		for _, m := range all[i].Memory {
+			if m.NPU >= 0 && m.Instance == "" && m.Reserved == "" {
+				free++
+			}
+		}
+		return free, nil
+	}
+	_, err = conn.Subscribe(wire.SubjectReplicas(node), func(m *nats.Msg) {
+		var ask wire.Replicas
+		report := wire.ReplicasReport{Why: "the question cannot be read"}
+		if wire.Unmarshal(m.Data, &ask) == nil {
+			report = r.set(ask, spare)
+		}
+		if data, err := wire.Marshal(&report); err == nil {
+			_ = m.Respond(data) // who asked has gone: it sees heartbeats
+		}
+	})
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("listening for changes of the number of instances: %w", err)
+	}
+	return func() {
+		conn.Close()
+		r.stopping.Wait()
+	}, nil
+}
+
+// rolesOf are the letters of what an operator calls an instance: decoder, or EPD.
+func rolesOf(name string) string {
+	if letters := map[string]string{"encoder": "E", "prefill": "P", "decoder": "D"}[name]; letters != "" {
+		return letters
+	}
+	return name
+}
+
+// setReplicas asks for so many instances on a node, and waits until that is so, told of each that has come or gone.
+func setReplicas(ctx context.Context, b *bus.Bus, node string, ask wire.Replicas, told func(string)) (wire.ReplicasReport, error) {
+	var report wire.ReplicasReport
+	data, err := wire.Marshal(&ask)
+	if err != nil {
+		return report, err
+	}
+	asking, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	msg, err := b.Conn().RequestWithContext(asking, wire.SubjectReplicas(node), data)
+	if errors.Is(err, nats.ErrNoResponders) {
+		return report, fmt.Errorf("nobody starts instances on node %s: `trireme up` would; with docker compose it is `docker compose up -d --scale "+
+			"%s=%d`, on Kubernetes kubectl scale", node, serviceOf(ask.Roles), ask.Count)
+	}
+	if err == nil {
+		err = wire.Unmarshal(msg.Data, &report)
+	}
+	if err != nil {
+		return report, fmt.Errorf("asking for %d instances on node %s: %w", ask.Count, node, err)
+	}
+	if report.Why != "" {
+		return report, errors.New(report.Why)
+	}
+	if ask.Check {
+		return report, nil
+	}
+	view, err := b.Instances(ctx)
+	if err != nil {
+		return report, err
+	}
+	come, go_ := slices.Clone(report.Started), slices.Clone(report.Stopped)
+	for len(come)+len(go_) > 0 {
+		ready, there := map[string]bool{}, map[string]bool{}
+		for _, i := range view.All() {
+			if i.Node == node {
+				there[i.Name] = true
+				ready[i.Name] = ready[i.Name] || i.Ready
+			}
+		}
+		come = slices.DeleteFunc(come, func(n string) bool {
+			if ready[n] {
+				told(n + " is ready")
+			}
+			return ready[n]
+		})
+		go_ = slices.DeleteFunc(go_, func(n string) bool {
+			if !there[n] {
+				told(n + " has gone")
+			}
+			return !there[n]
+		})
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return report, fmt.Errorf("waiting for %s: %w", strings.Join(append(come, go_...), ", "), context.Cause(ctx))
+		}
+	}
+	return report, nil
+}

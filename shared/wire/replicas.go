@@ -1,0 +1,25 @@
+package wire
+
+// SubjectReplicas is where whoever starts the processes of a node (`trireme up`) answers Replicas.
+func SubjectReplicas(node string) string { return "trireme.node." + node + ".replicas" }
+
+// Replicas asks for so many instances with certain roles on a node: request/reply on SubjectReplicas, answered with a ReplicasReport
+// at once. That new ones are ready and old ones have gone their heartbeats tell.
+type Replicas struct {
+	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
+
+	Roles string // letters, as in a topology: E, EP, EPD
+	Count int
+	Check bool // only say what would be done
+}
+
+// ReplicasReport says which instances there are then.
+type ReplicasReport struct {
+	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
+
+	Instances []string `json:"instances"`     // names of all that have the roles
+	Started   []string `json:"started"`       // of them
+	Stopped   []string `json:"stopped"`       // that hand over what they have in work, and end
+	NPUs      int      `json:"npus"`          // that each new one has
+	Why       string   `json:"why,omitempty"` // nothing was done, and what to do
+}
