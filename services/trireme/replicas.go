@@ -241,8 +241,8 @@ func setReplicas(ctx context.Context, b *bus.Bus, node string, ask wire.Replicas
 	if err != nil {
 		return report, err
 	}
-	come, go_ := slices.Clone(report.Started), slices.Clone(report.Stopped)
-	for len(come)+len(go_) > 0 {
+	coming, leaving := slices.Clone(report.Started), slices.Clone(report.Stopped)
+	for len(coming)+len(leaving) > 0 {
 		ready, there := map[string]bool{}, map[string]bool{}
 		for _, i := range view.All() {
 			if i.Node == node {
@@ -250,13 +250,13 @@ func setReplicas(ctx context.Context, b *bus.Bus, node string, ask wire.Replicas
 				ready[i.Name] = ready[i.Name] || i.Ready
 			}
 		}
-		come = slices.DeleteFunc(come, func(n string) bool {
+		coming = slices.DeleteFunc(coming, func(n string) bool {
 			if ready[n] {
 				told(n + " is ready")
 			}
 			return ready[n]
 		})
-		go_ = slices.DeleteFunc(go_, func(n string) bool {
+		leaving = slices.DeleteFunc(leaving, func(n string) bool {
 			if !there[n] {
 				told(n + " has gone")
 			}
@@ -265,7 +265,7 @@ func setReplicas(ctx context.Context, b *bus.Bus, node string, ask wire.Replicas
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
-			return report, fmt.Errorf("waiting for %s: %w", strings.Join(append(come, go_...), ", "), context.Cause(ctx))
+			return report, fmt.Errorf("waiting for %s: %w", strings.Join(append(coming, leaving...), ", "), context.Cause(ctx))
 		}
 	}
 	return report, nil
