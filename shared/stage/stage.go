@@ -113,6 +113,7 @@ type Stage struct {
 	gate      gate
 	slots     slots
 	seats     seats
+	changes   changes
 	kernels   string
 	address   string
 	paced     string // profile of a paced NPU, or ""
@@ -179,6 +180,10 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	for i, n := range s.HBM.NPUs() {
 		npus[i].Number = n
 		s.Stay(i)
+	}
+	s.changes = changes{stage: s, asked: len(npus)}
+	if err := s.changes.restore(ctx); err != nil {
+		return nil, err
 	}
 	if err := s.loadWeights(ctx, &cfg); err != nil {
 		return nil, err
@@ -268,6 +273,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 			s.emit(wire.EventFailed, err.Error())
 			return
 		}
+		s.changes.forget(ctx)
 		s.emit(wire.EventStopped, "has handed over what it had in work")
 	}()
 	var wg, working sync.WaitGroup // working: those who take messages and work on them
@@ -309,6 +315,11 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 		}
 	})
 	wg.Go(func() { s.gateways.run(life) })
+	wg.Go(func() {
+		if err := s.changes.serve(life); err != nil {
+			s.Log.Error("nobody can change this instance", "error", err)
+		}
+	})
 	s.weights.wait(ctx)
 	s.ready.Store(true)
 	for i, r := range roles {
@@ -343,6 +354,8 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 	}
 	select {
 	case err := <-failed:
+		return err
+	case err := <-s.changes.failed:
 		return err
 	case <-ctx.Done():
 	}
@@ -500,6 +513,7 @@ func (s *Stage) heartbeat() wire.Instance {
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
 	}
+	_, beat.Epoch = s.changes.current()
 	for _, p := range paced(s.NPUs()) {
 		beat.Busy += p.Busy().Seconds()
 		beat.Behind += p.Behind().Seconds()

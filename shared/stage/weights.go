@@ -57,7 +57,10 @@ func (w *weights) load(ctx context.Context, parts hf.Parts) error {
 	s := w.stage
 	npus := s.NPUs()
 	all := setOf(npus)
-	layout := Layout(&s.Model.Text, all)
+	layout, _ := s.changes.current()
+	if layout == nil { // nobody runs the language model
+		layout = Layout(&s.Model.Text, all)
+	}
 	for i := range all.All() {
 		if npus[i].Weights != nil {
 			continue

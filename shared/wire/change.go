@@ -1,7 +1,9 @@
 package wire
 
 import (
+	"fmt"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -82,6 +84,7 @@ type Change struct {
 	Left     time.Duration // the operation is given up if it has not come to its commit by then
 	Rate     int64         // most bytes to copy in a second; 0: as fast as it goes
 	Spare    float64       // places for second copies of experts, as a part of those that first ones need
+	Slack    float64       // so much longer than in the best placement the busiest NPU may take, in order to move less
 	DryRun   bool          // only plan
 	Seen     uint64        // the last ChangeReport.Number that who asks has: the answer waits for a newer one, for a second
 	Hold     string        // for tests: stop behind the work of this state, for HoldTime
@@ -102,7 +105,8 @@ type ChangeReport struct {
 	Why       string `json:"why,omitempty"` // it was refused or aborted, or what went wrong behind its commit
 	Refused   bool   `json:"refused,omitempty"`
 	Committed bool   `json:"committed"`
-	Epoch     uint64 `json:"epoch"` // in force
+	Epoch     uint64 `json:"epoch"`          // in force
+	Held      bool   `json:"held,omitempty"` // it waits as Change.Hold has asked for
 
 	Plan ChangePlan `json:"plan"`
 
@@ -132,6 +136,30 @@ type ChangePlan struct {
 	Will   float64       `json:"balance_after"`   // "
 	Expect time.Duration `json:"expected_ns"`     // until the new layout is in force, by the copy rate
 	Moves  bool          `json:"something_to_do"` // false: the instance is as it should be
+}
+
+// Sentence says for people how far the operation is.
+func (r *ChangeReport) Sentence() string {
+	p := &r.Plan
+	head := r.Kind + " " + r.ID + ": "
+	what := fmt.Sprintf("%d experts to other NPUs, %d copies dropped, %.3g MB to copy, balance %.2f to %.2f",
+		p.Copies, p.Drops, float64(p.Bytes)/1e6, p.Was, p.Will)
+	if before, after := NPUCount(p.Before), NPUCount(p.After); before != after {
+		what = fmt.Sprintf("%d NPUs to %d, ", before, after) + what
+	}
+	switch {
+	case r.Why != "" && r.Committed:
+		return head + "committed as epoch " + strconv.FormatUint(r.Epoch, 10) + ", but " + r.Why
+	case r.Why != "":
+		return head + "given up: " + r.Why
+	case r.Committed:
+		return fmt.Sprintf("%sepoch %d is in force, %s; steps were held up for %v", head, r.Epoch, what, r.Pause.Round(time.Microsecond))
+	case r.State == "plan":
+		return head + "deciding what moves"
+	case !p.Moves:
+		return head + "nothing to do"
+	}
+	return head + what
 }
 
 // NPUCount is the number of NPUs in slots.

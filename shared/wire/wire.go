@@ -301,7 +301,8 @@ type Instance struct {
 	Node    string `json:"node"`
 	PID     int    `json:"pid"`
 	NPUs    []int  `json:"npus"`
-	Ready   bool   `json:"ready"` // takes work
+	Epoch   uint64 `json:"epoch,omitempty"` // of its layout (Layout)
+	Ready   bool   `json:"ready"`           // takes work
 	Model   string `json:"model,omitempty"`
 	Digest  string `json:"digest,omitempty"` // hex of model.Config.Digest
 	Kernels string `json:"kernels,omitempty"`

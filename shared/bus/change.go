@@ -1,0 +1,91 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/shared/wire"
+)
+
+// Errors of Change.
+var (
+	// ErrRefused is returned when the instance does not begin the operation.
+	ErrRefused = errors.New("refused")
+	// ErrGivenUp is returned when the operation has not come to its commit: everything is as it was.
+	ErrGivenUp = errors.New("given up, everything is as it was")
+)
+
+const (
+	askPatience   = 3 * time.Second        // for an answer, which comes within a second if the instance can be reached
+	successorWait = 100 * time.Millisecond // between two looks whether a successor has ended an operation
+)
+
+// Change has a stage instance change, and returns when the operation has ended, or ctx has: what became of it then is on the event
+// stream. record is the key of the instance's layout record (wire.LayoutKey), which tells how the operation has ended when the
+// instance dies meanwhile. told, if not nil, gets each report on the way. An operation that is in force is no error, whatever went
+// wrong behind its commit: that is in the report's Why.
+func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change, told func(*wire.ChangeReport)) (*wire.ChangeReport, error) {
+	r := &wire.ChangeReport{ID: c.ID, Kind: c.Kind, Instance: instance, Record: record}
+	for wait := newPause(); ctx.Err() == nil; {
+		if b.conn.IsReconnecting() { // the client would send the question when nobody waits for an answer any more
+			_ = (&pause{next: awayWait}).sleep(ctx)
+			continue
+		}
+		try, cancel := context.WithTimeout(ctx, askPatience)
+		now := new(wire.ChangeReport)
+		err := b.Ask(try, wire.SubjectChange(instance), &c, now)
+		cancel()
+		switch {
+		case errors.Is(err, nats.ErrNoResponders):
+			return b.changeEnded(ctx, r)
+		case err != nil && permanent(err):
+			return r, err
+		case err != nil:
+			_ = wait.sleep(ctx)
+			continue
+		}
+		wait = newPause()
+		if now.Number != r.Number && told != nil {
+			told(now)
+		}
+		r, c.Seen = now, now.Number
+		switch {
+		case r.Refused:
+			return r, fmt.Errorf("%s of %s %w: %s", r.Kind, instance, ErrRefused, r.Why)
+		case r.State == "done":
+			return r, nil
+		case r.State == "aborted":
+			return r, fmt.Errorf("%s of %s %w: %s", r.Kind, instance, ErrGivenUp, r.Why)
+		}
+	}
+	return r, fmt.Errorf("%s of %s has not ended, and goes on by itself (see `trireme events`): %w", c.Kind, instance, context.Cause(ctx))
+}
+
+// changeEnded finds out how an operation has ended whose instance is gone: its record says so, once the instance's successor has
+// cleared it.
+func (b *Bus) changeEnded(ctx context.Context, r *wire.ChangeReport) (*wire.ChangeReport, error) {
+	gone := fmt.Sprintf("instance %s is gone", r.Instance)
+	for {
+		l, _, err := b.Layout(ctx, r.Record)
+		switch {
+		case err == nil && l.Is(r.ID):
+			r.Committed, r.Epoch, r.State = true, l.Epoch, "done"
+			r.Why = gone + "; the one in its place starts in the new layout"
+			return r, nil
+		case err == nil && l.Awaits(r.ID): // until the successor has come
+		case err == nil || errors.Is(err, ErrNoLayout):
+			r.State, r.Why = "aborted", gone
+			return r, fmt.Errorf("%s of %s %w: it is gone", r.Kind, r.Instance, ErrGivenUp)
+		case ctx.Err() == nil:
+			return r, err
+		}
+		if (&pause{next: successorWait}).sleep(ctx) != nil {
+			return r, fmt.Errorf("%s of %s: %s, and nothing has come in its place that could say how it ended: %w", r.Kind, r.Instance,
+				gone, context.Cause(ctx))
+		}
+	}
+}

@@ -1,0 +1,273 @@
+package stage
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/sched/elastic"
+	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/wire"
+)
+
+// changes are the operations that change the instance while it serves (shared/sched/elastic): at most one at a time, which the
+// instance drives itself. Who asks for one only watches.
+type changes struct {
+	stage  *Stage
+	asked  int        // NPUs that the process was started with
+	failed chan error // an operation is committed that this process cannot complete
+
+	mu     sync.Mutex
+	epoch  uint64           // in force
+	layout placement.Layout // "
+	stored bool             // there is a record
+	recent elastic.Recent
+	known  []*operation // the latest ones; only the last may be under way
+	closed bool
+
+	running sync.WaitGroup // operations
+}
+
+const (
+	sampleEvery = 10 * time.Second // of the load of experts
+	askWait     = time.Second      // an answer waits for news so long
+	knownMost   = 16
+)
+
+// key is the key of the instance's layout record.
+func (c *changes) key() string { return wire.LayoutKey(c.stage.HBM.Node(), c.stage.recordName()) }
+
+// recordName is the name that the instance keeps over its processes, if it has one.
+func (s *Stage) recordName() string { return cmp.Or(s.Name, s.ID) }
+
+// serve answers those who ask for operations, until ctx ends, and those that are under way have.
+func (c *changes) serve(ctx context.Context) error {
+	sub, err := c.stage.Bus.Handle(wire.SubjectChange(c.stage.ID), func(data []byte, respond func(any) error) {
+		var ask wire.Change
+		if err := wire.Unmarshal(data, &ask); err != nil {
+			c.stage.Log.Warn("ignoring a change", "error", err)
+			return
+		}
+		go func() {
+			if err := respond(c.answer(ctx, &ask)); err != nil {
+				c.stage.Log.Debug("answering who asks for a change", "error", err)
+			}
+		}()
+	})
+	if err != nil {
+		return fmt.Errorf("listening for changes: %w", err)
+	}
+	defer func() {
+		_ = sub.Unsubscribe() // it ends with the connection at the latest
+		c.mu.Lock()
+		c.closed = true
+		c.mu.Unlock()
+		c.running.Wait()
+	}()
+	tick := time.NewTicker(sampleEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			c.sample()
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// sample takes note of the experts' load since the last time, and returns what it was lately.
+func (c *changes) sample() (placement.Load, uint64) {
+	total := c.stage.Runner.Load()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if total != nil {
+		c.recent.Add(total)
+	}
+	return c.recent.Load()
+}
+
+// answer begins an operation, or finds it, and tells how far it is.
+func (c *changes) answer(ctx context.Context, ask *wire.Change) *wire.ChangeReport {
+	o, err := c.begin(ctx, ask)
+	if err != nil {
+		return &wire.ChangeReport{
+			ID: ask.ID, Kind: ask.Kind, Instance: c.stage.ID, Record: c.key(), Number: 1, State: string(elastic.Aborted), Refused: true,
+			Why: err.Error(),
+		}
+	}
+	return o.await(ctx, ask.Seen)
+}
+
+// begin begins an operation, or finds the one that has begun. An error says why it is refused.
+func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if i := slices.IndexFunc(c.known, func(o *operation) bool { return o.ask.ID == ask.ID }); i >= 0 {
+		return c.known[i], nil
+	}
+	var w task
+	switch {
+	case ask.ID == "" || ask.Left <= 0 || ask.Spare < 0 || ask.Slack < 0 || ask.Rate < 0:
+		return nil, fmt.Errorf("the request is malformed: %+v", *ask)
+	case c.closed || !c.stage.Ready():
+		return nil, errors.New("the instance does not take work: it starts or stops; try again when it is ready")
+	case !hasText(c.stage.Role):
+		return nil, fmt.Errorf("the instance has no experts: it is an %s instance, which does not run the language model", c.stage.Role)
+	case ask.Kind == wire.ChangeRebalance:
+		w = &rebalance{stage: c.stage, ask: ask}
+	default:
+		return nil, fmt.Errorf("the instance knows no %q", ask.Kind)
+	}
+	if n := len(c.known); n > 0 && !c.known[n-1].over() {
+		return nil, fmt.Errorf("operation %s, a %s, is under way: wait until it has ended", c.known[n-1].ask.ID, c.known[n-1].ask.Kind)
+	}
+	o := newOperation(c, ask, w)
+	if c.known = append(c.known, o); len(c.known) > knownMost {
+		c.known = c.known[1:]
+	}
+	c.running.Go(func() { o.run(ctx) })
+	return o, nil
+}
+
+// hasText reports whether an instance of a role runs the language model.
+func hasText(role string) bool { return wire.HasRole(role, Prefill) || wire.HasRole(role, Decode) }
+
+// restore finds out in which layout the process starts: that of its record, if the process before it has left one, else with the
+// experts spread evenly. An operation that the other one had not committed is over with that.
+func (c *changes) restore(ctx context.Context) error {
+	s := c.stage
+	c.failed = make(chan error, 1)
+	if !hasText(s.Role) {
+		return nil
+	}
+	c.layout = Layout(&s.Model.Text, setOf(s.NPUs()))
+	for {
+		l, revision, err := s.Bus.Layout(ctx, c.key())
+		if errors.Is(err, bus.ErrNoLayout) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		mine := *l
+		mine.Instance = s.ID
+		if p := l.Pending; p != nil {
+			mine.Pending = nil
+			mine.Last = &wire.Ended{ID: p.ID, Kind: p.Kind, Why: fmt.Sprintf("instance %s died before the operation came to its commit", l.Instance)}
+		}
+		if _, err := s.Bus.SwapLayout(ctx, c.key(), &mine, revision); err != nil {
+			if errors.Is(err, bus.ErrLayoutChanged) { // the process before this one lives a while longer
+				continue
+			}
+			return err
+		}
+		if p := l.Pending; p != nil {
+			report := wire.ChangeReport{
+				ID: p.ID, Kind: p.Kind, Instance: l.Instance, Record: c.key(), State: string(elastic.Abort), Why: mine.Last.Why, Epoch: l.Epoch,
+			}
+			s.emitChange(wire.EventScaleAbort, mine.Last.Why, &report)
+		}
+		layout, err := c.follow(&mine)
+		if err != nil {
+			s.Log.Warn("the layout record is not followed", "record", c.key(), "why", err)
+			return nil
+		}
+		c.layout, c.epoch, c.stored = layout, l.Epoch, true
+		s.Log.Info("starts in the layout of the process before it", "epoch", l.Epoch, "before", l.Instance)
+		return nil
+	}
+}
+
+// follow is the placement of a record, if the process can start in it.
+func (c *changes) follow(l *wire.Layout) (placement.Layout, error) {
+	s := c.stage
+	if l.Model != s.Model.Digest || l.Asked != c.asked {
+		return nil, fmt.Errorf("it is of another model, or made for %d NPUs where %d are asked for", l.Asked, c.asked)
+	}
+	npus := s.NPUs()
+	var slots placement.Set
+	for slot, number := range l.NPUs {
+		if number >= 0 {
+			slots = slots.With(slot)
+		}
+	}
+	if own := setOf(npus); slots != own {
+		return nil, fmt.Errorf("it has NPUs in slots %s, the process in %s", slots, own)
+	}
+	experts := make([]int, len(c.layout))
+	for i := range experts {
+		experts[i] = len(c.layout[i])
+	}
+	layout, err := placement.Decode(l.Experts, experts)
+	if err != nil {
+		return nil, err
+	}
+	return layout, layout.Check(slots)
+}
+
+// record is the record of the layout in force, with nothing pending.
+func (c *changes) record() *wire.Layout {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.stage
+	return &wire.Layout{
+		Instance: s.ID, Model: s.Model.Digest, Asked: c.asked, Epoch: c.epoch, NPUs: numbers(s.NPUs()), Experts: c.layout.Encode(),
+	}
+}
+
+// current is the layout in force.
+func (c *changes) current() (placement.Layout, uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.layout, c.epoch
+}
+
+// enter has another layout be in force.
+func (c *changes) enter(layout placement.Layout, epoch uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.layout, c.epoch = layout, epoch
+}
+
+// forget removes the record of an instance that was told to stop: who starts it again says with how many NPUs.
+func (c *changes) forget(ctx context.Context) {
+	c.mu.Lock()
+	stored := c.stored
+	c.mu.Unlock()
+	if !stored {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := c.stage.Bus.DeleteLayout(ctx, c.key()); err != nil {
+		c.stage.Log.Warn("the layout record stays", "error", err)
+	}
+}
+
+// numbers are the NPUs' numbers on the node, by slot; -1: a hole.
+func numbers(npus []NPU) []int {
+	list := make([]int, len(npus))
+	for slot, n := range npus {
+		list[slot] = -1
+		if n.Compute != nil {
+			list[slot] = n.Number
+		}
+	}
+	return list
+}
+
+// emitChange tells operators how far an operation is.
+func (s *Stage) emitChange(kind, text string, report *wire.ChangeReport) {
+	data, err := json.Marshal(report)
+	if err != nil {
+		panic("BUG: a report is no JSON: " + err.Error())
+	}
+	s.Bus.Emit(wire.Event{Kind: kind, Node: s.HBM.Node(), Instance: s.ID, Role: s.Role, Text: text, Data: data})
+}

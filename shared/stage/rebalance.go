@@ -1,0 +1,84 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched/elastic"
+	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/wire"
+)
+
+// rebalance is the task of an operation that places the experts anew on the NPUs that there are.
+type rebalance struct {
+	stage *Stage
+	ask   *wire.Change
+
+	change *placement.Change
+	tables [][][]model.Expert // by slot
+}
+
+// errFar is why experts cannot be placed anew.
+var errFar = errors.New("each of the instance's NPUs is a memory domain, between which experts cannot be copied yet: start the HMM with " +
+	"--domains node")
+
+// plan implements task.
+func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
+	s := w.stage
+	npus := s.NPUs()
+	set := setOf(npus)
+	p.Before, p.After = numbers(npus), numbers(npus)
+	for a := range set.All() {
+		for b := range set.All() {
+			if s.HBM.Far(npus[a].Number, npus[b].Number) {
+				return errFar
+			}
+		}
+	}
+	load, rows := s.changes.sample()
+	present, _ := s.changes.current()
+	slots := elastic.Slots(present, set.Len(), w.ask.Spare)
+	if w.change, err = placement.Plan(present, load, set, placement.Options{Slots: slots, Slack: w.ask.Slack}); err != nil {
+		return err
+	}
+	p.Rows, p.Was, p.Will = rows, present.Balance(load, set), w.change.Layout.Balance(load, set)
+	p.Copies, p.Drops, p.Shared = len(w.change.Copies), len(w.change.Drops), len(w.change.Copies)
+	p.Moves = p.Copies+p.Drops > 0
+	return nil
+}
+
+// prepare implements task: in one memory domain all experts are there, and every NPU finds those that it gets by its table.
+func (w *rebalance) prepare(context.Context, func(func(*wire.ChangeReport))) error {
+	npus := w.stage.NPUs()
+	w.tables = make([][][]model.Expert, len(npus))
+	for slot := range setOf(npus).All() {
+		w.tables[slot] = expertsOf(npus[slot].Weights, w.change.Layout, slot)
+	}
+	return nil
+}
+
+// layout implements task.
+func (w *rebalance) layout(l *wire.Layout) { l.Experts = w.change.Layout.Encode() }
+
+// swap implements task.
+func (w *rebalance) swap(epoch uint64) (pause time.Duration, err error) {
+	if err = w.stage.Runner.SetExperts(w.tables); err != nil { // which holds no step up
+		return 0, err
+	}
+	w.stage.changeNPUs(func(npus []NPU) []NPU {
+		for slot := range setOf(npus).All() {
+			npus[slot].Experts = w.tables[slot]
+		}
+		return npus
+	})
+	w.stage.changes.enter(w.change.Layout, epoch)
+	return pause, nil
+}
+
+// drop implements task.
+func (w *rebalance) drop() error { return nil }
+
+// undo implements task.
+func (w *rebalance) undo() error { return nil }
