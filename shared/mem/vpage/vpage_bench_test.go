@@ -17,11 +17,16 @@ import (
 	"trireme.dev/shared/model"
 )
 
-// BenchmarkChange is what other experts cost one host NPU; experts of a fiftieth of the size of the model's, and of a ninth.
+// BenchmarkChange is what other experts cost one host NPU; experts of a fiftieth of the size of the model's, and of a ninth in a few
+// of the layers.
 func BenchmarkChange(b *testing.B) {
-	for _, bytes := range []int64{3 * page, 16 * page} {
+	for _, s := range []struct {
+		layers int
+		bytes  int64
+	}{{vpagetest.Qwen3.Layers, 3 * page}, {8, 16 * page}} {
 		shape := vpagetest.Qwen3
-		shape.Name, shape.Bytes = fmt.Sprintf("%s-KiB=%d", shape.Name, bytes>>10), bytes
+		shape.Layers, shape.Bytes = s.layers, s.bytes
+		shape.Name = fmt.Sprintf("%s-layers=%d-KiB=%d", shape.Name, s.layers, s.bytes>>10)
 		vpagetest.Bench(b, vpagetest.Device{
 			Page: page,
 			Open: func(b *testing.B, bytes int64) (mem.Space, func(mem.Extent) error, func(mem.Extent) error) {
