@@ -37,6 +37,8 @@ type Serve struct {
 	Size     []load.Size `help:"Sizes of pictures, each as likely." default:"224x224" placeholder:"WxH"`
 	Repeat   float64     `help:"Chance that a picture is one of eight that many requests have." placeholder:"P"`
 	System   string      `help:"System message that all requests begin with." placeholder:"TEXT"`
+	Prefixes int         `help:"System messages that requests begin with, each as likely; with --prefix-words." placeholder:"N"`
+	Prefix   int         `name:"prefix-words" help:"Words of each of --prefixes." placeholder:"N"`
 	Extra    []string    `help:"More fields of the request; may be repeated." placeholder:"NAME=JSON" sep:"none"`
 
 	Goodput []string `help:"Bounds that a good request keeps, in milliseconds." placeholder:"ttft:MS,tpot:MS,e2el:MS"`
@@ -142,7 +144,7 @@ func (c *Serve) loads() ([]load.Config, error) {
 		URL: c.URL, Key: c.APIKey, Model: c.Model, Requests: c.Requests, Warmup: c.Warmup, Concurrency: c.Concurrency, Seed: c.Seed,
 		Shape: load.Shape{
 			Words: c.Words, Output: c.Output, Stop: c.Stop, Pictures: c.Pictures, Sizes: c.Size, Repeat: c.Repeat, Question: c.Question,
-			System: c.System, Extra: c.Extra,
+			System: c.System, Prefixes: c.Prefixes, Prefix: c.Prefix, Extra: c.Extra,
 		},
 	}
 	check := base

@@ -73,6 +73,8 @@ type Shape struct {
 	Repeat   float64  // chance, 0 to 1, that a picture is one of a few that many requests have
 	Question string   // "": random words
 	System   string   // a system message that all requests begin with; "": none
+	Prefixes int      // system messages that are drawn from, each as likely; 0: none but System
+	Prefix   int      // words of each of them
 	Extra    []string // fields of the request as NAME=JSON, e.g. temperature=0
 }
 
@@ -90,6 +92,9 @@ func (s *Shape) Validate() error {
 	}
 	if !(s.Repeat >= 0 && s.Repeat <= 1) {
 		errs = append(errs, fmt.Errorf("a chance of %g that a picture repeats: it must be 0 to 1", s.Repeat))
+	}
+	if s.Prefixes < 0 || s.Prefix < 0 || (s.Prefixes > 0) != (s.Prefix > 0) || s.Prefixes > 0 && s.System != "" {
+		errs = append(errs, errors.New("system messages need a number and a number of words, and are drawn or given, not both"))
 	}
 	for _, e := range s.Extra {
 		name, value, ok := strings.Cut(e, "=")
@@ -123,8 +128,11 @@ func (s *Shape) bodies(ctx context.Context, model string, seed uint64, n int) ([
 	return out, ctx.Err()
 }
 
-// requestStream is where the random streams of requests begin, beside that of arrivals.
-const requestStream = 1 << 32
+// Where the random streams of requests and of system messages begin, beside that of arrivals.
+const (
+	requestStream = 1 << 32
+	prefixStream  = 1 << 33
+)
 
 func (s *Shape) body(model string, seed uint64, i int) ([]byte, error) {
 	r := rand.New(rand.NewPCG(seed, requestStream+uint64(i)))
@@ -146,8 +154,12 @@ func (s *Shape) body(model string, seed uint64, i int) ([]byte, error) {
 	}
 	parts = append(parts, map[string]any{"type": "text", "text": question})
 	var messages []any
-	if s.System != "" {
-		messages = append(messages, map[string]any{"role": "system", "content": s.System})
+	system := s.System
+	if s.Prefixes > 0 {
+		system = sentence(rand.New(rand.NewPCG(seed, prefixStream+uint64(r.IntN(s.Prefixes)))), s.Prefix)
+	}
+	if system != "" {
+		messages = append(messages, map[string]any{"role": "system", "content": system})
 	}
 	messages = append(messages, map[string]any{"role": "user", "content": parts})
 	m := map[string]any{

@@ -106,3 +106,36 @@ func TestSpansAndSizes(t *testing.T) {
 		}
 	}
 }
+
+// Requests begin with one of a few system messages, all of which occur.
+func TestPrefixes(t *testing.T) {
+	s := Shape{Words: Span{3, 5}, Output: Span{10, 20}, Prefixes: 3, Prefix: 40}
+	if err := s.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	bodies, err := s.bodies(t.Context(), "m", 1, 60)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]int{}
+	for _, body := range bodies {
+		var p openai.ChatCompletionNewParams
+		if err := json.Unmarshal(body, &p); err != nil {
+			t.Fatal(err)
+		}
+		system := p.Messages[0].OfSystem.Content.OfString.Value
+		if n := len(strings.Fields(system)); n != 40 {
+			t.Fatalf("a system message of %d words", n)
+		}
+		seen[system]++
+	}
+	if len(seen) != 3 {
+		t.Errorf("%d system messages", len(seen))
+	}
+	for _, bad := range []Shape{{Prefixes: 3}, {Prefix: 3}, {Prefixes: 1, Prefix: 3, System: "x"}, {Prefixes: -1, Prefix: 3}} {
+		bad.Words, bad.Output = s.Words, s.Output
+		if bad.Validate() == nil {
+			t.Errorf("%+v is taken", bad)
+		}
+	}
+}
