@@ -159,6 +159,12 @@ func TestBadProfiles(t *testing.T) {
 	if err := load(good); err != nil {
 		t.Error(err)
 	}
+	if err := load(good + "copy: {kv_token_ms: 0.5, picture_token_ms: 2}\n"); err != nil {
+		t.Error(err)
+	}
+	if got := (&Profile{Copy: Copy{KV: 0.5, Picture: 2}}).CopyCost(100, 10); got != ms(70) {
+		t.Errorf("a copy of 100 tokens and 10 of pictures takes %v", got)
+	}
 	for text, say := range map[string]string{
 		"":                                       "EOF",
 		strings.Replace(good, "mine", "", 1):     "needs a name",
@@ -166,6 +172,7 @@ func TestBadProfiles(t *testing.T) {
 		good + "speed: 3\n":                      "speed",
 		strings.Replace(good, "picture_ms: 1", "picture_ms: -1", 1): "-1 ms",
 		strings.Replace(good, "token_ms: 1", "token_ms: .nan", 1):   "NaN",
+		good + "copy: {kv_token_ms: -2}\n":                          "-2 ms",
 		strings.Replace(good, "picture_ms: 1", "picture_ms: 0", 1):  "a picture takes no time",
 		strings.Replace(good, "token_ms: 1", "token_ms: 0", 1):      "a prompt takes no time",
 		strings.Replace(good, "{step_ms: 1}", "{}", 1):              "a token takes no time",

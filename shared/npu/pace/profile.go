@@ -35,6 +35,7 @@ type Profile struct {
 	Encode  Encode  `yaml:"encode"`
 	Prefill Prefill `yaml:"prefill"`
 	Decode  Decode  `yaml:"decode"`
+	Copy    Copy    `yaml:"copy"`
 }
 
 // Encode is what a picture costs: Picture + Token for each of its multimodal tokens.
@@ -60,6 +61,13 @@ type Decode struct {
 	LargeSeq float64 `yaml:"large_sequence_ms"`         // in place of Sequence
 	LargeFix float64 `yaml:"large_step_ms"`             // in place of Step
 	LargeCtx float64 `yaml:"large_thousand_context_ms"` // in place of Context
+}
+
+// Copy is the milliseconds of copies from another memory domain, by what they are of: a model's NPU has other bytes for that than
+// the model that is run. 0: as long as it takes the host.
+type Copy struct {
+	KV      float64 `yaml:"kv_token_ms"`      // for the keys and values of each token
+	Picture float64 `yaml:"picture_token_ms"` // for each token of an encoded picture
 }
 
 //go:embed profiles
@@ -118,6 +126,7 @@ func (p *Profile) check() error {
 	for _, ms := range []float64{
 		p.Encode.Picture, p.Encode.Token, p.Prefill.Step, p.Prefill.Token, picture, p.Prefill.Pairs,
 		p.Decode.Step, p.Decode.Sequence, p.Decode.Context, p.Decode.LargeFix, p.Decode.LargeSeq, p.Decode.LargeCtx,
+		p.Copy.KV, p.Copy.Picture,
 	} {
 		if !(ms >= 0 && ms <= maxMS) {
 			return fmt.Errorf("a time of %g ms: there are 0 to %g", ms, maxMS)
@@ -161,4 +170,10 @@ func (p *Profile) Cost(w kernel.Work) time.Duration {
 		ms += (p.Encode.Picture + float64(w.Tokens)*p.Encode.Token) / float64(w.Parts)
 	}
 	return time.Duration((fixed + ms) * float64(time.Millisecond))
+}
+
+// CopyCost is the time of a copy of so many tokens' keys and values, and of so many tokens of encoded pictures, that nothing else
+// travels beside.
+func (p *Profile) CopyCost(tokens, visual int) time.Duration {
+	return time.Duration((float64(tokens)*p.Copy.KV + float64(visual)*p.Copy.Picture) * float64(time.Millisecond))
 }
