@@ -84,6 +84,10 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, copies []protocol.Copy) (any, error) {
 			return l.Copied(s.id, copies)
 		})
+	case protocol.OpLocate:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, q protocol.Locate) (any, error) {
+			return l.Locate(s.id, q)
+		})
 	case protocol.OpSealWeights:
 		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.SealWeights) (any, error) {
 			return nil, l.SealWeights(s.id, v)

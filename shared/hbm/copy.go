@@ -71,6 +71,9 @@ func Prefault(objects ...*Object) {
 	}
 }
 
+// Fetched reports whether this client has copied the object from another memory domain or node when it attached it.
+func (o *Object) Fetched() bool { return o.source != nil }
+
 // copyAll copies what was granted in other memory domains into new objects on npu, all or none, and gives the holds that
 // came with it up. Nothing but the copies is ever mapped for writing.
 func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access mem.Access, npu int) (copies []*Object, err error) {

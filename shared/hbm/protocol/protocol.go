@@ -61,6 +61,7 @@ const (
 // The requests about memory domains.
 const (
 	OpCopied Op = 23 // []Copy, []mem.Handle
+	OpLocate Op = 27 // Locate, Located
 )
 
 // MaxBatch is the most objects of one request; clients split larger ones.
