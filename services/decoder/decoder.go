@@ -95,7 +95,13 @@ func (d *decoder) Handle(ctx context.Context, dl *bus.Delivery) {
 		_ = dl.Ack(ctx)
 		return
 	}
-	d.Work(ctx, dl, m.Request, m.Choice, func(ctx context.Context, claim *hbm.Claim) error { return d.work(ctx, &m, claim) })
+	if !d.offered(ctx, dl, &m) {
+		d.handle(ctx, dl, &m)
+	}
+}
+
+func (d *decoder) handle(ctx context.Context, dl *bus.Delivery, m *wire.Decode) {
+	d.Work(ctx, dl, m.Request, m.Choice, func(ctx context.Context, claim *hbm.Claim) error { return d.work(ctx, m, claim) })
 }
 
 // work decodes one choice to its end and has that confirmed.

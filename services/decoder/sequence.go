@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"time"
 
 	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/hbm"
@@ -232,8 +233,12 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 	if err != nil {
 		return err
 	}
+	began := time.Now()
 	if s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), hbm.Copy); err != nil {
 		return err
+	}
+	if n := before.BlockCount() - len(known.Blocks); far && place < 0 {
+		d.Copied(ctx, stage.Copy{Role: stage.Decode, Bytes: int64(n) * d.BlockBytes(), Tokens: n * model.BlockTokens}, began)
 	}
 	old, drop := slices.Clone(objs), []mem.Handle{last}
 	keep := append(slices.Clone(fresh[1:]), known.Slabs...)

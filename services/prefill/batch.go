@@ -43,7 +43,7 @@ func (p *prefill) wait(l *lane) {
 		Tokens: int64(left), Arrived: -place.Waited, Due: sched.Never, Begun: len(l.job.resume(l.choice)) > 0,
 	}
 	if place.Target {
-		l.item.Due = place.Left - p.pace.At(left)
+		l.item.Due = place.Left - p.pace.at(left)
 	}
 	p.queue.Push(&l.item)
 }
@@ -179,6 +179,7 @@ func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
 		j.choices[l.choice].seq.Seal(l.pos, l.pos+n)
 		l.pos += n
 		j.rows += n
+		p.owe(j, max(0, j.owes-n))
 		p.Reached(j.claim, j.cached+j.rows)
 		j.claim.Rest()
 		var err error
@@ -192,7 +193,7 @@ func (p *prefill) Computed(batch []engine.Seq, logits [][]float32, err error) {
 		}
 	}
 	p.rows.Add(float64(tokens))
-	p.pace.Add(tokens, time.Since(p.formed))
+	p.pace.add(tokens, time.Since(p.formed))
 	for _, l := range p.taken {
 		if p.jobs[l.job] && l.pos < len(l.tokens) {
 			p.wait(l)

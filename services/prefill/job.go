@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/engine/sample"
@@ -37,6 +38,7 @@ type job struct {
 	cached  int           // prompt tokens that came from the cache
 	left    int           // choices whose first token is still to come
 	rows    int           // computed
+	owes    int           // of owed: see owe
 	done    chan error    // one value
 }
 
@@ -121,11 +123,20 @@ func (p *prefill) room(ctx context.Context, j *job, mm []mem.Handle, spans []eng
 			wanted, of = append(wanted, mm[i]), append(of, i)
 		}
 	}
+	began := time.Now()
 	objs, err := p.HBM.Attach(ctx, mem.ReadOnly, j.seat.Number(), wanted...)
 	if err != nil {
 		return fmt.Errorf("attaching MM objects: %w", err)
 	}
 	j.mm = objs
+	fetched := stage.Copy{Role: stage.Prefill}
+	for n, o := range objs {
+		if o.Fetched() {
+			fetched.Bytes += o.Handle().Bytes
+			fetched.Visual += spans[of[n]].Len
+		}
+	}
+	p.Copied(ctx, fetched, began)
 	for n, o := range objs {
 		i := of[n]
 		if err := o.Verify(); err != nil {
@@ -240,8 +251,16 @@ func (p *prefill) reuse(ctx context.Context, j *job, ch *choice, prefix *stage.P
 			return err
 		}
 	}
+	began := time.Now()
 	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], hbm.Copy)
 	n += j.shared
+	far := 0
+	for _, b := range prefix.Blocks[j.shared:n] {
+		if prefix.Slabs[b.Slab].Far(j.seat.Number()) {
+			far++
+		}
+	}
+	p.Copied(ctx, stage.Copy{Role: stage.Prefill, Bytes: int64(far) * p.BlockBytes(), Tokens: far * model.BlockTokens}, began)
 	j.cached = n * model.BlockTokens
 	if errors.Is(err, mem.ErrCorrupt) { // the rest is computed
 		p.Log.Warn("a cached prompt is damaged", "request", j.request.ID, "error", err)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -77,7 +78,9 @@ type prefill struct {
 	epoch  time.Time    // times of sched count from here
 	queue  *sched.Queue // of lanes: all but taken
 	formed time.Time    // when the step being computed was
-	pace   sched.Line   // how long steps take, by their rows
+
+	pace speed        // how long steps take
+	owed atomic.Int64 // prompt tokens in work that are to be computed
 }
 
 // patience is how long after its arrival a request without a target is due under the policy slo: as long as gateways let
@@ -98,12 +101,24 @@ func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 		_ = d.Ack(ctx)
 		return
 	}
-	p.Work(ctx, d, m.Request, 0, func(ctx context.Context, claim *hbm.Claim) error { return p.work(ctx, &m, claim) })
+	if !p.offered(ctx, d, &m) {
+		p.handle(ctx, d, &m, 0)
+	}
+}
+
+// handle works on a message and settles it; owes is what is owed for it already (see owe).
+func (p *prefill) handle(ctx context.Context, d *bus.Delivery, m *wire.Prefill, owes int) {
+	j := &job{request: m.Request, hits: m.Hits, owes: owes, done: make(chan error, 1)}
+	defer func() { p.owe(j, 0) }()
+	p.Work(ctx, d, m.Request, 0, func(ctx context.Context, claim *hbm.Claim) error {
+		j.ctx, j.claim = ctx, claim
+		return p.work(ctx, m, j)
+	})
 }
 
 // work computes one request and publishes its decode messages.
-func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) error {
-	place := m.Place.After(-time.Since(p.epoch)) // from the epoch on
+func (p *prefill) work(ctx context.Context, m *wire.Prefill, j *job) error {
+	j.place = m.Place.After(-time.Since(p.epoch)) // from the epoch on
 	spec, err := p.Spec(ctx, m.Inline, m.Spec)
 	if err != nil {
 		return err
@@ -111,11 +126,13 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 	if len(m.MM) != len(spec.Pictures) {
 		return fmt.Errorf("%d MM objects for %d pictures: %w", len(m.MM), len(spec.Pictures), mem.ErrInvalid)
 	}
-	j := &job{request: m.Request, ctx: ctx, spec: spec, claim: claim, hits: m.Hits, place: place, done: make(chan error, 1)}
+	j.spec = spec
+	p.owe(j, len(spec.Prompt))
 	defer func() { p.Free(ctx, append(j.mm, j.memory...)...); j.seat.Leave() }()
 	if err := p.prepare(ctx, j, m.MM); err != nil {
 		return err
 	}
+	p.owe(j, len(spec.Prompt)-j.cached)
 	p.do(func() { p.add(j) }) // the loop outlives all handlers
 	select {
 	case err = <-j.done:
@@ -123,7 +140,7 @@ func (p *prefill) work(ctx context.Context, m *wire.Prefill, claim *hbm.Claim) e
 		p.do(func() { p.drop(j, context.Cause(ctx)) })
 		err = <-j.done
 	}
-	p.Pass(claim)
+	p.Pass(j.claim)
 	if err != nil {
 		return err
 	}

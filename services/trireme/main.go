@@ -126,7 +126,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		kong.DefaultEnvars("TRIREME"),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
 		kong.Vars{
-			"data": defaultData(), "lease": stage.DefaultLease.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
+			"data": defaultData(), "lease": stage.DefaultLease.String(), "offerWait": stage.DefaultOfferWait.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
 			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
 		},
 	)

@@ -59,6 +59,7 @@ type stageFlags struct {
 	paceFlag
 	Drain        time.Duration `help:"Time for pictures and prompts in work to be finished after SIGTERM; what takes longer is handed to others. Sequences are handed to others at once." default:"${drain}"`
 	GatewayLease time.Duration `help:"Time without a sign of life of a gateway after which its requests are given up." default:"${lease}"`
+	OfferWait    time.Duration `help:"Most that work waits longer at an instance that has what it needs in its memory (a cached prompt, pictures, KV) than elsewhere, where that would be copied; 0: it stays with whoever is idle first." default:"${offerWait}"`
 
 	OwnWeights bool       `help:"Read the weights from disk although another process has them." hidden:""`
 	DiskRate   conf.Bytes `help:"Bytes a second that weights are read from disk with; 0: as they come." default:"0" hidden:""`
@@ -89,6 +90,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
 		NPU:        npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		OfferWait:  cmp.Or(f.OfferWait, -1),
 		NPUs:       f.NPUs,
 		Mixed:      f.mixed,
 		OwnWeights: f.OwnWeights, DiskRate: int64(f.DiskRate),

@@ -36,6 +36,14 @@ func (b *Bus) newDelivery(stage string, msg *nats.Msg) *Delivery {
 	return d
 }
 
+// Adopt makes a delivery of a message that another instance has taken for the first time, not claimed, and handed to this one:
+// data and reply are those of its Delivery. It is kept in progress from here, and settled as any other.
+func (b *Bus) Adopt(stage string, data []byte, reply string) *Delivery {
+	d := &Delivery{Data: data, Reply: reply, Stage: stage, Count: 1, bus: b}
+	b.keeper.add(d)
+	return d
+}
+
 // Ack takes the message off the queue and returns once the server has confirmed it (a repeated Ack is confirmed too).
 // It tries until ctx ends; on an error the message is still kept in progress and Ack may be called again.
 func (d *Delivery) Ack(ctx context.Context) error {

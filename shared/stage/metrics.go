@@ -19,6 +19,9 @@ type Metrics struct {
 	Step *prometheus.HistogramVec // trireme_stage_step_seconds by the roles that have part in a forward pass, joined
 	Rows *prometheus.CounterVec   // trireme_stage_rows_total by role: tokens or patches computed
 
+	Offers *prometheus.CounterVec // trireme_stage_offers_total by role and outcome
+	Copied *prometheus.CounterVec // trireme_stage_copied_bytes_total by role
+
 	weightsSeconds *prometheus.GaugeVec // trireme_weights_seconds by phase
 	first          sync.Once
 	tell           func(seconds float64) // of the first step; or nil
@@ -67,6 +70,14 @@ func newMetrics(role string, paced []*pace.Compute) *Metrics {
 		Rows: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "trireme_stage_rows_total", Help: "Rows computed: patches in encode, tokens in prefill and decode.",
 		}, []string{"role"}),
+		Offers: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "trireme_stage_offers_total",
+			Help: "Messages offered to an instance that has what the work needs, by role and outcome: taken, refused, unanswered; and " +
+				"accepted, of those that others have offered to this one.",
+		}, []string{"role", "outcome"}),
+		Copied: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "trireme_stage_copied_bytes_total", Help: "Bytes copied from other memory domains of the node, by role.",
+		}, []string{"role"}),
 		weightsSeconds: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "trireme_weights_seconds", ConstLabels: prometheus.Labels{"role": role},
 			Help: "What it took to come by the weights, by phase: wait for another instance to load them, load from files, attach " +
@@ -76,9 +87,10 @@ func newMetrics(role string, paced []*pace.Compute) *Metrics {
 	for _, r := range wire.Roles(role) { // there from the beginning, so that rates have something to start from
 		m.Rows.WithLabelValues(r)
 		m.Step.WithLabelValues(r)
+		m.Copied.WithLabelValues(r)
 	}
 	if len(paced) == 0 {
-		m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.weightsSeconds)
+		m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.Offers, m.Copied, m.weightsSeconds)
 		return m
 	}
 	seconds := func(name, help string, of func(*pace.Compute) time.Duration) prometheus.Collector {
@@ -91,7 +103,7 @@ func newMetrics(role string, paced []*pace.Compute) *Metrics {
 		})
 	}
 	prometheus.WrapRegistererWith(prometheus.Labels{"paced": paced[0].Profile().Name}, m.Registry).MustRegister(
-		m.Work, m.Step, m.Rows, m.weightsSeconds,
+		m.Work, m.Step, m.Rows, m.Offers, m.Copied, m.weightsSeconds,
 		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPUs has asked for, of all together.", (*pace.Compute).Busy),
 		seconds("trireme_paced_behind_seconds_total", "Time by which the host was too slow for the profile: figures are the host's "+
 			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", (*pace.Compute).Behind))

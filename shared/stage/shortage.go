@@ -22,6 +22,13 @@ func (s *Stage) Short(request string, short bool) {
 	}
 }
 
+// any reports whether some sequence can take no step for want of memory.
+func (s *shortage) any() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.of) > 0
+}
+
 // othersShort reports whether a sequence of another request can take no step for want of memory.
 func (s *Stage) othersShort(request string) bool {
 	s.short.mu.Lock()

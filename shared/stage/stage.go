@@ -54,6 +54,10 @@ type Config struct {
 	Drain    time.Duration // a process that is to stop may finish what is short for so long; 0: DefaultDrain, below 0: not at all
 	Lease    time.Duration // a gateway without sign of life for longer has its requests given up; 0: DefaultLease
 	Replicas int           // see bus.WithReplicas, the same for all services on one NATS; 0: automatic
+	// OfferWait is the most that work waits longer at an instance that has what it needs than at the one that has taken it: see
+	// sched.Routing. 0: DefaultOfferWait, below 0: nothing is offered to others.
+	OfferWait    time.Duration
+	OfferTimeout time.Duration // for the answer to an offer; 0: DefaultOfferTimeout
 
 	OwnWeights bool  // read the weights from disk although another process of the node has them
 	DiskRate   int64 // bytes a second that weights are read with; 0: as they come
@@ -115,6 +119,8 @@ type Stage struct {
 	seats     seats
 	changes   changes
 	kernels   string
+	offers    offers
+	travel    travel
 	address   string
 	paced     string // profile of a paced NPU, or ""
 	mixed     sched.Mixed
@@ -137,6 +143,8 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		s.ID = NewID(s.Name, role)
 	}
 	s.drainWait = cmp.Or(cfg.Drain, DefaultDrain)
+	s.offers.routing = sched.Routing{Least: offerLeast, Limit: cmp.Or(cfg.OfferWait, DefaultOfferWait)}
+	s.offers.timeout = cmp.Or(cfg.OfferTimeout, DefaultOfferTimeout)
 	s.Log = log.With("instance", s.ID)
 	defer func() {
 		if err != nil {
@@ -345,9 +353,13 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 		if r.Finish {
 			work = life
 		}
-		handle := func(d *bus.Delivery) { workers[i].Handle(work, d) }
+		t := &taker{
+			role: r, worker: workers[i], ctx: work, working: &working, busy: make(chan struct{}, r.Slots*setOf(s.NPUs()).Len()),
+			handle: func(d *bus.Delivery) { workers[i].Handle(work, d) },
+		}
 		working.Go(func() {
-			if err := s.pull(ctx, &working, queues[i], r, handle); err != nil {
+			defer s.offers.take(t)()
+			if err := s.pull(ctx, queues[i], t); err != nil {
 				failed <- fmt.Errorf("pulling work from the %s queue: %w", r.Name, err)
 			}
 		})
@@ -380,35 +392,33 @@ func (s *Stage) emit(kind, text string) {
 	s.Bus.Emit(wire.Event{Kind: kind, Node: s.HBM.Node(), Instance: s.ID, Role: s.Role, Text: text})
 }
 
-// pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own in wg,
+// pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own,
 // until ctx ends. It asks at the level of the process' load, and anew when that changes.
-func (s *Stage) pull(ctx context.Context, wg *sync.WaitGroup, queue *bus.Consumer, r Role, handle func(*bus.Delivery)) error {
-	slots := r.Slots * setOf(s.NPUs()).Len()
-	busy := make(chan struct{}, slots)
-	for s.gate.quiet(ctx) && enter(ctx, busy) {
-		level, waits, changed := s.load.ask(r.Name)
+func (s *Stage) pull(ctx context.Context, queue *bus.Consumer, t *taker) error {
+	for s.gate.quiet(ctx) && enter(ctx, t.busy) {
+		level, waits, changed := s.load.ask(t.role.Name)
 		if waits {
-			<-busy
+			<-t.busy
 			select {
 			case <-changed:
 			case <-ctx.Done():
 			}
 			continue
 		}
-		has := len(busy) - 1
-		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, slots-has), Wait: pullWait, Level: level, Stale: changed})
-		<-busy
+		has := len(t.busy) - 1
+		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, cap(t.busy)-has), Wait: pullWait, Level: level, Stale: changed})
+		<-t.busy
 		for _, d := range batch {
 			if ctx.Err() != nil { // not to be begun any more
 				s.handBack(d, wire.Request{}, 0, "handed back")
 				continue
 			}
-			busy <- struct{}{} // there is room: nobody else enters
-			s.load.take(r)
-			wg.Go(func() {
-				defer func() { <-busy; s.load.drop(r.Name) }()
-				handle(d)
-			})
+			select {
+			case t.busy <- struct{}{}:
+				t.begin(s, d, t.handle)
+			default: // what others have offered meanwhile has filled it
+				s.handBack(d, wire.Request{}, 0, "handed back")
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			return err
@@ -468,6 +478,13 @@ func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) 
 		}
 		subs = append(subs, sub)
 	}
+	sub, err := s.Bus.Handle(wire.SubjectOffer(s.ID), func(data []byte, respond func(any) error) {
+		s.offered(ctx, data, respond)
+	})
+	if err != nil {
+		return leave, fmt.Errorf("listening for offers: %w", err)
+	}
+	subs = append(subs, sub)
 	return leave, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/wire"
 )
 
@@ -75,6 +76,7 @@ type works struct {
 // work is one message in work.
 type work struct {
 	request wire.Request
+	role    string
 	choice  int // of a decoder's work; -1: the work is for all choices
 	end     context.CancelCauseFunc
 }
@@ -82,7 +84,7 @@ type work struct {
 // enter notes that a message is in work until leave is called. The context ends when the work is to.
 func (w *works) enter(ctx context.Context, role string, req wire.Request, part int) (_ context.Context, leave func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	x := &work{request: req, choice: -1, end: cancel}
+	x := &work{request: req, role: role, choice: -1, end: cancel}
 	if role == Decode {
 		x.choice = part
 	}
@@ -115,6 +117,23 @@ func (w *works) end(m *wire.Done) {
 			x.end(mem.ErrEnded)
 		}
 	}
+}
+
+// load is what is in work of a request.
+func (w *works) load(request string) (l sched.Load) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for x := range w.of[request] {
+		switch x.role {
+		case Encode:
+			l.Pictures++
+		case Prefill:
+			l.Prompts++
+		case Decode:
+			l.Sequences++
+		}
+	}
+	return l
 }
 
 // owned returns the requests of a gateway that are in work, each attempt once.

@@ -57,6 +57,9 @@ func SubjectLost(gateway string) string { return "trireme.gateway." + gateway + 
 // SubjectResend is where a stage instance listens for Resend.
 func SubjectResend(instance string) string { return "trireme.instance." + instance + ".resend" }
 
+// SubjectOffer is where a stage instance listens for Offer.
+func SubjectOffer(instance string) string { return "trireme.instance." + instance + ".offer" }
+
 // JoinKey is the key of the join record of a request and attempt.
 func JoinKey(request string, attempt int) string { return fmt.Sprintf("%s.%d", request, attempt) }
 

@@ -21,7 +21,7 @@ func TestLocate(t *testing.T) {
 	l := ledger.New(cfg)
 	open := func(instance, role string) ledger.Conn {
 		t.Helper()
-		c, _, err := l.Connect(instance, role, 1)
+		c, _, err := l.Connect(start, protocol.Hello{Instance: instance, Role: role, NPUs: 1})
 		must(t, err)
 		return c
 	}

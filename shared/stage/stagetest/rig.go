@@ -241,6 +241,24 @@ func (r *Rig) Stats() hbm.Stats {
 // Outcomes is how many messages a stage has settled with an outcome (see stage.Metrics).
 func (r *Rig) Outcomes(s *stage.Stage, outcome string) int {
 	r.tb.Helper()
+	return r.counted(s, "trireme_stage_work_total", "outcome", outcome)
+}
+
+// Offers is how many offers of a stage have ended so (see stage.Metrics).
+func (r *Rig) Offers(s *stage.Stage, outcome string) int {
+	r.tb.Helper()
+	return r.counted(s, "trireme_stage_offers_total", "outcome", outcome)
+}
+
+// Copied is how many bytes a role of a stage has copied from other memory domains.
+func (r *Rig) Copied(s *stage.Stage, role string) int {
+	r.tb.Helper()
+	return r.counted(s, "trireme_stage_copied_bytes_total", "role", role)
+}
+
+// counted is the value of a stage's counter whose label has a value, 0 if there is none.
+func (r *Rig) counted(s *stage.Stage, counter, label, value string) int {
+	r.tb.Helper()
 	families, err := s.Metrics.Registry.Gather()
 	if err != nil {
 		r.tb.Fatal(err)
@@ -248,7 +266,7 @@ func (r *Rig) Outcomes(s *stage.Stage, outcome string) int {
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
 			for _, l := range m.GetLabel() {
-				if f.GetName() == "trireme_stage_work_total" && l.GetName() == "outcome" && l.GetValue() == outcome {
+				if f.GetName() == counter && l.GetName() == label && l.GetValue() == value {
 					return int(m.GetCounter().GetValue())
 				}
 			}

@@ -1,0 +1,236 @@
+package prefill_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/services/decoder"
+	"trireme.dev/services/encoder"
+	"trireme.dev/services/hmm"
+	"trireme.dev/services/prefill"
+	"trireme.dev/shared/kv"
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/stage"
+	"trireme.dev/shared/stage/stagetest"
+	"trireme.dev/shared/wire"
+)
+
+// apart is a rig whose NPUs are memory domains of their own, with a cache.
+func apart(t *testing.T) *rig {
+	t.Helper()
+	serve := func(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {
+		return hmm.Run(ctx, hmm.Config{
+			Socket: socket, Node: "n", NPUs: 4, NPUBytes: 64 << 20, HostBytes: 16 << 20, NATS: conn, KVCache: 32 << 20, PerNPU: true,
+		}, log)
+	}
+	r := &rig{Rig: stagetest.New(t, serve, stagetest.Long), T: t}
+	r.Stage.OfferTimeout = time.Minute // a slow machine is no silent one
+	r.gateway = r.Gateway()
+	return r
+}
+
+// slow has a stage believe that copies take long, so that it offers what would have to be copied.
+func slow(s *stage.Stage) {
+	s.Copied(context.Background(), stage.Copy{Role: stage.Prefill, Bytes: 1 << 20}, time.Now().Add(-10*time.Second))
+}
+
+// endings is a prompt of more than a slab and an end of its own.
+func (r *rig) ending(i int) *wire.Spec {
+	input := stagetest.Cases(r.T)[1].Input
+	prompt := slices.Repeat(input, 20)
+	if kv.Blocks(len(prompt)) < kv.SlabBlocks+2 {
+		r.Fatalf("a prompt of %d tokens", len(prompt))
+	}
+	return r.Model.Greedy(append(prompt, input[i%len(input)], input[i/len(input)]), 5)
+}
+
+// compute has one more request computed, and checks its first token.
+func (r *rig) compute(spec *wire.Spec) {
+	r.Helper()
+	m := r.start(spec)
+	d := r.decodes(1)[m.Request.ID+"/0"]
+	if got, want := r.token(r.open(d).log, 0), r.Model.Answer(spec, 0).IDs[0]; got != want {
+		r.Errorf("first token %d, want %d", got, want)
+	}
+	r.Done(m.Request.ID, -1)
+}
+
+// Prompts that begin alike are computed where their beginning is, whoever takes them from the queue: nothing is copied. They are not
+// when whoever has it is busy.
+func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
+	r := apart(t)
+	has, meter := r.metered(prefill.Config{})
+	r.compute(r.ending(0))
+	r.Stage.OfferWait = time.Millisecond // less than any prompt takes
+	other, _ := r.prefill(prefill.Config{})
+	slow(other)
+	before := r.Copied(other, stage.Prefill)
+	n := 1
+	for ; r.Offers(other, "taken") < 3; n++ {
+		if n > 200 {
+			t.Fatal("the other one never offers anything")
+		}
+		r.compute(r.ending(n))
+	}
+	if a, b := r.Outcomes(has, "done"), r.Outcomes(other, "done"); a != n || b != 0 {
+		t.Errorf("of %d prompts %d were computed where their beginning is, %d elsewhere", n, a, b)
+	}
+	if a, b := r.Offers(has, "accepted"), r.Offers(other, "taken"); a != b || r.Copied(other, stage.Prefill) != before {
+		t.Errorf("%d offers accepted, %d taken, %d bytes copied", a, b, r.Copied(other, stage.Prefill)-before)
+	}
+	r.Empty(stage.Prefill)
+
+	meter.Hold(meter.Begun())
+	long := r.ending(n)
+	long.Prompt = append(long.Prompt, slices.Repeat(stagetest.Cases(t)[1].Input, 100)...)
+	held := r.start(long)
+	meter.Await()
+	for i := 0; r.Outcomes(other, "done") == 0; i++ {
+		if i > 200 {
+			t.Fatal("the other one computes nothing")
+		}
+		r.compute(r.ending(n + 1 + i))
+	}
+	if r.Offers(other, "refused") == 0 || r.Copied(other, stage.Prefill) == before {
+		t.Errorf("%d offers refused by a busy instance, %d bytes copied", r.Offers(other, "refused"), r.Copied(other, stage.Prefill)-before)
+	}
+	meter.Release()
+	r.decodes(1)
+	r.Done(held.Request.ID, -1)
+	r.gateway.NothingLost()
+}
+
+// Instances that encode and compute prompts, each a memory domain: a prompt is computed where its picture was encoded, also if
+// another one is idle and takes it from the queue.
+func TestPromptsStayWhereTheirPictureWas(t *testing.T) {
+	r := apart(t)
+	var stages []*stage.Stage
+	before := 0
+	for range 2 {
+		s, _ := r.Open(stage.Encode+wire.RoleSeparator+stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
+			return s.Serve(ctx, encoder.Role(), prefill.Role(prefill.Config{}))
+		})
+		slow(s)
+		before += r.Copied(s, stage.Prefill)
+		stages = append(stages, s)
+	}
+	c := &stagetest.Cases(t)[6]
+	spec, mm := r.Model.Spec(c)
+	if len(mm) != 1 {
+		t.Fatalf("%d pictures", len(mm))
+	}
+	want := r.Model.Answer(spec, 0, mm...).IDs[0]
+	for n := 0; r.Offers(stages[0], "taken")+r.Offers(stages[1], "taken") < 3; n++ {
+		if n > 200 {
+			t.Fatal("nothing is offered")
+		}
+		spec.Salt = fmt.Sprint(n) // nothing is cached
+		m := wire.Prefill{Request: r.Request(r.gateway.ID), MM: make([]mem.Handle, 1)}
+		m.Inline, m.Spec = r.Spec(m.Request, spec)
+		join := &wire.Join{Prefill: m, Have: make([]bool, 1)}
+		if err := r.Bus.CreateJoin(t.Context(), wire.JoinKey(m.Request.ID, 1), join); err != nil {
+			t.Fatal(err)
+		}
+		r.Publish(stage.Encode, m.Request.ID, &wire.Encode{
+			Request: m.Request, Pixels: r.Put(m.Request, mem.KindPixels, r.Model.Picture(c.Images[0])), Grid: c.Grids[0],
+			Content: spec.Pictures[0].Content, Model: spec.Model, Salt: spec.Salt,
+		})
+		d := r.decodes(1)[m.Request.ID+"/0"]
+		if got := r.token(r.open(d).log, 0); got != want {
+			t.Errorf("first token %d, want %d", got, want)
+		}
+		r.Empty(stage.Encode)
+		r.Empty(stage.Prefill)
+		r.Done(m.Request.ID, -1)
+	}
+	if n := r.Copied(stages[0], stage.Prefill) + r.Copied(stages[1], stage.Prefill) - before; n != 0 {
+		t.Errorf("%d bytes were copied for prompts of one picture", n)
+	}
+	r.gateway.NothingLost()
+}
+
+// An instance that dies when it has accepted an offer is succeeded as one that has taken the message from the queue; its first
+// taker does not come back to it by itself.
+func TestAcceptorDies(t *testing.T) {
+	r := apart(t)
+	child := r.Process() // one row a step
+	r.compute(r.ending(0))
+	other, _ := r.prefill(prefill.Config{})
+	slow(other)
+	long := func(i int) *wire.Spec {
+		s := r.ending(i)
+		s.Prompt = append(s.Prompt, slices.Repeat(stagetest.Cases(t)[1].Input, 40)...)
+		return s
+	}
+	var request string
+	var spec *wire.Spec
+	for i := 1; ; i++ {
+		if i > 100 {
+			t.Fatal("no offer was accepted")
+		}
+		spec = long(i)
+		m := r.start(spec)
+		request = m.Request.ID
+		r.Until("somebody has it", func() bool { return r.Stats().Claims == 1 })
+		if r.Offers(other, "taken") > 0 {
+			break
+		}
+		r.Done(request, -1) // the child has taken it from the queue
+		r.Empty(stage.Prefill)
+	}
+	child.KillAtWork(stage.Prefill)
+	d := r.decodes(1)[request+"/0"]
+	if got, want := r.token(r.open(d).log, 0), r.Model.Answer(spec, 0).IDs[0]; got != want {
+		t.Errorf("first token %d, want %d", got, want)
+	}
+	if n := r.Outcomes(other, "done"); n != 1 {
+		t.Errorf("the other one has computed %d prompts", n)
+	}
+	r.Empty(stage.Prefill)
+	r.gateway.NothingLost()
+}
+
+// Instances that compute prompts and decode, each a memory domain: a sequence is decoded where its prompt was computed, also if
+// another one is idle and takes it from the queue.
+func TestSequencesStayWhereTheirPromptWas(t *testing.T) {
+	r := apart(t)
+	var stages []*stage.Stage
+	for range 2 {
+		s, _ := r.Open(stage.Prefill+wire.RoleSeparator+stage.Decode, func(ctx context.Context, s *stage.Stage) error {
+			return s.Serve(ctx, prefill.Role(prefill.Config{}), decoder.Role(decoder.Config{}))
+		})
+		slow(s)
+		stages = append(stages, s)
+	}
+	n := 0
+	for ; r.Offers(stages[0], "taken")+r.Offers(stages[1], "taken") < 3; n++ {
+		if n > 200 {
+			t.Fatal("nothing is offered")
+		}
+		spec := r.ending(n)
+		spec.Salt = string(rune('a' + n%2)) // beginnings on both
+		m := r.start(spec)
+		a := r.gateway.Ended(m.Request.ID, 0)
+		if want := r.Model.Answer(spec, 0).IDs; !slices.Equal(a.IDs, want) {
+			t.Errorf("answer %v, want %v", a.IDs, want)
+		}
+		r.Done(m.Request.ID, -1)
+	}
+	copied := 0
+	for _, s := range stages {
+		copied += r.Copied(s, stage.Decode)
+	}
+	if copied != 0 {
+		t.Errorf("%d bytes of KV were copied to decode %d idle instances' own prompts", copied, len(stages))
+	}
+	r.Empty(stage.Prefill)
+	r.Empty(stage.Decode)
+	r.gateway.NothingLost()
+	r.NoMemory()
+}

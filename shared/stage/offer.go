@@ -1,0 +1,240 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/sched"
+	"trireme.dev/shared/wire"
+)
+
+// Whoever takes a message may offer it to an instance that has what the work needs in its memory (sched.Routing says when). Who
+// accepts claims and settles it as if it had come from the queue; the taker, who has not claimed it, forgets it. What can go wrong
+// ends like this:
+//
+//	the offer is lost, or the other one dies before it answers   the taker gets no answer, finds nobody's claim, and works
+//	the answer is lost                                           the taker finds the other's claim, and forgets the message; if it
+//	                                                             looks too early both claim, and the first of them is fenced
+//	the offer is read late, the taker has given up               it is refused: the part is claimed
+//	the other one dies once it has accepted                      its claim is an orphan, or the message a stray
+//	the taker dies                                               no matter to the one who has accepted; else the message is a stray
+//
+// What was handed back once is not offered: it goes to whoever is idle.
+
+const (
+	// DefaultOfferWait is the Config.OfferWait of 0.
+	DefaultOfferWait = 500 * time.Millisecond
+	// DefaultOfferTimeout is the Config.OfferTimeout of 0. Who does not answer is offered nothing for silentWait.
+	DefaultOfferTimeout = 20 * time.Millisecond
+	silentWait          = time.Second
+	// offerLeast is what an offer has to gain: it takes some 0.2 ms, more on a busy machine.
+	offerLeast = 2 * time.Millisecond
+)
+
+// Bidder is a Worker that takes messages of its queue that others offer.
+type Bidder interface {
+	Worker
+	// Bid decides on an offer, soon. It returns how the message is handled, in place of Handle, or nil to refuse it.
+	Bid(*wire.Offer) func(context.Context, *bus.Delivery)
+}
+
+// Outcomes of offers, as they are counted.
+const (
+	offerTaken    = "taken"
+	offerRefused  = "refused"
+	offerSilent   = "unanswered"
+	offerAccepted = "accepted" // another's
+)
+
+// offers is what a process offers to others and takes from them.
+type offers struct {
+	routing sched.Routing
+	timeout time.Duration // for an answer
+
+	mu     sync.Mutex
+	takers map[string]*taker // by role, while it takes messages
+	silent map[string]time.Time
+}
+
+// taker is a role that takes messages.
+type taker struct {
+	role    Role
+	busy    chan struct{} // has a value for each message in work, and one while the queue is asked for more
+	handle  func(*bus.Delivery)
+	worker  Worker
+	ctx     context.Context // of work
+	working *sync.WaitGroup
+}
+
+// begin has a message that there is room for handled, on a goroutine of its own.
+func (t *taker) begin(s *Stage, d *bus.Delivery, handle func(*bus.Delivery)) {
+	s.load.take(t.role)
+	t.working.Go(func() {
+		defer func() { <-t.busy; s.load.drop(t.role.Name) }()
+		handle(d)
+	})
+}
+
+// Routing is how this process offers work to others.
+func (s *Stage) Routing() sched.Routing { return s.offers.routing }
+
+// Travels reports whether there are instances between which what work needs has to be copied, and some could be offered work.
+func (s *Stage) Travels() bool { return s.offers.routing.Limit > 0 && s.HBM.Domains() > 1 }
+
+// Offer offers a message that was just taken off the queue to another instance, within the bounds that o has, and reports whether
+// that one has it now: the caller then forgets it. part is what whoever works on it claims.
+func (s *Stage) Offer(ctx context.Context, d *bus.Delivery, part hbm.Part, to string, o wire.Offer) bool {
+	if s.offers.isSilent(to, time.Now()) {
+		return false
+	}
+	o.Instance, o.Stage, o.Data, o.Reply = s.ID, d.Stage, d.Data, d.Reply
+	try, cancel := context.WithTimeout(ctx, s.offers.timeout)
+	defer cancel()
+	var answer wire.Offered
+	err := s.Bus.Ask(try, wire.SubjectOffer(to), &o, &answer)
+	outcome := offerRefused
+	switch {
+	case err == nil && answer.Taken:
+		outcome = offerTaken
+	case err == nil, errors.Is(err, nats.ErrNoResponders), errors.Is(err, wire.ErrTooLarge):
+	default:
+		s.offers.hush(to, time.Now().Add(silentWait))
+		if outcome = offerSilent; s.claimed(ctx, part) {
+			outcome = offerTaken
+		}
+	}
+	s.Metrics.Offers.WithLabelValues(d.Stage, outcome).Inc()
+	if outcome != offerTaken {
+		return false
+	}
+	d.Drop()
+	return true
+}
+
+// claimed reports whether somebody on this node is known to have claimed a part.
+func (s *Stage) claimed(ctx context.Context, part hbm.Part) bool {
+	open, err := s.HBM.Unclaimed(ctx, []hbm.Part{part})
+	return err == nil && len(open) == 0
+}
+
+func (o *offers) isSilent(instance string, now time.Time) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	until, ok := o.silent[instance]
+	if ok && now.After(until) {
+		delete(o.silent, instance)
+		return false
+	}
+	return ok
+}
+
+func (o *offers) hush(instance string, until time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.silent == nil {
+		o.silent = make(map[string]time.Time)
+	}
+	o.silent[instance] = until
+}
+
+// take notes that a role takes messages, also those that others offer, until the returned function is called.
+func (o *offers) take(t *taker) (end func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.takers == nil {
+		o.takers = make(map[string]*taker)
+	}
+	o.takers[t.role.Name] = t
+	return func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		delete(o.takers, t.role.Name)
+	}
+}
+
+// offered considers another instance's offer and answers it. While it is considered, the process goes on taking messages.
+func (s *Stage) offered(ctx context.Context, data []byte, respond func(any) error) {
+	var o wire.Offer
+	if err := wire.Unmarshal(data, &o); err != nil {
+		s.Log.Warn("ignoring an offer", "error", err)
+		return
+	}
+	taken := s.accept(ctx, &o)
+	if taken {
+		s.Metrics.Offers.WithLabelValues(o.Stage, offerAccepted).Inc()
+	}
+	if err := respond(&wire.Offered{Taken: taken}); err != nil {
+		s.Log.Debug("answering an offer", "instance", o.Instance, "error", err) // who has no answer looks for the claim
+	}
+}
+
+// accept takes an offered message if there is room for it, nobody has it yet, and its role bids for it.
+func (s *Stage) accept(ctx context.Context, o *wire.Offer) bool {
+	if s.gate.suspects.Load() > 0 || s.short.any() { // it takes no messages, or has no memory
+		return false
+	}
+	part, err := partOf(o.Stage, o.Data)
+	if err != nil {
+		s.Log.Warn("ignoring an offer", "error", err)
+		return false
+	}
+	part.Left = 0
+	ctx, cancel := context.WithTimeout(ctx, s.offers.timeout)
+	defer cancel()
+	if open, err := s.HBM.Unclaimed(ctx, []hbm.Part{part}); err != nil || len(open) == 0 {
+		return false // it is an old offer
+	}
+	s.offers.mu.Lock()
+	defer s.offers.mu.Unlock() // until it has begun: the role may be about to take no more
+	t := s.offers.takers[o.Stage]
+	if t == nil {
+		return false
+	}
+	bidder, ok := t.worker.(Bidder)
+	if !ok {
+		return false
+	}
+	select {
+	case t.busy <- struct{}{}:
+	default:
+		return false
+	}
+	handle := bidder.Bid(o)
+	if handle == nil {
+		<-t.busy
+		return false
+	}
+	t.begin(s, s.Bus.Adopt(o.Stage, o.Data, o.Reply), func(d *bus.Delivery) { handle(t.ctx, d) })
+	return true
+}
+
+// LoadWithout is what the process has in work, without what it has for one request: that is about to be done, or offered.
+func (s *Stage) LoadWithout(request string) sched.Load {
+	own := s.works.load(request)
+	s.load.mu.Lock()
+	defer s.load.mu.Unlock()
+	return s.load.work.Without(own)
+}
+
+// Sites sorts out who could do a piece of work: how long it takes here until all that it needs is at hand, on the NPU where that
+// is soonest, and on each NPU of the other instances, by name.
+func (s *Stage) Sites(at *hbm.Located, ready func(*hbm.Site) time.Duration) (
+	own time.Duration, others []time.Duration, instances []string,
+) {
+	own = sched.Never
+	for i := range at.Sites {
+		site := &at.Sites[i]
+		if r := ready(site); site.Instance == s.ID {
+			own = min(own, r)
+		} else {
+			others, instances = append(others, r), append(instances, site.Instance)
+		}
+	}
+	return own, others, instances
+}
