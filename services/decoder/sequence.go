@@ -2,7 +2,6 @@ package decoder
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -89,23 +88,16 @@ func (d *decoder) open(ctx context.Context, s *sequence, handle mem.Handle) erro
 	if last.Node == d.HBM.Node() {
 		has = int(last.NPU)
 	}
-	for i, npu := range d.Seats(has) {
-		if i > 0 { // there was no room on the one before
-			d.Free(ctx, s.objects...)
-			s.objects = nil
-			s.seat.Leave()
-		}
-		s.seat = d.Sit(npu, kv.Slabs(len(s.spec.Prompt)))
+	err = d.Seat(has, kv.Slabs(len(s.spec.Prompt)), func(seat *stage.Seat) error {
+		d.Free(ctx, s.objects...) // there was no room on the NPU before
+		s.objects, s.seat = nil, seat
 		if succeeds || d.far(s, handle) {
-			err = d.succeed(ctx, s, last)
-		} else {
-			err = d.begin(ctx, s, handle)
+			return d.succeed(ctx, s, last)
 		}
-		if !errors.Is(err, mem.ErrExhausted) {
-			break
-		}
-	}
+		return d.begin(ctx, s, handle)
+	})
 	if err != nil {
+		s.seat = nil // it is given up
 		return err
 	}
 	log := s.kv.Log

@@ -10,10 +10,9 @@ import (
 // ahead says when an encoder wants a picture beside those on its NPUs: so early that it is ready when an NPU gets free, and no
 // earlier, for what is taken waits here even if another encoder is idle first.
 type ahead struct {
-	hold func(bool) // see stage.Stage.Hold
-	npus int
-
+	hold      func(bool) // see stage.Stage.Hold
 	mu        sync.Mutex
+	npus      int
 	preparing int           // pictures that are fetched and decoded
 	inLine    int           // pictures that wait for an NPU or are on it
 	left      time.Duration // of one on its NPU, see progress
@@ -32,6 +31,9 @@ func (a *ahead) change(f func()) {
 		a.hold(a.preparing > 0 || a.inLine > a.npus || a.left > a.lead())
 	}
 }
+
+// widen says how many NPUs there are.
+func (a *ahead) widen(npus int) { a.change(func() { a.npus = npus }) }
 
 // lead is how long before the NPU gets free the next picture is asked for. Preparing takes longer now and then, and an NPU that
 // waits for it costs more than a picture that waits here.
@@ -100,5 +102,5 @@ func (a *ahead) out() {
 }
 
 func newAhead(s *stage.Stage) *ahead {
-	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour, npus: len(s.HBM.NPUs())}
+	return &ahead{hold: func(hold bool) { s.Hold(stage.Encode, hold) }, left: time.Hour, npus: 1}
 }

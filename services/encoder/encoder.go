@@ -76,17 +76,11 @@ func start(s *stage.Stage) (stage.Worker, error) {
 		rows: s.Metrics.Rows.WithLabelValues(stage.Encode), took: s.Metrics.Encoded(),
 		ahead: newAhead(s),
 	}
-	for _, n := range s.NPUs() {
-		if n.Compute == nil {
-			e.line.npus = append(e.line.npus, bench{})
-			continue
-		}
-		engine, err := engine.NewEncoder(s.Model, n.Weights, n.Compute, prep.MaxPixels/(v.Patch*v.Patch))
-		if err != nil {
-			return nil, err
-		}
-		e.line.npus = append(e.line.npus, bench{engine: engine})
+	first, err := e.Prepare(s.NPUs())
+	if err != nil {
+		return nil, err
 	}
+	first.Switch()
 	s.Runner.AddPieces(e.piece)
 	return e, nil
 }
@@ -205,7 +199,7 @@ func (e *encoder) needless(ctx context.Context, m *wire.Encode, p *wire.Prefill)
 	if end > stage.Reusable(spec) {
 		return false
 	}
-	n, err := e.HBM.CountPrefix(ctx, e.HBM.NPUs()[0], e.BlockKeys(spec, spec.Prompt)[:end])
+	n, err := e.HBM.CountPrefix(ctx, e.anyNPU(), e.BlockKeys(spec, spec.Prompt)[:end])
 	return err == nil && n == end
 }
 
@@ -278,18 +272,12 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 func (e *encoder) room(ctx context.Context, tokens int) (objs []*hbm.Object, seat *stage.Seat, err error) {
 	levels, hidden := e.Model.Vision.Levels(), e.Model.Text.Hidden
 	spec := hbm.Spec{Kind: mem.KindMM, Bytes: int64(levels*tokens*hidden) * 4, Shape: []int{levels, tokens, hidden}}
-	for _, npu := range e.Seats(-1) {
-		seat = e.Sit(npu, e.SlabsOf(spec.Bytes))
-		spec.NPU = seat.Number()
-		if objs, err = e.HBM.Alloc(ctx, spec); err == nil {
-			return objs, seat, nil
-		}
-		seat.Leave()
-		if !errors.Is(err, mem.ErrExhausted) {
-			break
-		}
-	}
-	return nil, nil, err
+	err = e.Seat(-1, e.SlabsOf(spec.Bytes), func(s *stage.Seat) (err error) {
+		seat, spec.NPU = s, s.Number()
+		objs, err = e.HBM.Alloc(ctx, spec)
+		return err
+	})
+	return objs, seat, err
 }
 
 // pixels decodes the picture into patches [patches, PatchDim].

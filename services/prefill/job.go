@@ -94,16 +94,13 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	}
 	j.rope, j.delta = engine.Positions(prompt, grids, p.Model.Vision)
 
-	for i, npu := range p.Seats(-1) {
-		if i > 0 { // there was no room on the one before
-			p.Free(ctx, append(j.mm, j.memory...)...)
-			j.mm, j.memory, j.visual = nil, nil, nil
-			j.seat.Leave()
-		}
-		j.seat = p.Sit(npu, kv.Slabs(len(prompt))+j.spec.Choices-1)
-		if err = p.room(ctx, j, mm, spans); !errors.Is(err, mem.ErrExhausted) {
-			break
-		}
+	err = p.Seat(-1, kv.Slabs(len(prompt))+j.spec.Choices-1, func(seat *stage.Seat) error {
+		p.Free(ctx, append(j.mm, j.memory...)...) // there was no room on the NPU before
+		j.mm, j.memory, j.visual, j.seat = nil, nil, nil, seat
+		return p.room(ctx, j, mm, spans)
+	})
+	if err != nil {
+		j.seat = nil // it is given up
 	}
 	return err
 }

@@ -11,17 +11,30 @@ type load struct {
 	mu      sync.Mutex
 	work    sched.Load
 	held    map[string]bool          // see Stage.Hold
+	room    map[string]int           // messages of a role in work at once, at most
 	changed map[string]chan struct{} // by role, of those who ask: closed when they would ask differently
 }
 
-// take counts a message that a role has taken.
-func (l *load) take(r Role) {
+// take counts a message that a role is to take, if it has room for it.
+func (l *load) take(r Role) (ok bool) {
 	l.change(func() {
-		*l.of(r.Name)++
+		has := l.of(r.Name)
+		if ok = *has < l.room[r.Name]; !ok {
+			return
+		}
+		*has++
 		if r.Late {
 			l.held[r.Name] = true
 		}
 	})
+	return ok
+}
+
+// full reports whether a role has no room.
+func (l *load) full(role string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return *l.of(role) >= l.room[role]
 }
 
 // drop counts a message that is settled.
@@ -37,7 +50,7 @@ func (l *load) change(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.held == nil {
-		l.held = make(map[string]bool)
+		l.held, l.room = make(map[string]bool), make(map[string]int)
 	}
 	type ask struct {
 		level int
@@ -64,9 +77,10 @@ func (l *load) level(role string) int {
 	return l.work.LevelToCompute()
 }
 
-// waits reports whether a role does not ask: it has something and wants no more.
+// waits reports whether a role does not ask: it has something and wants no more, or has no room.
 func (l *load) waits(role string) bool {
-	return l.held[role] && *l.of(role) > 0
+	has := *l.of(role)
+	return l.held[role] && has > 0 || has >= l.room[role]
 }
 
 // of is what a role has in work.
@@ -80,8 +94,9 @@ func (l *load) of(role string) *int {
 	return &l.work.Sequences
 }
 
-// ask says how a role asks for work: at which level, or not at all for now; and what is closed when that changes.
-func (l *load) ask(role string) (level int, waits bool, changed <-chan struct{}) {
+// ask says how a role asks for work: at which level, how much it has, and how much more it can take, 0: not at all for now; and what is
+// closed when that changes.
+func (l *load) ask(role string) (level, has, room int, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := l.changed[role]
@@ -92,7 +107,20 @@ func (l *load) ask(role string) (level int, waits bool, changed <-chan struct{})
 		c = make(chan struct{})
 		l.changed[role] = c
 	}
-	return l.level(role), l.waits(role), c
+	if has = *l.of(role); !l.waits(role) {
+		room = l.room[role] - has
+	}
+	return l.level(role), has, room, c
+}
+
+// makeRoom sets how much of each role may be in work at once: so much for each NPU.
+func (s *Stage) makeRoom() {
+	npus := setOf(s.NPUs()).Len()
+	s.load.change(func() {
+		for _, r := range s.roles {
+			s.load.room[r.Name] = npus * r.Slots
+		}
+	})
 }
 
 // running is the number of messages in work.

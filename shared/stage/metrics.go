@@ -6,7 +6,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
 )
@@ -56,8 +55,9 @@ func (o *observer) Observe(seconds float64) {
 	o.Observer.Observe(seconds)
 }
 
-// newMetrics makes the metrics of a process with these roles, joined. Those of paced NPUs are labelled with their profile.
-func newMetrics(role string, paced []*pace.Compute) *Metrics {
+// newMetrics makes the metrics of a process with these roles, joined. Those of paced NPUs are labelled with the profile; "": none is
+// paced.
+func newMetrics(role, profile string, paced func() pacing) *Metrics {
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Work: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -89,23 +89,18 @@ func newMetrics(role string, paced []*pace.Compute) *Metrics {
 		m.Step.WithLabelValues(r)
 		m.Copied.WithLabelValues(r)
 	}
-	if len(paced) == 0 {
+	if profile == "" {
 		m.Registry.MustRegister(m.Work, m.Step, m.Rows, m.Offers, m.Copied, m.weightsSeconds)
 		return m
 	}
-	seconds := func(name, help string, of func(*pace.Compute) time.Duration) prometheus.Collector {
-		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
-			var all time.Duration
-			for _, c := range paced {
-				all += of(c)
-			}
-			return all.Seconds()
-		})
+	seconds := func(name, help string, of func(pacing) time.Duration) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return of(paced()).Seconds() })
 	}
-	prometheus.WrapRegistererWith(prometheus.Labels{"paced": paced[0].Profile().Name}, m.Registry).MustRegister(
+	prometheus.WrapRegistererWith(prometheus.Labels{"paced": profile}, m.Registry).MustRegister(
 		m.Work, m.Step, m.Rows, m.Offers, m.Copied, m.weightsSeconds,
-		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPUs has asked for, of all together.", (*pace.Compute).Busy),
+		seconds("trireme_paced_busy_seconds_total", "Time that the profile of the paced NPUs has asked for, of all together.",
+			func(p pacing) time.Duration { return p.busy }),
 		seconds("trireme_paced_behind_seconds_total", "Time by which the host was too slow for the profile: figures are the host's "+
-			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", (*pace.Compute).Behind))
+			"and not the profile's unless it is small beside trireme_paced_busy_seconds_total.", func(p pacing) time.Duration { return p.behind }))
 	return m
 }

@@ -1,15 +1,17 @@
 package stage
 
 import (
-	"cmp"
+	"errors"
+	"fmt"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/kernel"
 	"trireme.dev/shared/kv"
+	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/npu/pace"
@@ -28,8 +30,9 @@ type NPU struct {
 
 // slots are the NPUs of a stage. Who reads gets a list that does not change any more.
 type slots struct {
-	mu  sync.Mutex // of who changes them
-	all atomic.Pointer[[]NPU]
+	all  atomic.Pointer[[]NPU]
+	mu   sync.Mutex // of who changes them
+	left pacing     // of those that have left
 }
 
 // NPUs are the instance's NPUs by slot; some slots may be empty. Their arithmetic is the Runner's, once that runs. Nobody changes the
@@ -41,12 +44,18 @@ func (s *Stage) NPUs() []NPU {
 	return nil
 }
 
-// changeNPUs has f change a copy of the list, which then is the list.
-func (s *Stage) changeNPUs(f func([]NPU) []NPU) {
+// setNPUs has others be the instance's, and returns those that have left.
+func (s *Stage) setNPUs(npus []NPU) (left []NPU) {
 	s.slots.mu.Lock()
 	defer s.slots.mu.Unlock()
-	npus := f(slices.Clone(s.NPUs()))
+	for slot, n := range s.NPUs() {
+		if n.Compute != nil && (slot >= len(npus) || npus[slot].Compute != n.Compute) {
+			s.slots.left.add(n)
+			left = append(left, n)
+		}
+	}
 	s.slots.all.Store(&npus)
+	return left
 }
 
 // engines is the list as the engine wants it.
@@ -61,14 +70,19 @@ func engines(npus []NPU) []engine.NPU {
 // setOf are the slots with an NPU.
 func setOf(npus []NPU) placement.Set { return runner.Slots(engines(npus)) }
 
-// openNPUs opens the arithmetic of so many NPUs, which share the threads.
-func openNPUs(o npu.Options, count int) ([]NPU, error) {
+// share has so many NPUs share the threads.
+func share(o npu.Options, count int) npu.Options {
 	if count > 1 {
 		if o.Threads == 0 {
 			o.Threads = runtime.GOMAXPROCS(0)
 		}
 		o.Threads = max(1, o.Threads/count)
 	}
+	return o
+}
+
+// openNPUs opens the arithmetic of so many NPUs.
+func openNPUs(o npu.Options, count int) ([]NPU, error) {
 	var npus []NPU
 	for range count {
 		c, err := npu.Open(o)
@@ -80,15 +94,35 @@ func openNPUs(o npu.Options, count int) ([]NPU, error) {
 	return npus, nil
 }
 
-// paced are the NPUs that are slowed down: all or none.
-func paced(npus []NPU) []*pace.Compute {
-	var all []*pace.Compute
-	for _, n := range npus {
-		if c, ok := n.Compute.(*pace.Compute); ok {
-			all = append(all, c)
-		}
+// pacing is what NPUs that are slowed down, all or none, have been busy, and how far behind, those that have left included.
+type pacing struct {
+	busy, behind time.Duration
+}
+
+func (p *pacing) add(n NPU) {
+	if c, ok := n.Compute.(*pace.Compute); ok {
+		p.busy += c.Busy()
+		p.behind += c.Behind()
 	}
-	return all
+}
+
+// profile is the name of the profile that the NPUs are slowed down to, or "".
+func (s *Stage) profile() string {
+	if s.paced == nil {
+		return ""
+	}
+	return s.paced.Name
+}
+
+// pacing may be called at any time by any goroutine.
+func (s *Stage) pacing() pacing {
+	s.slots.mu.Lock()
+	defer s.slots.mu.Unlock()
+	sum := s.slots.left
+	for _, n := range s.NPUs() {
+		sum.add(n)
+	}
+	return sum
 }
 
 // Kernels is the digest of the NPUs' kernels.
@@ -123,16 +157,24 @@ func (s *Stage) Leave(slot int) {
 func (s *Stage) Stay(slot int) {
 	s.seats.mu.Lock()
 	defer s.seats.mu.Unlock()
-	for len(s.seats.held) <= slot {
-		s.seats.held = append(s.seats.held, sched.Held{})
+	s.seats.add(slot)
+}
+
+// add has new work come to a slot. s.mu is held.
+func (s *seats) add(slot int) {
+	for len(s.held) <= slot {
+		s.held = append(s.held, sched.Held{})
 	}
-	s.seats.open = s.seats.open.With(slot)
+	s.open = s.open.With(slot)
 }
 
 // Held is what the work of the instance holds on the NPU in a slot.
 func (s *Stage) Held(slot int) sched.Held {
 	s.seats.mu.Lock()
 	defer s.seats.mu.Unlock()
+	if slot >= len(s.seats.held) {
+		return sched.Held{}
+	}
 	return s.seats.held[slot]
 }
 
@@ -144,13 +186,33 @@ type Seat struct {
 	slabs  int
 }
 
-// Seats are the slots of the NPUs in the order in which new work tries to find room there. One that has something of it already, the
-// number on the node, goes first; -1: none has. NPUs that are about to leave are not among them, unless all are.
-func (s *Stage) Seats(has int) []int {
+// Seat gives new work a place on the first NPU where try finds room for what it needs, so much memory in slabs of KV to begin with.
+// One that has something of the work already, the number on the node, is tried first; -1: none has. The place is given up where try fails;
+// its error is returned, and mem.ErrExhausted only when no NPU has room.
+func (s *Stage) Seat(has, slabs int, try func(*Seat) error) error {
+	err := fmt.Errorf("all NPUs of the instance are about to leave: %w", mem.ErrExhausted)
+	for _, npu := range s.order(has) {
+		seat := s.sit(npu, slabs)
+		if seat == nil {
+			continue
+		}
+		if err = try(seat); err == nil {
+			return nil
+		}
+		seat.Leave()
+		if !errors.Is(err, mem.ErrExhausted) {
+			return err
+		}
+	}
+	return err
+}
+
+// order is the slots of the NPUs that take new work in the order in which it tries to find room there.
+func (s *Stage) order(has int) []int {
 	s.seats.mu.Lock()
 	defer s.seats.mu.Unlock()
 	npus := s.NPUs()
-	order := sched.Seats(s.seats.held, cmp.Or(s.seats.open, setOf(npus)), nil)
+	order := sched.Seats(s.seats.held, s.seats.open, nil)
 	for i, npu := range order {
 		if npus[npu].Number == has {
 			copy(order[1:i+1], order[:i])
@@ -160,14 +222,16 @@ func (s *Stage) Seats(has int) []int {
 	return order
 }
 
-// Sit takes a place on an NPU for what needs so much memory, in slabs of KV.
-func (s *Stage) Sit(npu, slabs int) *Seat {
-	t := &Seat{NPU: npu, number: s.NPUs()[npu].Number, stage: s}
+// sit takes a place on an NPU for what needs so much memory, in slabs of KV; nil when no work comes there any more.
+func (s *Stage) sit(npu, slabs int) *Seat {
 	s.seats.mu.Lock()
+	defer s.seats.mu.Unlock()
+	if !s.seats.open.Has(npu) {
+		return nil
+	}
 	s.seats.held[npu].Seqs++
-	s.seats.mu.Unlock()
-	t.Grow(slabs)
-	return t
+	s.seats.held[npu].Slabs += slabs
+	return &Seat{NPU: npu, number: s.NPUs()[npu].Number, stage: s, slabs: slabs}
 }
 
 // Grow notes that it needs more.

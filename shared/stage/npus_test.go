@@ -2,6 +2,7 @@ package stage_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"slices"
 	"testing"
@@ -9,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/services/hmm"
+	"trireme.dev/shared/mem"
 	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
@@ -83,12 +85,24 @@ func TestSeats(t *testing.T) {
 	defer s.Close()
 	expect := func(has int, want ...int) {
 		t.Helper()
-		if got := s.Seats(has); !slices.Equal(got, want) {
-			t.Errorf("NPUs in the order %v, want %v", got, want)
+		var got []int
+		err := s.Seat(has, 1, func(seat *stage.Seat) error {
+			got = append(got, seat.NPU)
+			return mem.ErrExhausted
+		})
+		if !slices.Equal(got, want) || !errors.Is(err, mem.ErrExhausted) {
+			t.Errorf("NPUs in the order %v, want %v; %v", got, want, err)
 		}
 	}
+	sit := func(npu, slabs int) (got *stage.Seat) {
+		t.Helper()
+		if err := s.Seat(s.NPUs()[npu].Number, slabs, func(seat *stage.Seat) error { got = seat; return nil }); err != nil || got.NPU != npu {
+			t.Fatalf("a place on NPU %d instead of %d: %v", got.NPU, npu, err)
+		}
+		return got
+	}
 	expect(-1, 0, 1, 2)
-	a, b := s.Sit(0, 3), s.Sit(1, 1)
+	a, b := sit(0, 3), sit(1, 1)
 	expect(-1, 2, 1, 0)
 	expect(a.Number(), 0, 2, 1)
 	expect(99, 2, 1, 0)
@@ -103,6 +117,8 @@ func TestSeats(t *testing.T) {
 	expect(s.NPUs()[1].Number, 0, 2)
 	s.Leave(0)
 	expect(-1, 2)
+	s.Leave(2)
+	expect(-1)
 	s.Stay(1)
-	expect(-1, 1, 2)
+	expect(-1, 1)
 }

@@ -65,20 +65,23 @@ type offers struct {
 // taker is a role that takes messages.
 type taker struct {
 	role    Role
-	busy    chan struct{} // has a value for each message in work, and one while the queue is asked for more
 	handle  func(*bus.Delivery)
 	worker  Worker
 	ctx     context.Context // of work
 	working *sync.WaitGroup
 }
 
-// begin has a message that there is room for handled, on a goroutine of its own.
-func (t *taker) begin(s *Stage, d *bus.Delivery, handle func(*bus.Delivery)) {
-	s.load.take(t.role)
+// begin has a message handled, on a goroutine of its own, if there is room for it; d gives it then.
+func (t *taker) begin(s *Stage, handle func(*bus.Delivery), d func() *bus.Delivery) bool {
+	if !s.load.take(t.role) {
+		return false
+	}
+	message := d()
 	t.working.Go(func() {
-		defer func() { <-t.busy; s.load.drop(t.role.Name) }()
-		handle(d)
+		defer s.load.drop(t.role.Name)
+		handle(message)
 	})
+	return true
 }
 
 // Routing is how this process offers work to others.
@@ -200,18 +203,13 @@ func (s *Stage) accept(ctx context.Context, o *wire.Offer) bool {
 	if !ok {
 		return false
 	}
-	select {
-	case t.busy <- struct{}{}:
-	default:
+	if s.load.full(o.Stage) {
 		return false
 	}
 	handle := bidder.Bid(o)
-	if handle == nil {
-		<-t.busy
-		return false
-	}
-	t.begin(s, s.Bus.Adopt(o.Stage, o.Data, o.Reply), func(d *bus.Delivery) { handle(t.ctx, d) })
-	return true
+	return handle != nil && t.begin(s, func(d *bus.Delivery) { handle(t.ctx, d) }, func() *bus.Delivery {
+		return s.Bus.Adopt(o.Stage, o.Data, o.Reply)
+	})
 }
 
 // LoadWithout is what the process has in work, without what it has for one request: that is about to be done, or offered.

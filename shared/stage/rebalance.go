@@ -3,6 +3,7 @@ package stage
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"trireme.dev/shared/model"
@@ -67,12 +68,11 @@ func (w *rebalance) swap(epoch uint64) (pause time.Duration, err error) {
 	if err = w.stage.Runner.SetExperts(w.tables); err != nil { // which holds no step up
 		return 0, err
 	}
-	w.stage.changeNPUs(func(npus []NPU) []NPU {
-		for slot := range setOf(npus).All() {
-			npus[slot].Experts = w.tables[slot]
-		}
-		return npus
-	})
+	npus := slices.Clone(w.stage.NPUs())
+	for slot := range setOf(npus).All() {
+		npus[slot].Experts = w.tables[slot]
+	}
+	w.stage.setNPUs(npus)
 	w.stage.changes.enter(w.change.Layout, epoch)
 	return pause, nil
 }

@@ -27,6 +27,7 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
+	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage/runner"
 	"trireme.dev/shared/wire"
@@ -104,27 +105,30 @@ type Stage struct {
 	Log     *slog.Logger
 	Metrics *Metrics
 
-	dir       string
-	processor [32]byte // digest of the image processor
-	folder    *hf.Folder
-	weights   *weights
-	gateways  *gateways
-	works     works
-	ready     atomic.Bool
-	load      load
-	ended     endedSet
-	short     shortage
-	gate      gate
-	slots     slots
-	seats     seats
-	changes   changes
-	kernels   string
-	offers    offers
-	travel    travel
-	address   string
-	paced     string // profile of a paced NPU, or ""
-	mixed     sched.Mixed
-	drainWait time.Duration
+	dir        string
+	processor  [32]byte // digest of the image processor
+	folder     *hf.Folder
+	weights    *weights
+	gateways   *gateways
+	works      works
+	ready      atomic.Bool
+	load       load
+	ended      endedSet
+	short      shortage
+	gate       gate
+	slots      slots
+	seats      seats
+	changes    changes
+	kernels    string
+	offers     offers
+	travel     travel
+	roles      []Role      // served
+	workers    []Worker    // theirs
+	npuOptions npu.Options // of each NPU
+	address    string
+	paced      *pace.Profile // of the NPUs; nil: they are not paced
+	mixed      sched.Mixed
+	drainWait  time.Duration
 }
 
 // Open checks the model folder, connects to NATS and to the HMM, takes its NPUs, and loads the weights or attaches those that
@@ -162,18 +166,18 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		}
 		s.processor = prep.Digest()
 	}
-	npus, err := openNPUs(cfg.NPU, max(1, cfg.NPUs))
-	s.changeNPUs(func([]NPU) []NPU { return npus })
+	s.npuOptions = share(cfg.NPU, cfg.NPUs)
+	npus, err := openNPUs(s.npuOptions, max(1, cfg.NPUs))
+	s.setNPUs(npus)
 	if err != nil {
 		return nil, err
 	}
 	s.kernels = npus[0].Compute.Digest()
-	paced := paced(npus)
-	if len(paced) > 0 {
-		s.paced = paced[0].Profile().Name
-		s.Log = s.Log.With("paced", s.paced)
+	if c, ok := npus[0].Compute.(*pace.Compute); ok {
+		s.paced = c.Profile()
+		s.Log = s.Log.With("paced", s.paced.Name)
 	}
-	s.Metrics = newMetrics(role, paced)
+	s.Metrics = newMetrics(role, s.profile(), s.pacing)
 	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas)); err != nil {
 		return nil, err
 	}
@@ -264,6 +268,8 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 		defer workers[i].Close()
 		names[i] = r.Name
 	}
+	s.workers, s.roles = workers, roles
+	s.makeRoom()
 	if !slices.Equal(names, wire.Roles(s.Role)) {
 		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
 	}
@@ -354,7 +360,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 			work = life
 		}
 		t := &taker{
-			role: r, worker: workers[i], ctx: work, working: &working, busy: make(chan struct{}, r.Slots*setOf(s.NPUs()).Len()),
+			role: r, worker: workers[i], ctx: work, working: &working,
 			handle: func(d *bus.Delivery) { workers[i].Handle(work, d) },
 		}
 		working.Go(func() {
@@ -392,31 +398,25 @@ func (s *Stage) emit(kind, text string) {
 	s.Bus.Emit(wire.Event{Kind: kind, Node: s.HBM.Node(), Instance: s.ID, Role: s.Role, Text: text})
 }
 
-// pull has the messages of a role's queue handled, at most as many at once as it has slots, each on a goroutine of its own,
+// pull has the messages of a role's queue handled, at most as many at once as it has room for, each on a goroutine of its own,
 // until ctx ends. It asks at the level of the process' load, and anew when that changes.
 func (s *Stage) pull(ctx context.Context, queue *bus.Consumer, t *taker) error {
-	for s.gate.quiet(ctx) && enter(ctx, t.busy) {
-		level, waits, changed := s.load.ask(t.role.Name)
-		if waits {
-			<-t.busy
+	for s.gate.quiet(ctx) {
+		level, has, room, changed := s.load.ask(t.role.Name)
+		if room == 0 {
 			select {
 			case <-changed:
 			case <-ctx.Done():
 			}
 			continue
 		}
-		has := len(t.busy) - 1
-		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, cap(t.busy)-has), Wait: pullWait, Level: level, Stale: changed})
-		<-t.busy
+		batch, err := queue.Take(ctx, bus.Ask{Limit: sched.Batch(has, room), Wait: pullWait, Level: level, Stale: changed})
 		for _, d := range batch {
 			if ctx.Err() != nil { // not to be begun any more
 				s.handBack(d, wire.Request{}, 0, "handed back")
 				continue
 			}
-			select {
-			case t.busy <- struct{}{}:
-				t.begin(s, d, t.handle)
-			default: // what others have offered meanwhile has filled it
+			if !t.begin(s, t.handle, func() *bus.Delivery { return d }) { // what others have offered meanwhile has filled it
 				s.handBack(d, wire.Request{}, 0, "handed back")
 			}
 		}
@@ -432,19 +432,6 @@ func notify(c chan<- struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
-	}
-}
-
-// enter waits for a free place; false when ctx ends first.
-func enter(ctx context.Context, places chan<- struct{}) bool {
-	if ctx.Err() != nil {
-		return false
-	}
-	select {
-	case places <- struct{}{}:
-		return true
-	case <-ctx.Done():
-		return false
 	}
 }
 
@@ -528,13 +515,11 @@ func (s *Stage) heartbeat() wire.Instance {
 	beat := wire.Instance{
 		ID: s.ID, Name: s.Name, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
-		Running: s.load.running(), Metrics: s.address, Paced: s.paced,
+		Running: s.load.running(), Metrics: s.address, Paced: s.profile(),
 	}
 	_, beat.Epoch = s.changes.current()
-	for _, p := range paced(s.NPUs()) {
-		beat.Busy += p.Busy().Seconds()
-		beat.Behind += p.Behind().Seconds()
-	}
+	paced := s.pacing()
+	beat.Busy, beat.Behind = paced.busy.Seconds(), paced.behind.Seconds()
 	return beat
 }
 

@@ -32,8 +32,8 @@ func (s *Stage) Copied(ctx context.Context, c Copy, began time.Time) {
 	if c.Bytes <= 0 {
 		return
 	}
-	if paced := paced(s.NPUs()); len(paced) > 0 {
-		_ = pause(ctx, time.Until(began.Add(paced[0].Profile().CopyCost(c.Tokens, c.Visual)))) // who waits for it sees what has ended
+	if s.paced != nil {
+		_ = pause(ctx, time.Until(began.Add(s.paced.CopyCost(c.Tokens, c.Visual)))) // who waits for it sees what has ended
 	}
 	s.Metrics.Copied.WithLabelValues(c.Role).Add(float64(c.Bytes))
 	s.travel.mu.Lock()

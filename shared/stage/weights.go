@@ -22,6 +22,7 @@ import (
 type weights struct {
 	stage *Stage
 	told  func(done, total int64) // Config.Loading
+	parts hf.Parts
 	sets  []*hbm.Weights
 	disk  diskRate
 
@@ -40,8 +41,13 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 			parts |= hf.Text
 		}
 	}
-	w := &weights{stage: s, told: cfg.Loading, populated: make(chan struct{}), disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}}
-	if err := w.load(ctx, parts); err != nil {
+	w := &weights{stage: s, told: cfg.Loading, parts: parts, populated: make(chan struct{}), disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}}
+	npus := s.NPUs()
+	layout, _ := s.changes.current()
+	if layout == nil { // nobody runs the language model
+		layout = Layout(&s.Model.Text, setOf(npus))
+	}
+	if err := w.load(ctx, npus, layout); err != nil {
 		return err
 	}
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
@@ -51,37 +57,74 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	return nil
 }
 
-// load gives each NPU its weights. NPUs of one memory domain share theirs: the same memory is mapped once, with the experts that
-// any of them has.
-func (w *weights) load(ctx context.Context, parts hf.Parts) error {
+// load gives each NPU its weights, and the experts that the layout says. NPUs of one memory domain share theirs: the same memory is
+// mapped once, with the experts that any of them has.
+func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout) error {
 	s := w.stage
-	npus := s.NPUs()
 	all := setOf(npus)
-	layout, _ := s.changes.current()
-	if layout == nil { // nobody runs the language model
-		layout = Layout(&s.Model.Text, all)
-	}
+	var done placement.Set
 	for i := range all.All() {
-		if npus[i].Weights != nil {
+		if done.Has(i) {
 			continue
 		}
 		var domain placement.Set
+		var loaded *model.Weights
 		for j := range all.All() {
 			if !s.HBM.Far(npus[i].Number, npus[j].Number) {
 				domain = domain.With(j)
+				if npus[j].Weights != nil {
+					loaded = npus[j].Weights
+				}
 			}
 		}
+		done |= domain
 		var wanted hf.Experts
 		if domain != all {
 			wanted = func(layer, expert int) bool { return layout[layer][expert]&domain != 0 }
 		}
-		loaded, err := s.folder.Load(ctx, &domainMemory{w, npus[i].Number}, parts, wanted)
-		if err != nil {
-			return err
+		if loaded == nil {
+			var err error
+			if loaded, err = s.folder.Load(ctx, &domainMemory{w, npus[i].Number}, w.parts, wanted); err != nil {
+				return err
+			}
 		}
 		for j := range domain.All() {
 			npus[j].Weights = loaded
 			npus[j].Experts = expertsOf(loaded, layout, j)
+			if err := complete(npus[j].Experts, layout, j); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// complete returns an error unless NPU n has all that the layout says.
+func complete(table [][]model.Expert, layout placement.Layout, n int) error {
+	for l := range table {
+		for _, e := range layout.On(l, n) {
+			if table[l][e].Down.Data == nil {
+				return fmt.Errorf("expert %d of layer %d is not in the memory domain of the NPU in slot %d", e, l, n)
+			}
+		}
+	}
+	return nil
+}
+
+// attach gives the NPUs of the next epoch their weights, as load does, those that join populated. The instance is ready.
+func (w *weights) attach(ctx context.Context, npus []NPU, layout placement.Layout) error {
+	select {
+	case <-w.populated:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	had := len(w.sets)
+	if err := w.load(ctx, npus, layout); err != nil {
+		return err
+	}
+	for _, set := range w.sets[had:] {
+		if err := set.Populate(ctx); err != nil {
+			return fmt.Errorf("populating weights: %w", err)
 		}
 	}
 	return nil
