@@ -13,11 +13,13 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// offered offers a sequence to the decoder in whose memory domain prefill has left its KV, that of an instance which does both, and
-// reports whether that one has taken it. What is wrong with the message, whoever works on it will say.
+// offered offers a sequence to the decoder in whose memory domain prefill has left its KV, that of an instance which does both, or to
+// one on the node where that is, and reports whether that one has taken it. What is wrong with the message, whoever works on it will
+// say.
 func (d *decoder) offered(ctx context.Context, dl *bus.Delivery, m *wire.Decode) bool {
-	if dl.Count > 1 || !d.Travels() || m.Log.Node != d.HBM.Node() || d.Ended(m.Request, m.Choice) ||
-		slices.ContainsFunc(d.NPUs(), func(n stage.NPU) bool { return n.Compute != nil && !d.HBM.Far(int(m.Log.NPU), n.Number) }) {
+	far := m.Log.Node != d.HBM.Node()
+	if dl.Count > 1 || !d.Offers() || d.Ended(m.Request, m.Choice) || !far && !d.Travels() ||
+		!far && slices.ContainsFunc(d.NPUs(), func(n stage.NPU) bool { return n.Compute != nil && !d.HBM.Far(int(m.Log.NPU), n.Number) }) {
 		return false
 	}
 	spec, err := d.Spec(ctx, m.Inline, m.Spec)
@@ -31,12 +33,17 @@ func (d *decoder) offered(ctx context.Context, dl *bus.Delivery, m *wire.Decode)
 	if copying(0) < d.Routing().Least {
 		return false
 	}
+	part := hbm.Part{Request: m.Request.ID, Attempt: m.Request.Attempt, Stage: stage.Decode, Part: m.Choice}
+	o := wire.Offer{Level: d.level(m.Request.ID, 1)}
+	if far {
+		return d.Offer(ctx, dl, part, wire.SubjectNodeOffer(m.Log.Node, stage.Decode), o)
+	}
 	keys := d.BlockKeys(spec, spec.Prompt)
 	at, err := d.HBM.Locate(ctx, stage.Decode, keys[:min(len(keys), stage.Reusable(spec))], m.Log)
 	if err != nil {
 		return false
 	}
-	own, others, instances := d.Sites(&at, func(site *hbm.Site) time.Duration {
+	own, others, subjects := d.Sites(&at, func(site *hbm.Site) time.Duration {
 		if len(site.Near) > 0 {
 			return 0
 		}
@@ -46,8 +53,7 @@ func (d *decoder) offered(ctx context.Context, dl *bus.Delivery, m *wire.Decode)
 	if to < 0 {
 		return false
 	}
-	part := hbm.Part{Request: m.Request.ID, Attempt: m.Request.Attempt, Stage: stage.Decode, Part: m.Choice}
-	return d.Offer(ctx, dl, part, instances[to], wire.Offer{Level: d.level(m.Request.ID, 1)})
+	return d.Offer(ctx, dl, part, subjects[to], o)
 }
 
 // level is how busy the process is with other requests than one; taken of its messages are not counted otherwise.

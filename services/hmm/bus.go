@@ -9,6 +9,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/services/hmm/ledger"
+	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/wire"
 )
 
@@ -27,6 +28,7 @@ func (d *Daemon) join() (subscriptions, error) {
 	for subject, handle := range map[string]nats.MsgHandler{
 		wire.SubjectDone:         d.onDone,
 		wire.SubjectHMM:          d.onStats,
+		wire.SubjectReach:        d.onReach,
 		SubjectStats(d.cfg.Node): d.onStats,
 	} {
 		sub, err := d.cfg.NATS.Subscribe(subject, handle)
@@ -78,6 +80,28 @@ func (d *Daemon) onStats(m *nats.Msg) {
 	}
 	if err != nil {
 		d.log.Warn("answering for stats", "error", err)
+	}
+}
+
+// onReach tells another node how much of a prompt is cached here.
+func (d *Daemon) onReach(m *nats.Msg) {
+	var q wire.Reach
+	if err := wire.Unmarshal(m.Data, &q); err != nil {
+		d.log.Warn("a question for a prompt", "error", err)
+		return
+	}
+	keys := make([]protocol.Key, len(q.Keys))
+	for i, k := range q.Keys {
+		copy(keys[i][:], k)
+	}
+	out := wire.Reached{Node: d.cfg.Node}
+	d.books.do(func(l *ledger.Ledger, _ time.Time) { out.Count = l.Reach(q.Role, keys) })
+	data, err := wire.Marshal(&out)
+	if err == nil {
+		err = m.Respond(data)
+	}
+	if err != nil {
+		d.log.Warn("answering for a prompt", "error", err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched"
@@ -40,10 +41,53 @@ func (p *prefill) ahead() time.Duration {
 	return 0
 }
 
-// offered offers a prompt to the instance that has its cached beginning, or its MM objects, in its memory domain, if that is worth
-// the wait there, and reports whether that one has taken it. What is wrong with the message, whoever works on it will say.
+// askLeast is how long what is not cached here has to take to compute, for other nodes to be asked whether they have it.
+const askLeast = 50 * time.Millisecond
+
+// needs is what a prompt could begin with, and how long it takes where some of that is missing.
+type needs struct {
+	*prefill
+	tokens int // of the prompt
+	blocks int // of it that are cached on this node
+	mm     []mem.Handle
+	ends   []int // of each picture, in the prompt
+}
+
+// on is how long it takes on an NPU of this node.
+func (n *needs) on(site *hbm.Site) time.Duration {
+	bytes := int64(n.blocks-site.Blocks) * n.BlockBytes()
+	near := site.Near
+	for i, h := range n.mm {
+		if len(near) > 0 && near[0] == i {
+			near = near[1:]
+		} else if n.ends[i] > n.blocks*model.BlockTokens { // else it is not needed
+			bytes += h.Bytes
+		}
+	}
+	return n.CopyTime(bytes) + n.pace.at(n.left(n.blocks))
+}
+
+// at is how long it takes on a node that has so many blocks; which of its NPUs has them does not matter.
+func (n *needs) at(node string, blocks int) time.Duration {
+	bytes := int64(0)
+	for i, h := range n.mm {
+		if h.Node != node && n.ends[i] > blocks*model.BlockTokens {
+			bytes += h.Bytes
+		}
+	}
+	return n.CopyTime(bytes) + n.pace.at(n.left(blocks))
+}
+
+func (n *needs) left(blocks int) int { return n.tokens - blocks*model.BlockTokens }
+
+// offered offers a prompt to an instance that has its cached beginning, or its MM objects, in its memory domain or on its node, if
+// that is worth the wait there, and reports whether that one has taken it. What is wrong with the message, whoever works on it will
+// say.
 func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill) bool {
-	if d.Count > 1 || !p.Travels() || p.Ended(m.Request, -1) {
+	if d.Count > 1 || !p.Offers() || p.Ended(m.Request, -1) {
+		return false
+	}
+	if !p.Travels() && m.Spec == nil && p.pace.at(len(m.Inline)) < askLeast { // a token is a byte at least
 		return false
 	}
 	spec, err := p.Spec(ctx, m.Inline, m.Spec)
@@ -52,43 +96,44 @@ func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill)
 	}
 	keys := p.BlockKeys(spec, spec.Prompt)
 	keys = keys[:min(len(keys), stage.Reusable(spec))]
+	n := &needs{prefill: p, tokens: len(spec.Prompt)}
 	most := int64(len(keys)) * p.BlockBytes()
-	var mm []mem.Handle
-	var ends []int // in the prompt, of each
 	for i, h := range m.MM {
-		if h.Kind != 0 && h.Node == p.HBM.Node() {
+		if h.Kind != 0 {
 			pic := &spec.Pictures[i]
-			mm, ends = append(mm, h), append(ends, pic.Offset+p.Tokens(pic.Grid))
+			n.mm, n.ends = append(n.mm, h), append(n.ends, pic.Offset+p.Tokens(pic.Grid))
 			most += h.Bytes
 		}
 	}
-	if p.CopyTime(most) < p.Routing().Least {
+	if p.CopyTime(most) < p.Routing().Least && p.pace.at(n.tokens) < askLeast {
 		return false
 	}
-	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, mm...)
+	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, n.mm...)
 	if err != nil {
 		return false
 	}
-	cached := at.Blocks * model.BlockTokens
-	ready := func(site *hbm.Site) time.Duration {
-		bytes := int64(at.Blocks-site.Blocks) * p.BlockBytes()
-		near := site.Near
-		for i, h := range mm {
-			if len(near) > 0 && near[0] == i {
-				near = near[1:]
-			} else if ends[i] > cached { // else it is not needed
-				bytes += h.Bytes
-			}
-		}
-		return p.CopyTime(bytes)
+	n.blocks = at.Blocks
+	own, others, subjects := p.Sites(&at, n.on)
+	has := make([]int, len(others)) // blocks, of each
+	for i := range has {
+		has[i] = n.blocks
 	}
-	own, others, instances := p.Sites(&at, ready)
+	if p.pace.at(n.left(n.blocks)) >= askLeast {
+		var ends []hbm.Key // of slabs: fewer, and what is shared is shared by slabs
+		for i := kv.SlabBlocks; i <= len(keys); i += kv.SlabBlocks {
+			ends = append(ends, keys[i-1])
+		}
+		if node, slabs := p.Reach(ctx, stage.Prefill, ends); slabs > 0 {
+			has = append(has, slabs*kv.SlabBlocks)
+			others, subjects = append(others, n.at(node, slabs*kv.SlabBlocks)), append(subjects, wire.SubjectNodeOffer(node, stage.Prefill))
+		}
+	}
 	to, wait := p.Routing().Offer(own, p.ahead(), others)
 	if to < 0 {
 		return false
 	}
 	part := hbm.Part{Request: m.Request.ID, Attempt: m.Request.Attempt, Stage: stage.Prefill}
-	return p.Offer(ctx, d, part, instances[to], wire.Offer{Wait: wait, Tokens: len(spec.Prompt) - cached})
+	return p.Offer(ctx, d, part, subjects[to], wire.Offer{Wait: wait, Tokens: n.left(has[to])})
 }
 
 // Bid implements stage.Bidder: it takes a prompt that has to wait no longer than the offer says, for the prompts before it. How long

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -30,7 +32,7 @@ func apart(t *testing.T) *rig {
 		}, log)
 	}
 	r := &rig{Rig: stagetest.New(t, serve, stagetest.Long), T: t}
-	r.Stage.OfferTimeout = time.Minute // a slow machine is no silent one
+	r.Stage.OfferTimeout = 4 * time.Second // a slow machine is no silent one
 	r.gateway = r.Gateway()
 	return r
 }
@@ -103,6 +105,94 @@ func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
 	meter.Release()
 	r.decodes(1)
 	r.Done(held.Request.ID, -1)
+	r.gateway.NothingLost()
+}
+
+// elsewhere starts the HMM of another node, which serves none: stages that are opened from now on are there.
+func (r *rig) elsewhere() {
+	r.Helper()
+	conn, err := nats.Connect(r.NATS.URL())
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.Cleanup(conn.Close)
+	r.Stage.HMM += "2"
+	socket := r.Stage.HMM
+	r.Go("hmm of another node", func(ctx context.Context) error {
+		return hmm.Run(ctx, hmm.Config{
+			Socket: socket, Node: "other", NPUs: 2, NPUBytes: 64 << 20, HostBytes: 16 << 20, NATS: conn, KVCache: 32 << 20,
+		}, r.Log)
+	})
+}
+
+// A sequence stays on the node of its prompt if a decoder there is idle.
+func TestSequencesStayOnTheNodeOfTheirPrompt(t *testing.T) {
+	r := apart(t)
+	has, _ := r.Open(stage.Prefill+wire.RoleSeparator+stage.Decode, func(ctx context.Context, s *stage.Stage) error {
+		return s.Serve(ctx, prefill.Role(prefill.Config{}), decoder.Role(decoder.Config{}))
+	})
+	r.elsewhere()
+	other, _ := r.Open(stage.Decode, func(ctx context.Context, s *stage.Stage) error { return decoder.Serve(ctx, s, decoder.Config{}) })
+	slow(other)
+	for i := 0; r.Offers(other, "taken") < 2; i++ {
+		if i > 200 {
+			t.Fatal("the other node never offers anything")
+		}
+		spec := r.ending(i)
+		m := r.start(spec)
+		if a, want := r.gateway.Ended(m.Request.ID, 0), r.Model.Answer(spec, 0).IDs; !slices.Equal(a.IDs, want) {
+			t.Errorf("answer %v, want %v", a.IDs, want)
+		}
+		r.Done(m.Request.ID, -1)
+	}
+	r.Empty(stage.Decode)
+	if n := r.Outcomes(other, "done"); n != 0 || r.Offers(has, "accepted") != r.Offers(other, "taken") {
+		t.Errorf("%d sequences on the other node, %d of its offers accepted, %d taken", n, r.Offers(has, "accepted"), r.Offers(other, "taken"))
+	}
+	r.gateway.NothingLost()
+}
+
+// What another node has computed of a prompt is not computed again: the prompt goes there.
+func TestPromptsGoToTheNodeOfTheirBeginning(t *testing.T) {
+	r := apart(t)
+	profile := filepath.Join(t.TempDir(), "slow.yaml")
+	if err := os.WriteFile(profile, []byte(
+		"name: slow\nsource: this test\nencode: {picture_ms: 1}\nprefill: {token_ms: 1}\ndecode: {step_ms: 1}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.Stage.NPU.Pace = profile // so that computing takes long, however fast the machine is
+	has, _ := r.prefill(prefill.Config{})
+	compute := func(i int, salt string) {
+		t.Helper()
+		spec := r.ending(i)
+		spec.Salt = salt
+		m := r.start(spec)
+		if got, want := r.gateway.Tokens(m.Request.ID, 0, 1).IDs[0], r.Model.Answer(spec, 0).IDs[0]; got != want {
+			t.Errorf("first token %d, want %d", got, want)
+		}
+		r.decodes(1)
+		r.Empty(stage.Prefill)
+		r.Done(m.Request.ID, -1)
+	}
+	compute(0, "")
+	r.elsewhere()
+	other, _ := r.prefill(prefill.Config{})
+	for i := 1; r.Outcomes(other, "done") == 0; i++ { // so that it knows how long prompts take it
+		compute(i, fmt.Sprint(i))
+	}
+	r.Until("it is said what was done", func() bool { return r.Outcomes(other, "done") == 1 })
+	for i := 1; r.Offers(other, "taken") < 2; i++ {
+		if i > 50 {
+			t.Fatal("the other node never offers anything")
+		}
+		compute(i, "")
+	}
+	if n := r.Outcomes(other, "done"); n != 1 {
+		t.Errorf("%d prompts were computed on the other node", n)
+	}
+	if r.Offers(has, "accepted") != r.Offers(other, "taken") {
+		t.Errorf("%d offers accepted, %d taken", r.Offers(has, "accepted"), r.Offers(other, "taken"))
+	}
 	r.gateway.NothingLost()
 }
 

@@ -72,6 +72,32 @@ func (b *Bus) Ask(ctx context.Context, subject string, m, reply any) error {
 	return wire.Unmarshal(msg.Data, reply)
 }
 
+// AskAll sends m on a subject on which many listen and calls f with each answer, until f returns false or ctx ends.
+func (b *Bus) AskAll(ctx context.Context, subject string, m any, f func(data []byte) (more bool)) error {
+	data, err := wire.Marshal(m)
+	if err != nil {
+		return err
+	}
+	inbox := b.conn.NewInbox()
+	sub, err := b.conn.SubscribeSync(inbox)
+	if err != nil {
+		return fmt.Errorf("asking all at %s with %T: %w", subject, m, err)
+	}
+	defer sub.Unsubscribe() //nolint:errcheck // it ends with the connection at the latest
+	if err := b.conn.PublishRequest(subject, inbox, data); err != nil {
+		return fmt.Errorf("asking all at %s with %T: %w", subject, m, err)
+	}
+	for {
+		msg, err := sub.NextMsgWithContext(ctx)
+		if err != nil { // the time is up, or nobody listens
+			return nil
+		}
+		if !f(msg.Data) {
+			return nil
+		}
+	}
+}
+
 // errNoReply is returned by respond for a message that asks for no answer.
 var errNoReply = errors.New("message asks for no answer")
 
@@ -79,7 +105,12 @@ var errNoReply = errors.New("message asks for no answer")
 // Unsubscribe or the Bus's Close. Data belongs to f. Respond answers an Ask and may be called later, from any
 // goroutine, once. The subscription is in force at the server when Handle returns, if the connection is up.
 func (b *Bus) Handle(subject string, f func(data []byte, respond func(m any) error)) (*nats.Subscription, error) {
-	sub, err := b.conn.Subscribe(subject, func(msg *nats.Msg) {
+	return b.HandleOne(subject, "", f)
+}
+
+// HandleOne is Handle for those of a group: each message goes to one of them.
+func (b *Bus) HandleOne(subject, group string, f func(data []byte, respond func(m any) error)) (*nats.Subscription, error) {
+	sub, err := b.conn.QueueSubscribe(subject, group, func(msg *nats.Msg) {
 		f(msg.Data, func(m any) error {
 			if msg.Reply == "" {
 				return fmt.Errorf("answering %s: %w", msg.Subject, errNoReply)

@@ -58,8 +58,10 @@ type offers struct {
 	timeout time.Duration // for an answer
 
 	mu     sync.Mutex
-	takers map[string]*taker // by role, while it takes messages
-	silent map[string]time.Time
+	takers map[string]*taker    // by role, while it takes messages
+	silent map[string]time.Time // until when those who did not answer are offered nothing, by subject
+	nodes  int                  // that answered when they were last waited for
+	waited time.Time            // when that was
 }
 
 // taker is a role that takes messages.
@@ -87,11 +89,15 @@ func (t *taker) begin(s *Stage, handle func(*bus.Delivery), d func() *bus.Delive
 // Routing is how this process offers work to others.
 func (s *Stage) Routing() sched.Routing { return s.offers.routing }
 
-// Travels reports whether there are instances between which what work needs has to be copied, and some could be offered work.
-func (s *Stage) Travels() bool { return s.offers.routing.Limit > 0 && s.HBM.Domains() > 1 }
+// Offers reports whether work may be offered to others at all.
+func (s *Stage) Offers() bool { return s.offers.routing.Limit > 0 }
 
-// Offer offers a message that was just taken off the queue to another instance, within the bounds that o has, and reports whether
-// that one has it now: the caller then forgets it. part is what whoever works on it claims.
+// Travels reports whether what work needs has to be copied between instances of this node.
+func (s *Stage) Travels() bool { return s.HBM.Domains() > 1 }
+
+// Offer offers a message that was just taken off the queue to those who listen at a subject, wire.SubjectOffer or SubjectNodeOffer,
+// within the bounds that o has, and reports whether one has it now: the caller then forgets it. part is what whoever works on it
+// claims.
 func (s *Stage) Offer(ctx context.Context, d *bus.Delivery, part hbm.Part, to string, o wire.Offer) bool {
 	if s.offers.isSilent(to, time.Now()) {
 		return false
@@ -100,7 +106,7 @@ func (s *Stage) Offer(ctx context.Context, d *bus.Delivery, part hbm.Part, to st
 	try, cancel := context.WithTimeout(ctx, s.offers.timeout)
 	defer cancel()
 	var answer wire.Offered
-	err := s.Bus.Ask(try, wire.SubjectOffer(to), &o, &answer)
+	err := s.Bus.Ask(try, to, &o, &answer)
 	outcome := offerRefused
 	switch {
 	case err == nil && answer.Taken:
@@ -120,30 +126,82 @@ func (s *Stage) Offer(ctx context.Context, d *bus.Delivery, part hbm.Part, to st
 	return true
 }
 
+const (
+	// reachTimeout bounds the wait for HMMs that may answer, and reachAgain how long it is relied on that there are no more than
+	// have answered then.
+	reachTimeout = 5 * time.Millisecond
+	reachAgain   = 10 * time.Second
+)
+
+// Reach asks the HMMs of the other nodes how many of the first keys they have blocks of, and returns the node that has most.
+func (s *Stage) Reach(ctx context.Context, role string, keys []hbm.Key) (node string, count int) {
+	q := wire.Reach{Role: role}
+	for i := range keys {
+		q.Keys = append(q.Keys, keys[i][:])
+	}
+	expected, again := s.offers.expect(time.Now())
+	ctx, cancel := context.WithTimeout(ctx, max(reachTimeout, s.offers.timeout/4))
+	defer cancel()
+	answers := 0
+	err := s.Bus.AskAll(ctx, wire.SubjectReach, &q, func(data []byte) bool {
+		var r wire.Reached
+		if wire.Unmarshal(data, &r) == nil {
+			answers++
+			if r.Node != s.HBM.Node() && r.Count > count {
+				node, count = r.Node, r.Count
+			}
+		}
+		return again || answers < expected
+	})
+	if err != nil {
+		s.Log.Debug("asking other nodes for a prompt", "error", err)
+	}
+	if again {
+		s.offers.seen(answers)
+	}
+	return node, count
+}
+
+// expect is how many HMMs are going to answer, or, again, that this is to be found out.
+func (o *offers) expect(now time.Time) (nodes int, again bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if again = now.Sub(o.waited) > reachAgain; again {
+		o.waited = now
+	}
+	return o.nodes, again || o.nodes == 0
+}
+
+func (o *offers) seen(nodes int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.nodes = nodes
+}
+
 // claimed reports whether somebody on this node is known to have claimed a part.
 func (s *Stage) claimed(ctx context.Context, part hbm.Part) bool {
 	open, err := s.HBM.Unclaimed(ctx, []hbm.Part{part})
 	return err == nil && len(open) == 0
 }
 
-func (o *offers) isSilent(instance string, now time.Time) bool {
+func (o *offers) isSilent(to string, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	until, ok := o.silent[instance]
+	until, ok := o.silent[to]
 	if ok && now.After(until) {
-		delete(o.silent, instance)
+		delete(o.silent, to)
 		return false
 	}
 	return ok
 }
 
-func (o *offers) hush(instance string, until time.Time) {
+func (o *offers) hush(to string, until time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.silent == nil {
 		o.silent = make(map[string]time.Time)
 	}
-	o.silent[instance] = until
+	o.silent[to] = until
 }
 
 // take notes that a role takes messages, also those that others offer, until the returned function is called.
@@ -221,9 +279,9 @@ func (s *Stage) LoadWithout(request string) sched.Load {
 }
 
 // Sites sorts out who could do a piece of work: how long it takes here until all that it needs is at hand, on the NPU where that
-// is soonest, and on each NPU of the other instances, by name.
+// is soonest, and on each NPU of the other instances; to is where these are offered it.
 func (s *Stage) Sites(at *hbm.Located, ready func(*hbm.Site) time.Duration) (
-	own time.Duration, others []time.Duration, instances []string,
+	own time.Duration, others []time.Duration, to []string,
 ) {
 	own = sched.Never
 	for i := range at.Sites {
@@ -231,8 +289,8 @@ func (s *Stage) Sites(at *hbm.Located, ready func(*hbm.Site) time.Duration) (
 		if r := ready(site); site.Instance == s.ID {
 			own = min(own, r)
 		} else {
-			others, instances = append(others, r), append(instances, site.Instance)
+			others, to = append(others, r), append(to, wire.SubjectOffer(site.Instance))
 		}
 	}
-	return own, others, instances
+	return own, others, to
 }

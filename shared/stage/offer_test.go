@@ -30,7 +30,7 @@ func (w *trader) Handle(ctx context.Context, d *bus.Delivery) {
 	if err := wire.Unmarshal(d.Data, &m); err != nil {
 		panic(err)
 	}
-	if w.to == "" || !w.Offer(ctx, d, part(m.Request), w.to, wire.Offer{}) {
+	if w.to == "" || !w.Offer(ctx, d, part(m.Request), wire.SubjectOffer(w.to), wire.Offer{}) {
 		w.work(ctx, d, &m)
 	}
 }

@@ -465,13 +465,17 @@ func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) 
 		}
 		subs = append(subs, sub)
 	}
-	sub, err := s.Bus.Handle(wire.SubjectOffer(s.ID), func(data []byte, respond func(any) error) {
-		s.offered(ctx, data, respond)
-	})
-	if err != nil {
-		return leave, fmt.Errorf("listening for offers: %w", err)
+	groups := map[string]string{wire.SubjectOffer(s.ID): ""} // by subject
+	for _, r := range roles {
+		groups[wire.SubjectNodeOffer(s.HBM.Node(), r.Name)] = "instances"
 	}
-	subs = append(subs, sub)
+	for subject, group := range groups {
+		sub, err := s.Bus.HandleOne(subject, group, func(data []byte, respond func(any) error) { s.offered(ctx, data, respond) })
+		if err != nil {
+			return leave, fmt.Errorf("listening for offers: %w", err)
+		}
+		subs = append(subs, sub)
+	}
 	return leave, nil
 }
 

@@ -24,3 +24,19 @@ type Offered struct {
 
 	Taken bool
 }
+
+// Reach asks the HMMs of all nodes how much of a prompt is cached with them: request/reply on SubjectReach, each answers.
+type Reach struct {
+	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
+
+	Role string   // of the instances that could compute it; a node without one does not count
+	Keys [][]byte // of blocks, 32 bytes each, in the prompt's order; not all of its blocks need be among them
+}
+
+// Reached answers Reach.
+type Reached struct {
+	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
+
+	Node  string
+	Count int // of the first keys
+}

@@ -31,6 +31,8 @@ const (
 	SubjectDone = "trireme.request.done" // Done
 	SubjectGone = "trireme.gone"         // Gone
 	SubjectHMM  = "trireme.hmm.stats"    // request/reply, every HMM answers with hbm stats as JSON
+
+	SubjectReach = "trireme.hmm.reach" // Reach, every HMM answers with Reached
 )
 
 // StageSubject is the work subject of a stage ("encode", "prefill", "decode") for a request: trireme.encode.p07.
@@ -59,6 +61,11 @@ func SubjectResend(instance string) string { return "trireme.instance." + instan
 
 // SubjectOffer is where a stage instance listens for Offer.
 func SubjectOffer(instance string) string { return "trireme.instance." + instance + ".offer" }
+
+// SubjectNodeOffer is where the instances of a node that have a role listen for Offer: each goes to one of them.
+func SubjectNodeOffer(node, role string) string {
+	return "trireme.node." + node + "." + role + ".offer"
+}
 
 // JoinKey is the key of the join record of a request and attempt.
 func JoinKey(request string, attempt int) string { return fmt.Sprintf("%s.%d", request, attempt) }

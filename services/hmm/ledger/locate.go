@@ -18,15 +18,7 @@ func (l *Ledger) Locate(id Conn, q protocol.Locate) (out protocol.Located, err e
 	if err != nil {
 		return out, fmt.Errorf("locating: %w", err)
 	}
-	last := 0
-	for _, hash := range hashes {
-		at, ok := l.block(hash, last, last)
-		if !ok {
-			break
-		}
-		last = at.slab.extent.Space
-		out.Blocks++
-	}
+	out.Blocks = l.reach(hashes)
 	runs := l.runs(hashes)
 	for _, b := range l.budgets[1:] {
 		if b.owner == nil || b.owner.gone || !wire.HasRole(b.owner.role, q.Role) {
@@ -44,6 +36,29 @@ func (l *Ledger) Locate(id Conn, q protocol.Locate) (out protocol.Located, err e
 		}
 	}
 	return out, nil
+}
+
+// Reach is how many of the first hashes are cached on the node, 0 if no instance there has the role.
+func (l *Ledger) Reach(role string, hashes []protocol.Key) int {
+	for _, c := range l.conns {
+		if !c.gone && wire.HasRole(c.role, role) {
+			return l.reach(hashes)
+		}
+	}
+	return 0
+}
+
+func (l *Ledger) reach(hashes []protocol.Key) (n int) {
+	last := 0
+	for _, hash := range hashes {
+		at, ok := l.block(hash, last, last)
+		if !ok {
+			break
+		}
+		last = at.slab.extent.Space
+		n++
+	}
+	return n
 }
 
 // runs is how many of the first hashes each space has: the spaces that have some.

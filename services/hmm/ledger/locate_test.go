@@ -71,7 +71,13 @@ func TestLocate(t *testing.T) {
 	if got, err = l.Locate(b, protocol.Locate{Role: "decode", Hashes: q.Hashes}); err != nil || len(got.Sites) != 0 {
 		t.Errorf("for decoders %+v, %v: they have nothing", got, err)
 	}
+	if p, e, none := l.Reach("prefill", hashes), l.Reach("encode", hashes[:2]), l.Reach("none", hashes); p != 3 || e != 2 || none != 0 {
+		t.Errorf("others are told %d, %d and %d blocks", p, e, none)
+	}
 	l.Disconnect(a)
+	if n := l.Reach("encode", hashes); n != 0 {
+		t.Errorf("others are told %d blocks although nobody could use them", n)
+	}
 	if got, err = l.Locate(b, q); err != nil || got.Blocks != 3 || len(got.Sites) != 1 || got.Sites[0].Instance != "b" {
 		t.Errorf("without a: %+v, %v", got, err)
 	}
