@@ -6,14 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
-	"trireme.dev/shared/bus"
-	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
 
@@ -34,7 +31,7 @@ type changeFlags struct {
 
 // rebalanceCmd places the experts of an instance anew.
 type rebalanceCmd struct {
-	Role string `arg:"" enum:"decoder,prefill" help:"decoder or prefill: an instance that has the role."`
+	Who string `arg:"" name:"instance" help:"decoder or prefill, where one runs, or an instance's id or name."`
 	changeFlags
 }
 
@@ -51,11 +48,11 @@ Examples:
 
 // Run has the experts placed anew.
 func (c *rebalanceCmd) Run(e *env) error {
-	return c.run(e, c.Role, wire.Change{Kind: wire.ChangeRebalance})
+	return c.run(e, c.Who, func(*wire.Instance) (wire.Change, error) { return wire.Change{Kind: wire.ChangeRebalance}, nil })
 }
 
-// run has an instance of a role change.
-func (c *changeFlags) run(e *env, role string, change wire.Change) error {
+// run has an instance change, as of says of the one that is meant.
+func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Change, error)) error {
 	switch {
 	case c.Timeout <= 0:
 		return fmt.Errorf("%w--timeout %v must be above 0", errUsage, c.Timeout)
@@ -70,7 +67,15 @@ func (c *changeFlags) run(e *env, role string, change wire.Change) error {
 		return err
 	}
 	defer b.Close()
-	i, err := c.find(ctx, b, role)
+	view, err := b.Instances(ctx)
+	if err != nil {
+		return fmt.Errorf("reading heartbeats: %w", err)
+	}
+	i, err := meant(view.All(), who, c.Instance)
+	if err != nil {
+		return err
+	}
+	change, err := of(i)
 	if err != nil {
 		return err
 	}
@@ -92,55 +97,33 @@ func (c *changeFlags) run(e *env, role string, change wire.Change) error {
 	return printChange(e.out, r, c.DryRun)
 }
 
-// find is the instance that is meant.
-func (c *changeFlags) find(ctx context.Context, b *bus.Bus, role string) (*wire.Instance, error) {
-	view, err := b.Instances(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("reading heartbeats: %w", err)
-	}
-	of := map[string]string{"encoder": stage.Encode, "prefill": stage.Prefill, "decoder": stage.Decode}[role]
-	all := view.Role(of)
-	if c.Instance != "" {
-		all = slices.DeleteFunc(all, func(i wire.Instance) bool { return i.ID != c.Instance && i.Name != c.Instance })
-	}
-	switch {
-	case len(all) == 1:
-		return &all[0], nil
-	case len(all) == 0 && c.Instance != "":
-		return nil, fmt.Errorf("%w--instance %s: no such %s runs; `trireme status` shows those that do", errUsage, c.Instance, role)
-	case len(all) == 0:
-		return nil, fmt.Errorf("no %s runs", role)
-	}
-	var ids []string
-	for _, i := range all {
-		ids = append(ids, i.ID)
-	}
-	return nil, fmt.Errorf("%w%d instances are a %s: say which with --instance: %s", errUsage, len(all), role, strings.Join(ids, ", "))
-}
-
 // printChange writes what an operation has done, or would do.
 func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	p := &r.Plan
 	if !p.Moves {
-		_, err := fmt.Fprintf(w, "nothing to do: balance %.3f of the load of %d rows\n", p.Was, p.Rows)
+		_, err := fmt.Fprintln(w, "nothing to do: it is so already")
 		return err
 	}
-	what := "would be"
-	if !dry {
-		what = "are"
+	if before, after := wire.NPUCount(p.Before), wire.NPUCount(p.After); before != after {
+		fmt.Fprintf(w, "NPUs      %d, before %d; of the node %v, before %v (by slot, -1: empty)\n", after, before, p.After, p.Before)
 	}
-	fmt.Fprintf(w, "%d copies of experts %s made, of which %d are there already in the same memory, and %d dropped; %d bytes to copy\n",
-		p.Copies, what, p.Shared, p.Drops, p.Bytes)
-	fmt.Fprintf(w, "balance %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
+	fmt.Fprintf(w, "experts   %d copies made, of which %d are in the same memory already, %d dropped\n", p.Copies, p.Shared, p.Drops)
+	fmt.Fprintf(w, "balance   %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
 	if dry {
-		_, err := fmt.Fprintf(w, "expected: %v, %d bytes of memory beside what is in use\n", p.Expect, p.Memory)
+		_, err := fmt.Fprintf(w, "to copy   %d bytes, in %v at --copy-rate; %d bytes of memory beside what is in use\n", p.Bytes, p.Expect, p.Memory)
 		return err
 	}
-	if r.Why != "" {
-		fmt.Fprintf(w, "note: %s\n", r.Why)
+	rate := ""
+	if r.Copied > 0 && r.Copying > 0 {
+		rate = fmt.Sprintf(", %.3g GB/s", float64(r.Copied)/r.Copying.Seconds()/1e9)
 	}
-	_, err := fmt.Fprintf(w, "epoch %d is in force after %v: planned in %v, copied %d bytes in %v, committed in %v, steps held up for %v\n", r.Epoch,
-		r.Total.Round(time.Microsecond), r.Planning.Round(time.Microsecond), r.Copied, r.Copying.Round(time.Microsecond),
-		r.Committal.Round(time.Microsecond), r.Pause.Round(time.Microsecond))
+	short := func(d time.Duration) time.Duration { return d.Round(time.Microsecond) }
+	fmt.Fprintf(w, "took      %v until all of it was in force: planned in %v, prepared in %v (%d bytes copied%s), warmed up in %v, committed in %v\n",
+		short(r.Total), short(r.Planning), short(r.Copying), r.Copied, rate, short(r.Warming), short(r.Committal))
+	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
+	if r.Why != "" {
+		fmt.Fprintf(w, "note      %s\n", r.Why)
+	}
+	_, err := fmt.Fprintf(w, "epoch     %d\n", r.Epoch)
 	return err
 }

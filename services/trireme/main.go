@@ -48,6 +48,7 @@ type cli struct {
 	Status    statusCmd    `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
 	Events    eventsCmd    `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
 	Dead      deadCmd      `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
+	Scale     scaleCmd     `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
 	Rebalance rebalanceCmd `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
 	Model     modelCmd     `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
 	Bench     benchCmd     `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
@@ -141,7 +142,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 			status = exited
 		}
 	}()
-	k, err := parser.Parse(args)
+	k, err := parser.Parse(shielded(args))
 	if err != nil {
 		fmt.Fprintf(errOut, "trireme: %v\n", err)
 		return exitUsage

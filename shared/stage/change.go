@@ -118,12 +118,14 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, erro
 		return nil, fmt.Errorf("the request is malformed: %+v", *ask)
 	case c.closed || !c.stage.Ready():
 		return nil, errors.New("the instance does not take work: it starts or stops; try again when it is ready")
-	case !hasText(c.stage.Role):
+	case ask.Kind == wire.ChangeScale && ask.NPUs >= 1 && ask.NPUs <= placement.MaxNPUs:
+		w = &scale{stage: c.stage, ask: ask}
+	case ask.Kind == wire.ChangeRebalance && !hasText(c.stage.Role):
 		return nil, fmt.Errorf("the instance has no experts: it is an %s instance, which does not run the language model", c.stage.Role)
 	case ask.Kind == wire.ChangeRebalance:
 		w = &rebalance{stage: c.stage, ask: ask}
 	default:
-		return nil, fmt.Errorf("the instance knows no %q", ask.Kind)
+		return nil, fmt.Errorf("the instance knows no %q of %d NPUs", ask.Kind, ask.NPUs)
 	}
 	if n := len(c.known); n > 0 && !c.known[n-1].over() {
 		return nil, fmt.Errorf("operation %s, a %s, is under way: wait until it has ended", c.known[n-1].ask.ID, c.known[n-1].ask.Kind)
@@ -139,77 +141,91 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, erro
 // hasText reports whether an instance of a role runs the language model.
 func hasText(role string) bool { return wire.HasRole(role, Prefill) || wire.HasRole(role, Decode) }
 
-// restore finds out in which layout the process starts: that of its record, if the process before it has left one, else with the
-// experts spread evenly. An operation that the other one had not committed is over with that.
-func (c *changes) restore(ctx context.Context) error {
+// restore takes the NPUs that the process starts with, as the record says that the process before it has left, else as many as it was
+// asked to, with the experts spread evenly. An operation that the other one had not committed is over with that.
+func (c *changes) restore(ctx context.Context) (npus []int, err error) {
 	s := c.stage
 	c.failed = make(chan error, 1)
-	if !hasText(s.Role) {
-		return nil
+	l, revision, err := s.Bus.Layout(ctx, c.key())
+	if errors.Is(err, bus.ErrNoLayout) {
+		return c.start(ctx)
 	}
-	c.layout = Layout(&s.Model.Text, setOf(s.NPUs()))
-	for {
-		l, revision, err := s.Bus.Layout(ctx, c.key())
-		if errors.Is(err, bus.ErrNoLayout) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		mine := *l
-		mine.Instance = s.ID
-		if p := l.Pending; p != nil {
-			mine.Pending = nil
-			mine.Last = &wire.Ended{ID: p.ID, Kind: p.Kind, Why: fmt.Sprintf("instance %s died before the operation came to its commit", l.Instance)}
-		}
-		if _, err := s.Bus.SwapLayout(ctx, c.key(), &mine, revision); err != nil {
-			if errors.Is(err, bus.ErrLayoutChanged) { // the process before this one lives a while longer
-				continue
-			}
-			return err
-		}
-		if p := l.Pending; p != nil {
-			report := wire.ChangeReport{
-				ID: p.ID, Kind: p.Kind, Instance: l.Instance, Record: c.key(), State: string(elastic.Abort), Why: mine.Last.Why, Epoch: l.Epoch,
-			}
-			s.emitChange(wire.EventScaleAbort, mine.Last.Why, &report)
-		}
-		layout, err := c.follow(&mine)
-		if err != nil {
-			s.Log.Warn("the layout record is not followed", "record", c.key(), "why", err)
-			return nil
-		}
-		c.layout, c.epoch, c.stored = layout, l.Epoch, true
-		s.Log.Info("starts in the layout of the process before it", "epoch", l.Epoch, "before", l.Instance)
-		return nil
+	if err != nil {
+		return nil, err
 	}
+	c.epoch, c.stored = l.Epoch, true
+	if npus, err = c.follow(ctx, l); err != nil {
+		s.Log.Warn("the layout record is not followed", "record", c.key(), "why", err)
+		if npus, err = c.start(ctx); err != nil {
+			return nil, err
+		}
+		c.epoch++
+	}
+	mine := &wire.Layout{
+		Instance: s.ID, Model: s.Model.Digest, Asked: c.asked, Epoch: c.epoch, NPUs: npus, Experts: c.layout.Encode(), Last: l.Last,
+	}
+	if p := l.Pending; p != nil {
+		why := fmt.Sprintf("instance %s died before the operation came to its commit", l.Instance)
+		mine.Last = &wire.Ended{ID: p.ID, Kind: p.Kind, Why: why}
+		report := wire.ChangeReport{
+			ID: p.ID, Kind: p.Kind, Instance: l.Instance, Record: c.key(), State: string(elastic.Abort), Why: why, Epoch: l.Epoch,
+		}
+		s.emitChange(wire.EventScaleAbort, report.Sentence(), &report)
+	}
+	// The process before this one has lost its connection to the HMM, which has one of each name: nobody else writes.
+	if _, err := s.Bus.SwapLayout(ctx, c.key(), mine, revision); err != nil {
+		return nil, err
+	}
+	s.Log.Info("starts where the process before it was", "epoch", c.epoch, "before", l.Instance, "npus", npus)
+	return npus, nil
 }
 
-// follow is the placement of a record, if the process can start in it.
-func (c *changes) follow(l *wire.Layout) (placement.Layout, error) {
+// start takes as many NPUs as the process was asked to.
+func (c *changes) start(ctx context.Context) ([]int, error) {
+	npus, err := c.stage.HBM.JoinAny(ctx, c.asked)
+	c.layout = Layout(&c.stage.Model.Text, placement.First(c.asked))
+	return npus, err
+}
+
+// follow takes the NPUs of a record, or as many others, and its placement, if the process can start so.
+func (c *changes) follow(ctx context.Context, l *wire.Layout) ([]int, error) {
 	s := c.stage
 	if l.Model != s.Model.Digest || l.Asked != c.asked {
 		return nil, fmt.Errorf("it is of another model, or made for %d NPUs where %d are asked for", l.Asked, c.asked)
 	}
-	npus := s.NPUs()
 	var slots placement.Set
+	var wanted []int
 	for slot, number := range l.NPUs {
-		if number >= 0 {
-			slots = slots.With(slot)
+		if number >= 0 && slot < placement.MaxNPUs {
+			slots, wanted = slots.With(slot), append(wanted, number)
 		}
 	}
-	if own := setOf(npus); slots != own {
-		return nil, fmt.Errorf("it has NPUs in slots %s, the process in %s", slots, own)
+	if slots == 0 {
+		return nil, errors.New("it has no NPUs")
 	}
-	experts := make([]int, len(c.layout))
+	even := Layout(&s.Model.Text, slots)
+	experts := make([]int, len(even))
 	for i := range experts {
-		experts[i] = len(c.layout[i])
+		experts[i] = len(even[i])
 	}
 	layout, err := placement.Decode(l.Experts, experts)
+	if err == nil {
+		err = layout.Check(slots)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return layout, layout.Check(slots)
+	if s.HBM.Join(ctx, wanted...) != nil { // an HMM that has started since has given some to others
+		if wanted, err = s.HBM.JoinAny(ctx, len(wanted)); err != nil {
+			return nil, err
+		}
+	}
+	c.layout = layout
+	npus := slices.Clone(l.NPUs)
+	for slot := range slots.All() {
+		npus[slot], wanted = wanted[0], wanted[1:]
+	}
+	return npus, nil
 }
 
 // record is the record of the layout in force, with nothing pending.

@@ -37,6 +37,7 @@ func TestLayoutRestored(t *testing.T) {
 		"another model":   {func(l *wire.Layout) { l.Model[0]++ }, false},
 		"asked for three": {func(l *wire.Layout) { l.Asked = 3 }, false},
 		"other slots":     {func(l *wire.Layout) { l.NPUs = []int{1, -1, 2} }, false},
+		"taken":           {func(l *wire.Layout) { l.NPUs = []int{0, 3} }, true}, // the test has 0
 		"damaged":         {func(l *wire.Layout) { l.Experts = l.Experts[1:] }, false},
 	} {
 		record := &wire.Layout{
@@ -68,7 +69,7 @@ func TestLayoutRestored(t *testing.T) {
 			t.Errorf("%s: the process follows the record: %v", name, follows)
 		}
 		now, _, err := r.Bus.Layout(t.Context(), key)
-		if err != nil || now.Instance != s.ID || now.Pending != nil || now.Epoch != 7 || record.Pending != nil && (now.Last.ID != "op" || now.Last.Committed) {
+		if err != nil || now.Instance != s.ID || now.Pending != nil || now.Epoch != map[bool]uint64{true: 7, false: 8}[x.follows] || record.Pending != nil && (now.Last.ID != "op" || now.Last.Committed) {
 			t.Errorf("%s: the record is %+v, %v", name, now, err)
 		}
 		s.Close()

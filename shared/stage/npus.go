@@ -81,17 +81,25 @@ func share(o npu.Options, count int) npu.Options {
 	return o
 }
 
-// openNPUs opens the arithmetic of so many NPUs.
-func openNPUs(o npu.Options, count int) ([]NPU, error) {
-	var npus []NPU
-	for range count {
-		c, err := npu.Open(o)
-		if err != nil {
-			return npus, err
+// openNPUs has the NPUs of these numbers, by slot, be the instance's; -1: a hole. first is the arithmetic of one of them.
+func (s *Stage) openNPUs(first kernel.Compute, numbers []int) error {
+	npus := make([]NPU, len(numbers))
+	defer func() { s.setNPUs(npus) }() // Close closes them
+	for slot, number := range numbers {
+		if number < 0 {
+			continue
 		}
-		npus = append(npus, NPU{NPU: engine.NPU{Compute: c}})
+		c := first
+		if first = nil; c == nil {
+			var err error
+			if c, err = npu.Open(s.npuOptions); err != nil {
+				return err
+			}
+		}
+		npus[slot] = NPU{Number: number, NPU: engine.NPU{Compute: c}}
+		s.Stay(slot)
 	}
-	return npus, nil
+	return nil
 }
 
 // pacing is what NPUs that are slowed down, all or none, have been busy, and how far behind, those that have left included.

@@ -21,9 +21,8 @@ type rebalance struct {
 	tables [][][]model.Expert // by slot
 }
 
-// errFar is why experts cannot be placed anew.
-var errFar = errors.New("each of the instance's NPUs is a memory domain, between which experts cannot be copied yet: start the HMM with " +
-	"--domains node")
+// errFar is why experts cannot go to other NPUs.
+var errFar = errors.New("each of the NPUs is a memory domain, between which experts cannot be copied yet: start the HMM with --domains node")
 
 // plan implements task.
 func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
@@ -31,13 +30,6 @@ func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
 	npus := s.NPUs()
 	set := setOf(npus)
 	p.Before, p.After = numbers(npus), numbers(npus)
-	for a := range set.All() {
-		for b := range set.All() {
-			if s.HBM.Far(npus[a].Number, npus[b].Number) {
-				return errFar
-			}
-		}
-	}
 	load, rows := s.changes.sample()
 	present, _ := s.changes.current()
 	slots := elastic.Slots(present, set.Len(), w.ask.Spare)
@@ -45,8 +37,21 @@ func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
 		return err
 	}
 	p.Rows, p.Was, p.Will = rows, present.Balance(load, set), w.change.Layout.Balance(load, set)
-	p.Copies, p.Drops, p.Shared = len(w.change.Copies), len(w.change.Drops), len(w.change.Copies)
+	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
 	p.Moves = p.Copies+p.Drops > 0
+	return s.weighCopies(p, w.change.Copies, p.After)
+}
+
+// weighCopies notes what copies of experts cost, to NPUs of these numbers by slot: in one memory domain they are there already.
+func (s *Stage) weighCopies(p *wire.ChangePlan, copies []placement.Copy, numbers []int) error {
+	for _, a := range numbers {
+		for _, b := range numbers {
+			if a >= 0 && b >= 0 && s.HBM.Far(a, b) {
+				return errFar
+			}
+		}
+	}
+	p.Shared = len(copies)
 	return nil
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/imageprep"
@@ -167,13 +168,13 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		s.processor = prep.Digest()
 	}
 	s.npuOptions = share(cfg.NPU, cfg.NPUs)
-	npus, err := openNPUs(s.npuOptions, max(1, cfg.NPUs))
-	s.setNPUs(npus)
+	first, err := npu.Open(s.npuOptions)
 	if err != nil {
 		return nil, err
 	}
-	s.kernels = npus[0].Compute.Digest()
-	if c, ok := npus[0].Compute.(*pace.Compute); ok {
+	s.setNPUs([]NPU{{NPU: engine.NPU{Compute: first}}})
+	s.kernels = first.Digest()
+	if c, ok := first.(*pace.Compute); ok {
 		s.paced = c.Profile()
 		s.Log = s.Log.With("paced", s.paced.Name)
 	}
@@ -186,15 +187,15 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
-	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, NPUs: len(npus), Name: s.Name}); err != nil {
+	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, Name: s.Name}); err != nil {
 		return nil, err
 	}
-	for i, n := range s.HBM.NPUs() {
-		npus[i].Number = n
-		s.Stay(i)
+	s.changes = changes{stage: s, asked: max(1, cfg.NPUs)}
+	numbers, err := s.changes.restore(ctx)
+	if err != nil {
+		return nil, err
 	}
-	s.changes = changes{stage: s, asked: len(npus)}
-	if err := s.changes.restore(ctx); err != nil {
+	if err := s.openNPUs(first, numbers); err != nil {
 		return nil, err
 	}
 	if err := s.loadWeights(ctx, &cfg); err != nil {

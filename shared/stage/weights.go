@@ -44,9 +44,6 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	w := &weights{stage: s, told: cfg.Loading, parts: parts, populated: make(chan struct{}), disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}}
 	npus := s.NPUs()
 	layout, _ := s.changes.current()
-	if layout == nil { // nobody runs the language model
-		layout = Layout(&s.Model.Text, setOf(npus))
-	}
 	if err := w.load(ctx, npus, layout); err != nil {
 		return err
 	}

@@ -4,16 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"log/slog"
 	"os/exec"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
-	"trireme.dev/shared/bus"
-	"trireme.dev/shared/bus/bustest"
 	"trireme.dev/shared/wire"
 )
 
@@ -107,8 +102,8 @@ func TestRebalanceRefused(t *testing.T) {
 		want string
 	}{
 		{[]string{"rebalance", "decoder"}, "say which with --instance"},
-		{[]string{"rebalance", "decoder", "--instance", "nobody"}, "no such decoder runs"},
-		{[]string{"rebalance", "encoder"}, "must be one of"},
+		{[]string{"rebalance", "decoder", "--instance", "nobody"}, "no such instance runs"},
+		{[]string{"rebalance", "encoder"}, "has no experts"},
 		{[]string{"rebalance", "prefill", "--timeout", "0s"}, "--timeout"},
 		{[]string{"rebalance", "prefill", "--spare", "-1"}, "--spare"},
 	} {
@@ -118,143 +113,5 @@ func TestRebalanceRefused(t *testing.T) {
 	}
 	if r, err := c.change(t, "rebalance", "prefill"); err != nil || r.Plan.Moves {
 		t.Errorf("one NPU has nothing to balance: %+v, %v", r, err)
-	}
-}
-
-// upset is a rebalance of a decoder that something happens to while it waits behind the work of a state.
-type upset struct {
-	state, victim string
-	committed     bool // the new epoch is in force then
-}
-
-// upsets are all that can be, but their order is such that the first ones are of every state and every victim.
-func upsets() []upset {
-	states, victims := []string{"plan", "prepare", "commit", "release"}, []string{"decoder", "nats", "hmm", "command"}
-	var all []upset
-	for i := range len(states) * len(victims) {
-		s, v := i%4, (i+i/4)%4
-		// Nothing is lost with a command, and a NATS that is back in time.
-		all = append(all, upset{states[s], victims[v], s >= 2 || v%2 == 1})
-	}
-	return all
-}
-
-// Whoever is killed, in whichever state of a rebalance: it ends in the old epoch or in the new one, the decoder's next process goes on in
-// that, the command says which it is, and clients see nothing.
-func TestChaosOfRebalances(t *testing.T) {
-	all := upsets()
-	if n, full := disturbances(t, 4, 1); !full {
-		all = all[:n]
-	}
-	server := bustest.RunProcess(t) // the one inside `trireme up` cannot be killed
-	c := start(t, "--topology", "1E1P1Dx4", "--threads", "1", "--domains", "node", "--nats-url", server.URL())
-	c.nats = strings.TrimPrefix(server.URL(), "nats://")
-	l := newLoad(t, c)
-	b, err := bus.Connect(t.Context(), server.URL(), "test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.Close()
-	l.begin()
-	defer l.stop.Store(true)
-	for i, x := range all {
-		x.happen(t, c, b, server, []string{"0", "0.6"}[i%2])
-		l.waitOpen(t) // a request has three attempts
-	}
-	l.end(t)
-	c.waitReady(t)
-	c.expectNoMemory(t)
-}
-
-// happen has it happen. spare makes a rebalance move something, whatever it finds.
-func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Process, spare string) {
-	before := c.decoder(t)
-	path, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	begin := func(hold string) (*exec.Cmd, *syncBuffer) {
-		said := &syncBuffer{}
-		cmd := exec.Command(path, "rebalance", "decoder", "--spare", spare, "--slack", "0", "--hold", x.state, "--hold-time", hold, "--nats-url", "nats://"+c.nats)
-		cmd.Stderr, cmd.Stdout = said, said
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		return cmd, said
-	}
-	hold := "2s"
-	if x.victim == "decoder" || x.victim == "hmm" {
-		hold = "1m"
-	}
-	cmd, said := begin(hold)
-	t.Logf("%s is killed in state %s of a rebalance with --spare %s", x.victim, x.state, spare)
-	c.await(t, "the rebalance waits", func() bool { return strings.Contains(said.String(), "(held)") }, said.String)
-	switch x.victim {
-	case "decoder":
-		kill(t, c.pid(t, "decoder"))
-	case "hmm":
-		children := c.children()
-		kill(t, c.pid(t, "hmm"))
-		for _, p := range children {
-			if p.role == "decoder" {
-				c.waitExit(t, p)
-			}
-		}
-	case "nats":
-		server.Kill()
-		time.Sleep(3 * time.Second) // the operation goes on while it is away
-		server.Start()
-	case "command":
-		_ = cmd.Process.Kill()
-	}
-	failed := cmd.Wait()
-	want := before.Epoch
-	if x.committed {
-		want++
-	}
-	var now wire.Instance
-	c.await(t, fmt.Sprintf("the decoder is in epoch %d", want), func() bool {
-		now = c.decoder(t)
-		return now.Ready && now.Epoch == want
-	}, func() string { return fmt.Sprintf("%+v\n%s", now, said.String()) })
-	c.await(t, "the record says so, too", func() bool {
-		r, _, err := b.Layout(t.Context(), wire.LayoutKey(now.Node, now.Name))
-		return err == nil && r.Epoch == want && r.Pending == nil && r.Instance == now.ID && r.Last != nil && r.Last.Committed == x.committed
-	}, said.String)
-	if x.victim != "command" && (failed == nil) != x.committed {
-		t.Errorf("the command ended with %v:\n%s", failed, said.String())
-	}
-	c.waitReady(t)
-}
-
-// decoder is the heartbeat of the one decoder that there is, waited for.
-func (c *cluster) decoder(tb testing.TB) wire.Instance {
-	tb.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		var s struct{ Instances []wire.Instance }
-		data, err := json.Marshal(c.status(tb))
-		if err == nil {
-			err = json.Unmarshal(data, &s)
-		}
-		if err != nil {
-			tb.Fatal(err)
-		}
-		s.Instances = slices.DeleteFunc(s.Instances, func(i wire.Instance) bool { return i.Role != "decode" || !i.Ready })
-		if len(s.Instances) == 1 {
-			return s.Instances[0]
-		}
-		if time.Now().After(deadline) {
-			tb.Fatalf("the decoders are %+v", s.Instances)
-		}
-	}
-}
-
-// await waits until ok.
-func (c *cluster) await(tb testing.TB, what string, ok func() bool, state func() string) {
-	tb.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			tb.Fatalf("after two minutes still not: %s\n%s", what, state())
-		}
 	}
 }

@@ -1,0 +1,173 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/wire"
+)
+
+// upset is an operation on a decoder that something happens to while it waits behind the work of a state.
+type upset struct {
+	state, victim string
+	committed     bool // the new epoch is in force then
+}
+
+// upsets are all that can be, but their order is such that the first ones are of every state and every victim.
+func upsets() []upset {
+	states, victims := []string{"plan", "prepare", "commit", "release"}, []string{"decoder", "nats", "hmm", "command"}
+	var all []upset
+	for i := range len(states) * len(victims) {
+		s, v := i%4, (i+i/4)%4
+		// Nothing is lost with a command, and a NATS that is back in time.
+		all = append(all, upset{states[s], victims[v], s >= 2 || v%2 == 1})
+	}
+	return all
+}
+
+// Whoever is killed, in whichever state of a rebalance: it ends in the old epoch or in the new one, the decoder's next process goes on in
+// that, the command says which it is, and clients see nothing.
+func TestChaosOfRebalances(t *testing.T) {
+	upset := 0
+	chaosOfChanges(t, "1E1P1Dx4", func(wire.Instance) []string {
+		upset++ // a rebalance that has something to move, whatever it finds
+		return []string{"rebalance", "decoder", "--slack", "0", "--spare", []string{"0", "0.6"}[upset%2]}
+	})
+}
+
+// The same when NPUs join and leave: nobody else has lost any, and those that are not the decoder's are spare.
+func TestChaosOfScales(t *testing.T) {
+	chaosOfChanges(t, "1E1P1Dx2+2", func(now wire.Instance) []string {
+		return []string{"scale", "decoder", map[bool]string{true: "+2", false: "-2"}[len(now.NPUs) == 2], "--timeout", "5m"}
+	})
+}
+
+func chaosOfChanges(t *testing.T, topology string, change func(now wire.Instance) []string) {
+	all := upsets()
+	if n, full := disturbances(t, 4, 1); !full {
+		all = all[:n]
+	}
+	server := bustest.RunProcess(t) // the one inside `trireme up` cannot be killed
+	c := start(t, "--topology", topology, "--threads", "1", "--domains", "node", "--nats-url", server.URL())
+	c.nats = strings.TrimPrefix(server.URL(), "nats://")
+	l := newLoad(t, c)
+	b, err := bus.Connect(t.Context(), server.URL(), "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	npus := spares(c.memory(t)) + len(c.decoder(t).NPUs)
+	l.begin()
+	defer l.stop.Store(true)
+	for _, x := range all {
+		before := c.decoder(t)
+		args := change(before)
+		after := x.happen(t, c, b, server, before, args)
+		if had, has := len(before.NPUs), len(after.NPUs); args[0] == "scale" && (had != has) != x.committed {
+			t.Errorf("the decoder had %d NPUs and has %d", had, has)
+		}
+		c.await(t, "NPUs that are not the decoder's are spare", func() bool {
+			return spares(c.memory(t)) == npus-len(after.NPUs)
+		}, func() string { return fmt.Sprintf("%+v", c.memory(t).Memory) })
+		l.waitOpen(t) // a request has three attempts
+	}
+	l.end(t)
+	c.waitReady(t)
+	c.expectNoMemory(t)
+}
+
+// happen has it happen to the operation that a command asks for, and returns the decoder as it is then.
+func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Process, before wire.Instance, args []string) (now wire.Instance) {
+	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hold := "2s"
+	if x.victim == "decoder" || x.victim == "hmm" {
+		hold = "1m"
+	}
+	t.Logf("%s is killed in state %s of trireme %s", x.victim, x.state, strings.Join(args, " "))
+	said := &syncBuffer{}
+	cmd := exec.Command(path, append(args, "--hold", x.state, "--hold-time", hold, "--nats-url", "nats://"+c.nats)...)
+	cmd.Stderr, cmd.Stdout = said, said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c.await(t, "the operation waits", func() bool { return strings.Contains(said.String(), "(held)") }, said.String)
+	switch x.victim {
+	case "decoder":
+		kill(t, c.pid(t, "decoder"))
+	case "hmm":
+		children := c.children()
+		kill(t, c.pid(t, "hmm"))
+		for _, p := range children {
+			if p.role == "decoder" {
+				c.waitExit(t, p)
+			}
+		}
+	case "nats":
+		server.Kill()
+		time.Sleep(3 * time.Second) // the operation goes on while it is away
+		server.Start()
+	case "command":
+		_ = cmd.Process.Kill()
+	}
+	failed := cmd.Wait()
+	want := before.Epoch
+	if x.committed {
+		want++
+	}
+	c.await(t, fmt.Sprintf("the decoder is in epoch %d", want), func() bool {
+		now = c.decoder(t)
+		return now.Ready && now.Epoch == want
+	}, func() string { return fmt.Sprintf("%+v\n%s", now, said.String()) })
+	c.await(t, "the record says so, too", func() bool {
+		r, _, err := b.Layout(t.Context(), wire.LayoutKey(now.Node, now.Name))
+		return err == nil && r.Epoch == want && r.Pending == nil && r.Instance == now.ID && r.Last != nil && r.Last.Committed == x.committed
+	}, said.String)
+	if x.victim != "command" && (failed == nil) != x.committed {
+		t.Errorf("the command ended with %v:\n%s", failed, said.String())
+	}
+	c.waitReady(t)
+	return c.decoder(t)
+}
+
+// decoder is the heartbeat of the one decoder that there is, waited for.
+func (c *cluster) decoder(tb testing.TB) wire.Instance {
+	tb.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		var s struct{ Instances []wire.Instance }
+		data, err := json.Marshal(c.status(tb))
+		if err == nil {
+			err = json.Unmarshal(data, &s)
+		}
+		if err != nil {
+			tb.Fatal(err)
+		}
+		s.Instances = slices.DeleteFunc(s.Instances, func(i wire.Instance) bool { return i.Role != "decode" || !i.Ready })
+		if len(s.Instances) == 1 {
+			return s.Instances[0]
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("the decoders are %+v", s.Instances)
+		}
+	}
+}
+
+// await waits until ok.
+func (c *cluster) await(tb testing.TB, what string, ok func() bool, state func() string) {
+	tb.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			tb.Fatalf("after two minutes still not: %s\n%s", what, state())
+		}
+	}
+}

@@ -1,0 +1,219 @@
+package stage
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"trireme.dev/shared/mem"
+	"trireme.dev/shared/sched/elastic"
+	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/wire"
+)
+
+// scale is the task of an operation that gives the instance another number of NPUs.
+type scale struct {
+	stage *Stage
+	ask   *wire.Change
+
+	numbers     []int // of the new layout, by slot; -1: a hole
+	join, leave placement.Set
+	change      *placement.Change
+	taken       []int // NPUs that have joined
+	next        *Epoch
+}
+
+// plan implements task.
+func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
+	s := w.stage
+	npus := s.NPUs()
+	set := setOf(npus)
+	w.numbers = numbers(npus)
+	p.Before = slices.Clone(w.numbers)
+	switch more := w.ask.NPUs - set.Len(); {
+	case more > 0:
+		spare, err := w.spare(ctx)
+		if err != nil {
+			return err
+		}
+		if len(spare) < more {
+			return fmt.Errorf("%d more NPUs are wanted, and node %s has %d spare: have another instance give some up, or start the node with "+
+				"more (trireme up --topology …+%d)", more, s.HBM.Node(), len(spare), more)
+		}
+		for _, number := range spare[:more] {
+			w.enter(number)
+		}
+	case more < 0:
+		for _, slot := range w.emptiest(set)[:-more] {
+			w.leave = w.leave.With(slot)
+			w.numbers[slot] = -1
+		}
+	}
+	p.After = w.numbers
+	if p.Moves = w.join|w.leave != 0; !p.Moves {
+		return nil
+	}
+	return w.place(p, (set|w.join)&^w.leave)
+}
+
+// place decides where the experts are to be, on the NPUs in these slots.
+func (w *scale) place(p *wire.ChangePlan, slots placement.Set) (err error) {
+	s := w.stage
+	load, rows := s.changes.sample()
+	present, _ := s.changes.current()
+	if !hasText(s.Role) { // nobody computes with experts
+		w.change = &placement.Change{Layout: Layout(&s.Model.Text, slots)}
+		return nil
+	}
+	o := placement.Options{Slots: elastic.Slots(present, slots.Len(), w.ask.Spare), Slack: w.ask.Slack}
+	if w.change, err = placement.Plan(present, load, slots, o); err != nil {
+		return err
+	}
+	p.Rows, p.Was, p.Will = rows, present.Balance(load, setOf(s.NPUs())), w.change.Layout.Balance(load, slots)
+	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
+	return s.weighCopies(p, w.change.Copies, w.numbers)
+}
+
+// enter gives an NPU that joins the lowest free slot.
+func (w *scale) enter(number int) {
+	slot := slices.Index(w.numbers, -1)
+	if slot < 0 {
+		slot = len(w.numbers)
+		w.numbers = append(w.numbers, -1)
+	}
+	w.numbers[slot], w.join = number, w.join.With(slot)
+}
+
+// spare are the NPUs that the instance would be given, in that order.
+func (w *scale) spare(ctx context.Context) ([]int, error) {
+	s := w.stage
+	stats, err := s.HBM.Stats(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var own, others []int
+	for _, m := range stats.Memory {
+		switch {
+		case m.NPU < 0 || m.Instance != "":
+		case m.Reserved == "":
+			others = append(others, m.NPU)
+		case m.Reserved == s.Name:
+			own = append(own, m.NPU)
+		}
+	}
+	return append(own, others...), nil
+}
+
+// emptiest are the slots with the least to move first.
+func (w *scale) emptiest(set placement.Set) []int {
+	slots := slices.Collect(set.All())
+	slices.SortStableFunc(slots, func(a, b int) int {
+		x, y := w.stage.Held(a), w.stage.Held(b)
+		return cmp.Or(x.Slabs-y.Slabs, x.Seqs-y.Seqs, b-a)
+	})
+	return slots
+}
+
+// prepare implements task.
+func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))) (err error) {
+	s := w.stage
+	if n := w.join.Len(); n > 0 {
+		if w.taken, err = s.HBM.JoinAny(ctx, n); err != nil {
+			return err
+		}
+		i := 0
+		for slot := range w.join.All() {
+			w.numbers[slot] = w.taken[i]
+			i++
+		}
+		told(func(r *wire.ChangeReport) { r.Plan.After = slices.Clone(w.numbers) })
+	}
+	for slot := range w.leave.All() {
+		s.Leave(slot)
+	}
+	if w.next, err = s.Prepare(ctx, w.numbers, w.change.Layout); err != nil {
+		return err
+	}
+	told(func(r *wire.ChangeReport) { r.Warming = w.next.Warm })
+	for slot := range w.leave.All() {
+		for s.Held(slot).Seqs > 0 {
+			select {
+			case <-time.After(busyWait):
+			case <-ctx.Done():
+				return fmt.Errorf("NPU %d, which is to leave, has %d sequences and pictures: %w", w.stage.NPUs()[slot].Number, s.Held(slot).Seqs, ctx.Err())
+			}
+		}
+	}
+	return nil
+}
+
+// busyWait is the time between two looks whether an NPU that is to leave is free.
+const busyWait = 5 * time.Millisecond
+
+// layout implements task.
+func (w *scale) layout(l *wire.Layout) { l.NPUs, l.Experts = w.numbers, w.change.Layout.Encode() }
+
+// swap implements task.
+func (w *scale) swap(epoch uint64) (pause time.Duration, err error) {
+	for {
+		pause, err = w.next.Switch()
+		if !errors.Is(err, ErrBusy) {
+			break
+		}
+		time.Sleep(busyWait) // it is committed: what has come meanwhile is waited for
+	}
+	if err != nil {
+		return 0, err
+	}
+	w.next = nil
+	w.stage.changes.enter(w.change.Layout, epoch)
+	return pause, nil
+}
+
+// partWait is how long the last memory of NPUs that leave may take to be given back.
+const partWait = 30 * time.Second
+
+// drop implements task.
+func (w *scale) drop() error {
+	if w.leave == 0 {
+		return nil
+	}
+	kept := w.numbers
+	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })
+	return w.part(leaving)
+}
+
+// part gives NPUs back to the HMM.
+func (w *scale) part(npus []int) error {
+	ctx, cancel := context.WithTimeout(context.Background(), partWait)
+	defer cancel()
+	for {
+		err := w.stage.HBM.Part(ctx, npus...)
+		if !errors.Is(err, mem.ErrInvalid) || ctx.Err() != nil {
+			return err
+		}
+		select { // what was freed there is told the HMM by others
+		case <-time.After(busyWait):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// undo implements task.
+func (w *scale) undo() error {
+	if w.next != nil {
+		w.next.Close()
+		w.next = nil
+	}
+	for slot := range w.leave.All() {
+		w.stage.Stay(slot)
+	}
+	if len(w.taken) == 0 {
+		return nil
+	}
+	return w.part(w.taken)
+}
