@@ -16,6 +16,7 @@ import (
 // Config is what a gateway is started with. Zero values mean the defaults, which Run fills in.
 type Config struct {
 	HTTP      string // address to listen on, e.g. 127.0.0.1:8080; port 0: a free one
+	Admin     string // address for operators (see admin.go); "": none
 	NATSURL   string // nats://host:port
 	HMMSocket string // path of the HMM's Unix socket
 	ModelDir  string // Hugging Face folder of the model; its weights are not loaded

@@ -26,6 +26,14 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("serving HTTP: %w", err)
 	}
+	var admin net.Listener
+	if cfg.Admin != "" {
+		if admin, err = net.Listen("tcp", cfg.Admin); err != nil {
+			_ = l.Close()
+			return fmt.Errorf("serving operators: %w", err)
+		}
+		defer admin.Close()
+	}
 	b, err := bus.Connect(ctx, cfg.NATSURL, cfg.Instance, log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas))
 	if err != nil {
 		_ = l.Close()
@@ -39,6 +47,17 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	if err != nil {
 		_ = l.Close()
 		return err
+	}
+	if admin != nil {
+		served := make(chan error, 1)
+		life, end := context.WithCancel(context.WithoutCancel(ctx)) // while the gateway serves
+		go func() { served <- g.serveAdmin(life, admin) }()
+		defer func() {
+			end()
+			if err := <-served; err != nil {
+				log.Error("nobody serves operators", "error", err)
+			}
+		}()
 	}
 	return g.Serve(ctx, l)
 }

@@ -1,16 +1,13 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/wire"
 )
 
@@ -20,8 +17,8 @@ type changeFlags struct {
 	Instance string        `help:"Which one, where several have the role: its id, or its name." placeholder:"ID"`
 	DryRun   bool          `help:"Only say what would be done."`
 	Timeout  time.Duration `help:"Time after which the operation is given up if it is not in force by then." default:"1m"`
-	Spare    float64       `help:"Places for second copies of experts with much load, as a part of those that first copies need." default:"0.25"`
-	Slack    float64       `help:"So much longer than in the best placement the busiest NPU may take, in order to move less." default:"0.05"`
+	Spare    float64       `help:"Places for second copies of experts with much load, as a part of those that first copies need." default:"${spare}"`
+	Slack    float64       `help:"So much longer than in the best placement the busiest NPU may take, in order to move less." default:"${slack}"`
 	JSON     bool          `name:"json" help:"Write one JSON object when it has ended."`
 	ackFlag
 
@@ -71,7 +68,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err != nil {
 		return fmt.Errorf("reading heartbeats: %w", err)
 	}
-	i, err := meant(view.All(), who, c.Instance)
+	i, err := bus.Meant(view.All(), who, c.Instance)
 	if err != nil {
 		return err
 	}
@@ -79,7 +76,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err != nil {
 		return err
 	}
-	change.ID, change.Left, change.DryRun, change.Spare, change.Slack = strings.ToLower(nats.NewInbox()[7:19]), c.Timeout, c.DryRun,
+	change.ID, change.Left, change.DryRun, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
 		c.Spare, c.Slack
 	change.Hold, change.HoldTime = c.Hold, c.HoldTime
 	told := func(r *wire.ChangeReport) {
@@ -87,7 +84,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 			fmt.Fprintf(e.err, "%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
 		}
 	}
-	r, err := b.Change(ctx, i.ID, wire.LayoutKey(i.Node, cmp.Or(i.Name, i.ID)), change, told)
+	r, err := b.Change(ctx, i.ID, i.Record(), change, told)
 	if c.JSON && r.Number > 0 {
 		return errors.Join(err, writeJSON(e.out, r))
 	}

@@ -21,11 +21,13 @@ import (
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/trireme/benchcmd"
 	"trireme.dev/services/trireme/modelcmd"
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/obs"
 	"trireme.dev/shared/stage"
+	"trireme.dev/shared/wire"
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
@@ -128,6 +130,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
 		kong.Vars{
 			"data": defaultData(), "lease": stage.DefaultLease.String(), "offerWait": stage.DefaultOfferWait.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
+			"spare": fmt.Sprint(wire.DefaultSpare), "slack": fmt.Sprint(wire.DefaultSlack),
 			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
 		},
 	)
@@ -203,7 +206,7 @@ func report(w io.Writer, command string, err error) int {
 	command, _, _ = strings.Cut(command, " <")
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
 	for _, e := range []error{
-		errUsage, benchcmd.ErrUsage, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
+		errUsage, benchcmd.ErrUsage, bus.ErrNoInstance, conf.ErrNPUs, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
 		pace.ErrProfile,
 	} {
 		if errors.Is(err, e) {

@@ -5,29 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"trireme.dev/shared/wire"
 )
-
-func TestNPUCount(t *testing.T) {
-	for _, x := range []struct {
-		said      string
-		has, want int
-	}{
-		{"4", 2, 4}, {"+1", 2, 3}, {"-2", 3, 1}, {minus + "2", 3, 1}, {"64", 1, 64},
-		{"-2", 2, 0}, {"0", 2, 0}, {"65", 2, 0}, {"+63", 2, 0}, {"many", 2, 0}, {"", 2, 0}, {"2x", 2, 0}, {"--2", 2, 0},
-	} {
-		var c npuCount
-		err := c.UnmarshalText([]byte(x.said))
-		got := 0
-		if err == nil {
-			got, err = c.of(x.has)
-		}
-		if got != x.want || (err == nil) != (x.want > 0) {
-			t.Errorf("%q of %d: %d, %v; want %d", x.said, x.has, got, err, x.want)
-		}
-	}
-}
 
 func TestShielded(t *testing.T) {
 	for said, want := range map[string]string{
@@ -58,25 +36,5 @@ func TestScaleCommandLine(t *testing.T) {
 		if status := run(strings.Fields(x.args), nil, &out, &said); status == 0 || !strings.Contains(said.String(), x.want) {
 			t.Errorf("%s: %d, %q; want %q", x.args, status, said.String(), x.want)
 		}
-	}
-}
-
-func TestMeant(t *testing.T) {
-	all := []wire.Instance{
-		{ID: "decoder-0-ab", Name: "decoder-0", Role: "decode"}, {ID: "x", Role: "prefill+decode"}, {ID: "e", Role: "encode"},
-		{ID: "gateway-1", Role: "gateway"},
-	}
-	for _, x := range []struct{ who, which, want, err string }{
-		{"encoder", "", "e", ""}, {"prefill", "", "x", ""}, {"decoder-0", "", "decoder-0-ab", ""}, {"x", "", "x", ""},
-		{"decoder", "x", "x", ""}, {"decoder", "decoder-0", "decoder-0-ab", ""},
-		{"decoder", "", "", "decoder-0, x"}, {"encoder", "x", "", "no such instance"}, {"gateway-1", "", "", "no such instance"},
-	} {
-		got, err := meant(all, x.who, x.which)
-		if x.err == "" && (err != nil || got.ID != x.want) || x.err != "" && (err == nil || !strings.Contains(err.Error(), x.err)) {
-			t.Errorf("%s %s: %+v, %v", x.who, x.which, got, err)
-		}
-	}
-	if _, err := meant(nil, "decoder", ""); err == nil || err.Error() != "no decoder runs" {
-		t.Error(err)
 	}
 }

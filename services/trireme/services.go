@@ -201,6 +201,7 @@ type gatewayCmd struct {
 	connectFlags
 	Name           string        `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
 	HTTP           string        `name:"http" help:"Address of the OpenAI-compatible API." default:"127.0.0.1:8080"`
+	Admin          string        `help:"Address for operators: instances, and changes of them. None by default, as whoever reaches it can change instances." placeholder:"ADDR"`
 	ServedName     string        `help:"Model name that clients use; by default the folder's." placeholder:"NAME"`
 	MaxBody        conf.Bytes    `help:"Largest request body." default:"64MiB"`
 	MaxOpen        int           `help:"Requests in work at most." default:"1024"`
@@ -233,7 +234,7 @@ func (c *gatewayCmd) Run(e *env) error {
 		c.ServedName = models.Default
 	}
 	cfg := gateway.Config{
-		HTTP: c.HTTP, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
+		HTTP: c.HTTP, Admin: c.Admin, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
 		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, DeadLetters: c.DeadLetters, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, Notice: c.Notice,
 		AckWait: c.AckWait, Replicas: c.Replicas,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},

@@ -1,9 +1,12 @@
 package bus
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -11,10 +14,12 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// Errors of Change.
+// Errors of Change and Meant.
 var (
 	// ErrRefused is returned when the instance does not begin the operation.
 	ErrRefused = errors.New("refused")
+	// ErrNoInstance is returned by Meant.
+	ErrNoInstance = errors.New("no such instance")
 	// ErrGivenUp is returned when the operation has not come to its commit: everything is as it was.
 	ErrGivenUp = errors.New("given up, everything is as it was")
 )
@@ -88,4 +93,32 @@ func (b *Bus) changeEnded(ctx context.Context, r *wire.ChangeReport) (*wire.Chan
 				gone, context.Cause(ctx))
 		}
 	}
+}
+
+// NewChangeID makes an id for a Change.
+func NewChangeID() string { return strings.ToLower(rand.Text()[:12]) }
+
+// Meant is the one of the instances that an operator means by encoder, prefill or decoder, where one of these is, or by its id or name.
+// which, if not empty, is an id or name that tells several of a role apart.
+func Meant(all []wire.Instance, who, which string) (*wire.Instance, error) {
+	role := map[string]string{"encoder": StageEncode, "prefill": StagePrefill, "decoder": StageDecode}[who]
+	fits := func(i *wire.Instance) bool {
+		named := func(s string) bool { return i.ID == s || i.Name != "" && i.Name == s }
+		return i.Role != "gateway" && (role == "" && named(who) || role != "" && wire.HasRole(i.Role, role)) && (which == "" || named(which))
+	}
+	var found []wire.Instance
+	var names []string
+	for _, i := range all {
+		if fits(&i) {
+			found = append(found, i)
+			names = append(names, cmp.Or(i.Name, i.ID))
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return &found[0], nil
+	case len(found) == 0:
+		return nil, fmt.Errorf("%w: %s; `trireme status` shows those that run", ErrNoInstance, strings.TrimSpace(who+" "+which))
+	}
+	return nil, fmt.Errorf("%w: %d instances are a %s, say which: %s", ErrNoInstance, len(found), who, strings.Join(names, ", "))
 }

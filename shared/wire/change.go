@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strconv"
@@ -14,6 +15,12 @@ const BucketLayouts = "trireme_layouts"
 const (
 	ChangeScale     = "scale"     // it gets another number of NPUs
 	ChangeRebalance = "rebalance" // its experts are placed anew on the NPUs that it has
+)
+
+// What Change.Spare and Change.Slack are where nobody says something else.
+const (
+	DefaultSpare = 0.25
+	DefaultSlack = 0.05
 )
 
 // Kinds of events about operations on instances, all with a ChangeReport as data.
@@ -46,6 +53,9 @@ type Layout struct {
 	Pending  *Pending // the operation under way, if any
 	Last     *Ended   // the operation before
 }
+
+// Record is the key of the instance's layout record.
+func (i *Instance) Record() string { return LayoutKey(i.Node, cmp.Or(i.Name, i.ID)) }
 
 // Pending is an operation that has not come to its commit.
 type Pending struct {

@@ -101,8 +101,8 @@ func TestRebalanceRefused(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"rebalance", "decoder"}, "say which with --instance"},
-		{[]string{"rebalance", "decoder", "--instance", "nobody"}, "no such instance runs"},
+		{[]string{"rebalance", "decoder"}, "say which"},
+		{[]string{"rebalance", "decoder", "--instance", "nobody"}, "no such instance"},
 		{[]string{"rebalance", "encoder"}, "has no experts"},
 		{[]string{"rebalance", "prefill", "--timeout", "0s"}, "--timeout"},
 		{[]string{"rebalance", "prefill", "--spare", "-1"}, "--spare"},

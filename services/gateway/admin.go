@@ -1,0 +1,149 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/conf"
+	"trireme.dev/shared/wire"
+)
+
+// The admin endpoints are for operators, on an address of their own: who reaches it can change instances. They ask as the commands
+// `trireme scale` and `trireme rebalance` do.
+//
+//	GET  /admin/instances                     heartbeats
+//	POST /admin/instances/{who}/scale         adminChange; npus: 4, "+1" or "-2"
+//	POST /admin/instances/{who}/rebalance     adminChange
+//
+// who is decoder, prefill or encoder, where one runs, or an instance's id or name. The answer to POST comes when the operation has ended: a
+// wire.ChangeReport, with 200 if it is in force or there was nothing to do, 409 if it was refused or given up, 504 if it goes on.
+
+// adminChange is the body of a POST; what is left out is as with the commands.
+type adminChange struct {
+	NPUs    json.RawMessage `json:"npus"`
+	DryRun  bool            `json:"dry_run"`
+	Timeout string          `json:"timeout"`   // 60s
+	Rate    int64           `json:"copy_rate"` // bytes a second
+	Spare   *float64        `json:"spare"`
+	Slack   *float64        `json:"slack"`
+}
+
+// adminAnswer is a report, or why there is none.
+type adminAnswer struct {
+	*wire.ChangeReport
+	Error string `json:"error,omitempty"`
+}
+
+// adminBody is the most bytes of a body.
+const adminBody = 64 << 10
+
+// serveAdmin serves the admin endpoints on l until ctx ends; operations go on without it.
+func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /admin/instances", func(w http.ResponseWriter, _ *http.Request) {
+		writeAdmin(w, http.StatusOK, map[string]any{"instances": g.instances.All()})
+	})
+	mux.HandleFunc("POST /admin/instances/{who}/{kind}", func(w http.ResponseWriter, r *http.Request) {
+		report, err := g.adminChange(w, r)
+		answer, status := adminAnswer{ChangeReport: report}, http.StatusOK
+		if err != nil {
+			answer.Error, status = err.Error(), adminStatus(err)
+		}
+		writeAdmin(w, status, answer)
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving operators on %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// errAdmin is wrapped by errors of who asks.
+var errAdmin = errors.New("the request cannot be read")
+
+// adminStatus is the HTTP status of an error.
+func adminStatus(err error) int {
+	switch {
+	case errors.Is(err, bus.ErrNoInstance):
+		return http.StatusNotFound
+	case errors.Is(err, errAdmin), errors.Is(err, conf.ErrNPUs):
+		return http.StatusBadRequest
+	case errors.Is(err, bus.ErrRefused), errors.Is(err, bus.ErrGivenUp):
+		return http.StatusConflict
+	case errors.Is(err, context.DeadlineExceeded):
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusInternalServerError
+}
+
+func writeAdmin(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // who asked has gone
+}
+
+// adminChange has an instance change, and waits for that.
+func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.ChangeReport, error) {
+	kind := r.PathValue("kind")
+	if kind != wire.ChangeScale && kind != wire.ChangeRebalance {
+		return nil, fmt.Errorf("%w: instances can %s or %s, not %s", errAdmin, wire.ChangeScale, wire.ChangeRebalance, kind)
+	}
+	i, err := bus.Meant(g.instances.All(), r.PathValue("who"), "")
+	if err != nil {
+		return nil, err
+	}
+	var body adminChange
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, adminBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&body); err != nil {
+		return nil, fmt.Errorf("%w: %w", errAdmin, err)
+	}
+	change, err := body.change(kind, len(i.NPUs))
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), change.Left+time.Minute)
+	defer cancel()
+	return g.bus.Change(ctx, i.ID, i.Record(), change, nil)
+}
+
+// change is what the body asks an instance of so many NPUs for.
+func (a *adminChange) change(kind string, has int) (wire.Change, error) {
+	c := wire.Change{ID: bus.NewChangeID(), Kind: kind, DryRun: a.DryRun, Rate: a.Rate, Left: time.Minute, Spare: wire.DefaultSpare, Slack: wire.DefaultSlack}
+	var err error
+	if a.Timeout != "" {
+		if c.Left, err = time.ParseDuration(a.Timeout); err != nil || c.Left <= 0 {
+			return c, fmt.Errorf("%w: timeout %q is no duration like 60s", errAdmin, a.Timeout)
+		}
+	}
+	if a.Spare != nil {
+		c.Spare = *a.Spare
+	}
+	if a.Slack != nil {
+		c.Slack = *a.Slack
+	}
+	if c.Spare < 0 || c.Slack < 0 || c.Rate < 0 {
+		return c, fmt.Errorf("%w: spare, slack and copy_rate cannot be negative", errAdmin)
+	}
+	if kind != wire.ChangeScale {
+		return c, nil
+	}
+	text := []byte(a.NPUs) // a number, or a string
+	if s := ""; json.Unmarshal(a.NPUs, &s) == nil {
+		text = []byte(s)
+	}
+	var count conf.NPUCount
+	if err := count.UnmarshalText(text); err != nil {
+		return c, fmt.Errorf("%w: npus: %w", errAdmin, err)
+	}
+	c.NPUs, err = count.Of(has)
+	return c, err
+}
