@@ -78,6 +78,7 @@ type decoder struct {
 	active []*sequence // in order of arrival
 	taken  []*sequence // those in the step being computed, in its order
 	gave   time.Time   // when a sequence was last given up for want of room
+	moving int         // sequences that move to another NPU
 	outbox outbox
 }
 
@@ -151,16 +152,21 @@ const roomWait = 100 * time.Millisecond
 // grow takes one more slab for s. It is an errand.
 func (d *decoder) grow(ctx context.Context, s *sequence) {
 	for short := false; ; short = true {
+		var seat *stage.Seat
+		d.between(func() { seat = s.seat })
 		objs, err := d.HBM.Alloc(ctx, hbm.Spec{
-			Kind: mem.KindKV, NPU: s.seat.Number(), Bytes: kv.SlabBytes(&d.Model.Text), Ref: stage.Ref(s.request),
+			Kind: mem.KindKV, NPU: seat.Number(), Bytes: kv.SlabBytes(&d.Model.Text), Ref: stage.Ref(s.request),
 		})
 		switch {
 		case err == nil:
-			s.objects = append(s.objects, objs...)
-			s.seat.Grow(1)
 			hbm.Prefault(objs...)
-			d.do(func() { d.addSlab(s, objs[0]) })
-			return
+			added := false
+			d.between(func() { added = d.addSlab(s, seat, objs[0]) })
+			if added {
+				return
+			}
+			d.release(ctx, s, objs[0]) // it has moved meanwhile
+			continue
 		case ctx.Err() != nil:
 			return
 		case !errors.Is(err, mem.ErrExhausted):

@@ -23,7 +23,15 @@ import (
 
 func TestMain(m *testing.M) {
 	stagetest.Child(func(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
-		return decoder.Run(ctx, decoder.Config{Stage: cfg}, log)
+		s, err := stage.Open(ctx, stage.Decode, cfg, log)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		if cfg.NPUs == 2 {
+			go shuttle(ctx, s)
+		}
+		return decoder.Serve(ctx, s, decoder.Config{})
 	})
 	goleak.VerifyTestMain(m)
 }

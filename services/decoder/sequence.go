@@ -41,16 +41,16 @@ type sequence struct {
 	asking    bool // a confirmation is under way
 	growing   bool // a slab is under way
 	short     bool // and without it there is no next step
+	moving    bool // to another NPU
+	parked    bool // while it does, until the HMM has taken note
 
 	life    context.Context // until the loop lets go; set by attend
 	release func()          // ends life
 	errands sync.WaitGroup  // running
 	done    chan error      // one value: nil when the answer is complete
 
-	seat *stage.Seat // on its NPU; set before the loop has it
-
-	// The handler's, and its errands' while they run.
-	objects []*hbm.Object // all that is mapped for the sequence
+	seat    *stage.Seat   // on its NPU; set before the loop has it
+	objects []*hbm.Object // all that is mapped for the sequence; the handler's before and after
 }
 
 // errand runs f beside the loop until the loop lets go of s.

@@ -102,6 +102,9 @@ func (d *decoder) prepare(s *sequence) (bool, error) {
 	if !s.claim.Held() {
 		return false, mem.ErrFenced
 	}
+	if s.parked {
+		return false, nil
+	}
 	pos := s.position()
 	if need := min(pos+1+ahead, len(s.spec.Prompt)+s.spec.Sampling.MaxTokens); s.kv.Room() < need && !s.growing {
 		s.growing = true
@@ -118,8 +121,13 @@ func (d *decoder) prepare(s *sequence) (bool, error) {
 	return true, s.kv.Grow(pos + 1)
 }
 
-// addSlab gives s the slab that was fetched for it.
-func (d *decoder) addSlab(s *sequence, o *hbm.Object) {
+// addSlab gives s the slab that was fetched for it, unless it is not at that seat any more.
+func (d *decoder) addSlab(s *sequence, seat *stage.Seat, o *hbm.Object) bool {
+	if s.seat != seat {
+		return false
+	}
+	s.objects = append(s.objects, o)
+	seat.Grow(1)
 	s.growing = false
 	d.lacks(s, false)
 	switch {
@@ -131,6 +139,7 @@ func (d *decoder) addSlab(s *sequence, o *hbm.Object) {
 			d.drop(s, err)
 		}
 	}
+	return true
 }
 
 // advance books a computed step of s: KV was written by the forward pass; then come the record, the commit and the

@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"runtime"
@@ -176,6 +177,50 @@ func (s *seats) add(slot int) {
 	s.open = s.open.With(slot)
 }
 
+// Takes reports whether new work comes to the NPU in a slot.
+func (s *Stage) Takes(slot int) bool {
+	s.seats.mu.Lock()
+	defer s.seats.mu.Unlock()
+	return s.seats.open.Has(slot)
+}
+
+// Mover is a Worker whose work can go on on another NPU.
+type Mover interface {
+	Worker
+	// Vacate begins to move the work that is on NPUs that are about to leave to others. It is called again and again while there is some.
+	Vacate()
+}
+
+// vacateEvery is the time between two looks at an NPU that is about to leave.
+const vacateEvery = 50 * time.Millisecond
+
+// Vacate has no new work come to the NPU in a slot, has its sequences go on on other NPUs, and returns when nothing is there any
+// more: prompts and pictures are finished there. When ctx ends before, what has moved stays where it is, and the NPU takes new work
+// again.
+func (s *Stage) Vacate(ctx context.Context, slot int) error {
+	s.Leave(slot)
+	tick := time.NewTicker(vacateEvery)
+	defer tick.Stop()
+	for {
+		held := s.Held(slot)
+		if held.Seqs == 0 {
+			return nil
+		}
+		for _, w := range s.workers {
+			if w, ok := w.(Mover); ok {
+				w.Vacate()
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			s.Stay(slot)
+			return fmt.Errorf("vacating the NPU in slot %d, which has %d sequences and pictures of %d slabs: %w", slot, held.Seqs, held.Slabs,
+				context.Cause(ctx))
+		}
+	}
+}
+
 // Held is what the work of the instance holds on the NPU in a slot.
 func (s *Stage) Held(slot int) sched.Held {
 	s.seats.mu.Lock()
@@ -259,6 +304,13 @@ func (t *Seat) Leave() {
 	t.stage.seats.mu.Lock()
 	defer t.stage.seats.mu.Unlock()
 	t.stage.seats.held[t.NPU].Seqs--
+}
+
+// Slabs is what it has noted that it needs.
+func (t *Seat) Slabs() int {
+	t.stage.seats.mu.Lock()
+	defer t.stage.seats.mu.Unlock()
+	return t.slabs
 }
 
 // Number is the NPU's number on the node.

@@ -138,13 +138,9 @@ func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))
 		return err
 	}
 	told(func(r *wire.ChangeReport) { r.Warming = w.next.Warm })
-	for slot := range w.leave.All() {
-		for s.Held(slot).Seqs > 0 {
-			select {
-			case <-time.After(busyWait):
-			case <-ctx.Done():
-				return fmt.Errorf("NPU %d, which is to leave, has %d sequences and pictures: %w", w.stage.NPUs()[slot].Number, s.Held(slot).Seqs, ctx.Err())
-			}
+	for slot := range w.leave.All() { // once all is ready to go on without them
+		if err := s.Vacate(ctx, slot); err != nil {
+			return err
 		}
 	}
 	return nil

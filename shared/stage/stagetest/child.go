@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -15,9 +16,10 @@ import (
 
 // Environment of a test binary that is to be a stage process.
 const (
-	childURL = "STAGETEST_NATS"
-	childHMM = "STAGETEST_HMM"
-	childAck = "STAGETEST_ACK_WAIT"
+	childURL  = "STAGETEST_NATS"
+	childHMM  = "STAGETEST_HMM"
+	childAck  = "STAGETEST_ACK_WAIT"
+	childNPUs = "STAGETEST_NPUS"
 )
 
 // Child makes the test binary a stage process of its own if Rig.Process has started it, or a victim of Rig.Strike, and does not
@@ -35,8 +37,12 @@ func Child(run func(context.Context, stage.Config, *slog.Logger) error) {
 	if err != nil {
 		panic(err)
 	}
+	npus, err := strconv.Atoi(os.Getenv(childNPUs))
+	if err != nil {
+		panic(err)
+	}
 	err = run(context.Background(), stage.Config{
-		NATSURL: url, HMM: os.Getenv(childHMM), Model: Root("models/shapes-vl-moe"), Instance: "child", AckWait: ackWait,
+		NPUs: npus, NATSURL: url, HMM: os.Getenv(childHMM), Model: Root("models/shapes-vl-moe"), Instance: "child", AckWait: ackWait,
 		NPU: npu.Options{Threads: 1},
 	}, slog.New(slog.DiscardHandler))
 	fmt.Fprintln(os.Stderr, "child:", err)
@@ -57,7 +63,7 @@ func (r *Rig) Process() *Process {
 		r.tb.Fatal(err)
 	}
 	p := &Process{r: r, cmd: exec.Command(exe)}
-	p.cmd.Env = append(os.Environ(), childURL+"="+r.Stage.NATSURL, childHMM+"="+r.Stage.HMM, childAck+"="+r.Stage.AckWait.String())
+	p.cmd.Env = append(os.Environ(), childURL+"="+r.Stage.NATSURL, childHMM+"="+r.Stage.HMM, childAck+"="+r.Stage.AckWait.String(), childNPUs+"="+strconv.Itoa(r.Stage.NPUs))
 	p.cmd.Stderr = os.Stderr
 	if err := p.cmd.Start(); err != nil {
 		r.tb.Fatal(err)
