@@ -106,15 +106,16 @@ func TestInstanceGrowsAndShrinks(t *testing.T) {
 			}
 			last := r.start(spec)
 			r.same(spec, 0, r.gateway.Ended(last.ID, 0))
-			if name == "one domain" {
-				if err := s.HBM.Part(t.Context(), joined); err != nil {
-					t.Error(err)
-				}
-				again := r.join(s)
-				r.swap(s, before, again)
-				if got := s.NPUs()[1].Number; got != joined {
-					t.Errorf("NPU %d in slot 1, want %d", got, joined)
-				}
+			if err := s.HBM.Part(t.Context(), joined); err != nil { // nothing of it is held, no weights either
+				t.Error(err)
+			}
+			again, copied := r.join(s), r.Stats().Copied
+			r.swap(s, before, again)
+			if got := s.NPUs()[1].Number; got != joined {
+				t.Errorf("NPU %d in slot 1, want %d", got, joined)
+			}
+			if more := r.Stats().Copied - copied; more != 0 { // they rest there
+				t.Errorf("%d bytes of weights were copied again", more)
 			}
 			for _, req := range requests {
 				r.Done(req.ID, -1)

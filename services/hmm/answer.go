@@ -89,12 +89,8 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 			return l.Locate(s.id, q)
 		})
 	case protocol.OpSealWeights:
-		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.SealWeights) (any, error) {
-			return nil, l.SealWeights(s.id, v)
-		})
-	case protocol.OpCloseWeights:
-		return with(s, body, func(l *ledger.Ledger, _ time.Time, v protocol.CloseWeights) (any, error) {
-			return nil, l.CloseWeights(s.id, v)
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, items []protocol.Sealing) (any, error) {
+			return nil, l.SealWeights(s.id, items)
 		})
 	case protocol.OpJoin:
 		return with(s, body, func(l *ledger.Ledger, now time.Time, j protocol.Join) (any, error) {

@@ -22,7 +22,7 @@ type books struct {
 
 	reaped chan struct{} // closed and replaced when a client's holds and NPUs have become free
 
-	making map[protocol.Key]chan struct{} // closed when nobody makes the MM object, or weight set, any more
+	making map[protocol.Key]chan struct{} // closed when nobody makes the MM object any more, or somebody one weight less of the set
 }
 
 func newBooks(d *Daemon, l *ledger.Ledger) *books {
@@ -93,7 +93,7 @@ func (b *books) settle() {
 	}
 }
 
-// made returns a channel that is closed when nobody makes the MM object or weight set of a key any more. It is for functions that do
+// made returns a channel that is closed when nobody makes the MM object of a key any more, or somebody has ended making a weight of its set. It is for functions that do
 // runs.
 func (b *books) made(key protocol.Key) <-chan struct{} {
 	c := b.making[key]

@@ -64,6 +64,8 @@ func child(part string) int {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+	case "copier": // copies weights at a byte a second
+		copySlowly(ctx, c)
 	case "hog": // takes all that it is given and never frees
 		for npu := mem.HostNPU; npu < 2; npu++ {
 			for err == nil {

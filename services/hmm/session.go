@@ -35,7 +35,6 @@ type session struct {
 	working sync.WaitGroup // allocations, and questions that wait
 	allocs  chan struct{}
 	finds   chan struct{}
-	weights chan struct{} // closed when the last PlaceWeights, SealWeights or CloseWeights so far is done; nil: there was none
 }
 
 // refuse says why and closes.
@@ -227,8 +226,7 @@ func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, er
 		}
 		plain := false // answered at once
 		switch op {
-		case protocol.OpAlloc, protocol.OpFindMM, protocol.OpOpenWeights:
-		case protocol.OpPlaceWeights, protocol.OpSealWeights, protocol.OpCloseWeights:
+		case protocol.OpAlloc, protocol.OpFindMM, protocol.OpWeights:
 		case protocol.OpAttach:
 			plain = !s.d.pulls(a)
 		default:
@@ -247,20 +245,7 @@ func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, er
 				<-s.allocs
 				s.reply(id, err, out)
 			})
-		case protocol.OpPlaceWeights, protocol.OpSealWeights, protocol.OpCloseWeights: // the same, one after the other
-			s.allocs <- struct{}{}
-			before, done := s.weights, make(chan struct{})
-			s.weights = done
-			s.working.Go(func() {
-				if before != nil {
-					<-before
-				}
-				out, err := s.changeWeights(op, body)
-				s.reply(id, err, out)
-				<-s.allocs
-				close(done)
-			})
-		case protocol.OpFindMM, protocol.OpOpenWeights: // waits for another client, so it must not keep this one's other requests waiting
+		case protocol.OpFindMM, protocol.OpWeights: // waits for another client, so it must not keep this one's other requests waiting
 			select {
 			case s.finds <- struct{}{}:
 			default:
@@ -268,8 +253,8 @@ func (s *session) requests(ctx context.Context, r *bufio.Reader) (bye uint64, er
 				continue
 			}
 			find := s.findMM
-			if op == protocol.OpOpenWeights {
-				find = s.openWeights
+			if op == protocol.OpWeights {
+				find = s.findWeights
 			}
 			s.working.Go(func() {
 				out, err := find(ctx, body)

@@ -28,74 +28,68 @@ func DefaultWeights(domains int) int64 {
 	return half - half%mem.HostPage
 }
 
-// openWeights answers an OpenWeights, after whoever makes the set already is done, unless that takes too long.
-func (s *session) openWeights(ctx context.Context, body []byte) (any, error) {
-	var o protocol.OpenWeights
-	if err := protocol.Decode(body, &o); err != nil {
+// findWeights answers a Weights, after whoever makes the objects already is done with one, unless that takes too long. Memory for those
+// that this client is to make is given here and not in the books, because that takes the time of touching it: nobody else sees them
+// before they are final, and this connection's holds keep them until the session has ended, which waits for this call.
+func (s *session) findWeights(ctx context.Context, body []byte) (any, error) {
+	var v protocol.Weights
+	if err := protocol.Decode(body, &v); err != nil {
 		return nil, err
 	}
-	timer := time.NewTimer(min(o.Wait, maxFindWait))
+	timer := time.NewTimer(min(v.Wait, maxFindWait))
 	defer timer.Stop()
 	for {
-		var opened protocol.OpenedWeights
+		var placed []protocol.Placed
 		var busy bool
 		var err error
 		var made <-chan struct{}
 		if !s.d.books.do(func(l *ledger.Ledger, _ time.Time) {
-			if opened, busy, err = l.OpenWeights(s.id, o); busy {
-				made = s.d.books.made(o.Key)
+			if placed, busy, err = l.Weights(s.id, v); busy {
+				made = s.d.books.made(v.Key)
 			}
 		}) {
 			return nil, mem.ErrLost
 		}
+		if err != nil {
+			return nil, err
+		}
 		if !busy {
-			return opened, err
+			return placed, s.backWeights(placed)
 		}
 		select {
 		case <-made:
 		case <-timer.C:
-			return opened, nil
+			return placed, nil
 		case <-ctx.Done():
 			return nil, mem.ErrLost
 		}
 	}
 }
 
-// changeWeights answers a request about a set that the client holds. A session's requests of this sort are answered one
-// after the other, in the order in which they came. A client that gives up while memory is still being given to the set
-// closes it without waiting for that: if it were closed at once, somebody else could open the set and write what the system
-// then fills with zeros, or the memory could be given to another before it is there. And what fails has to be what came last.
-func (s *session) changeWeights(op protocol.Op, body []byte) (any, error) {
-	if op == protocol.OpPlaceWeights {
-		return s.placeWeights(body)
-	}
-	return s.answer(op, body)
-}
-
-// placeWeights answers a PlaceWeights: it books memory, then has the system give it, which takes the time of touching it,
-// on all processors.
-func (s *session) placeWeights(body []byte) (any, error) {
-	var p protocol.PlaceWeights
-	if err := protocol.Decode(body, &p); err != nil {
-		return nil, err
-	}
-	var grants []protocol.Grant
-	var fresh int
-	err := mem.ErrLost
-	s.d.books.do(func(l *ledger.Ledger, _ time.Time) { grants, fresh, err = l.PlaceWeights(s.id, p) })
-	if err != nil {
-		return nil, err
-	}
+// backWeights has the system give the memory of objects to be made, on all processors, or takes all back that was placed.
+func (s *session) backWeights(placed []protocol.Placed) error {
 	var g errgroup.Group
 	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, grant := range grants[len(grants)-fresh:] {
-		g.Go(func() error { return s.d.stores[grant.Extent.Space].Back(grant.Extent) })
-	}
-	if err := g.Wait(); err != nil {
-		if !s.d.books.do(func(l *ledger.Ledger, _ time.Time) { l.UndoWeights(s.id, p.Set, fresh) }) {
-			err = errors.Join(err, mem.ErrLost)
+	for _, p := range placed {
+		if p.State == protocol.PlacedMake {
+			g.Go(func() error { return s.d.stores[p.Grant.Extent.Space].Back(p.Grant.Extent) })
 		}
-		return nil, fmt.Errorf("placing %d weights: %w", fresh, err)
 	}
-	return grants, nil
+	err := g.Wait()
+	if err == nil {
+		return nil
+	}
+	var all []protocol.Object
+	for _, p := range placed {
+		for _, x := range []*protocol.Grant{p.Grant, p.Source} {
+			if x != nil {
+				all = append(all, protocol.Object{ID: x.Handle.Object, Generation: x.Handle.Generation})
+			}
+		}
+	}
+	err = fmt.Errorf("placing weights: %w", err)
+	if !s.d.books.do(func(l *ledger.Ledger, _ time.Time) { err = errors.Join(err, l.Free(s.id, all)) }) {
+		err = errors.Join(err, mem.ErrLost)
+	}
+	return err
 }

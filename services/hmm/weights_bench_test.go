@@ -57,8 +57,8 @@ type shelve struct {
 	sets []*hbm.Weights
 }
 
-func (s *shelve) Weights(ctx context.Context, key [32]byte, sizes []int64, fill func(context.Context, int, [][]byte) error) ([][]byte, error) {
-	w, err := s.c.OpenWeights(ctx, 0, hbm.WeightSet{Key: key, Sizes: sizes}, fill, nil)
+func (s *shelve) Weights(ctx context.Context, set hf.Set, fill hf.Filler) ([][]byte, error) {
+	w, err := s.c.OpenWeights(ctx, 0, hbm.WeightSet{Key: set.Key, Numbers: set.Numbers, Sizes: set.Sizes}, hbm.Filler(fill), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +87,7 @@ func BenchmarkAttachWeights(b *testing.B) {
 				set.Sizes = append(set.Sizes, s.bytes/int64(s.extents))
 			}
 			maker := dial(b, socket, hbm.Hello{Instance: "maker"})
-			if _, err := maker.OpenWeights(b.Context(), 0, set, func(context.Context, int, [][]byte) error { return nil }, nil); err != nil {
+			if _, err := maker.OpenWeights(b.Context(), 0, set, func(context.Context, []int, [][]byte) error { return nil }, nil); err != nil {
 				b.Fatal(err)
 			}
 			c := dial(b, socket, hbm.Hello{Instance: "user"})
@@ -353,7 +353,7 @@ func BenchmarkTwoUsers(b *testing.B) {
 	for b.Loop() {
 		for i := range 2 {
 			w, err := dial(b, socket, hbm.Hello{Instance: fmt.Sprint("i", i)}).OpenWeights(b.Context(), 0, set,
-				func(context.Context, int, [][]byte) error { return nil }, nil)
+				func(context.Context, []int, [][]byte) error { return nil }, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -54,7 +54,7 @@ func loading(all []hbm.Stats) (done, total int64) {
 	for _, n := range all {
 		for _, w := range n.Weights {
 			done += w.Loaded
-			total += w.Bytes
+			total += max(w.Bytes, w.Wanted)
 		}
 	}
 	if done == total {

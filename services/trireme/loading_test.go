@@ -9,7 +9,7 @@ import (
 
 func TestLoading(t *testing.T) {
 	set := func(loaded, bytes int64) hbm.Stats {
-		return hbm.Stats{Weights: []hbm.WeightsStats{{Loaded: loaded, Bytes: bytes}}}
+		return hbm.Stats{Weights: []hbm.WeightsStats{{Loaded: loaded, Bytes: (loaded + bytes) / 2, Wanted: bytes}}}
 	}
 	for _, tc := range []struct {
 		nodes       []hbm.Stats

@@ -239,10 +239,10 @@ func (c *upCmd) checkWeights(p *plan) error {
 	}
 	defer f.Close()
 	need := func(part hf.Parts, wanted hf.Experts) conf.Bytes {
-		sizes, nerr := f.Needs(part, wanted)
+		set, nerr := f.Needs(part, wanted)
 		err = cmp.Or(err, nerr)
 		var sum conf.Bytes
-		for _, n := range sizes {
+		for _, n := range set.Sizes {
 			sum += conf.Bytes(mem.Padded(n, mem.HostPage))
 		}
 		return sum

@@ -59,6 +59,14 @@ func (c *Client) Far(from, to int) bool {
 	return from >= 0 && from < len(c.homes) && to >= 0 && to < len(c.homes) && c.homes[from] != c.homes[to]
 }
 
+// Domain is the memory domain of an NPU of this node; -1 when the node has no such NPU.
+func (c *Client) Domain(npu int) int {
+	if npu < 0 || npu >= len(c.homes) {
+		return -1
+	}
+	return c.homes[npu]
+}
+
 // Copy copies mapped memory of NPUs, within a domain or between two, on the calling goroutine and beside whatever the NPUs
 // compute: on a GPU it would have a stream of its own.
 func Copy(dst, src []float32) { copy(dst, src) }
@@ -101,7 +109,7 @@ func (c *Client) copyAll(ctx context.Context, grants []protocol.Grant, access me
 	pairs := make([]protocol.Copy, len(sources))
 	for i, s := range sources {
 		from := s.Handle()
-		crc, err := copyBytes(ctx, copies[i].Bytes(), s.Bytes(), from.Sealed)
+		crc, err := copyBytes(ctx, copies[i].Bytes(), s.Bytes(), from.Sealed, nil)
 		if err == nil && from.Sealed && crc != from.CRC {
 			err = fmt.Errorf("it has checksum %08x, its handle says %08x: %w", crc, from.CRC, mem.ErrCorrupt)
 		}
@@ -144,9 +152,9 @@ const (
 	copyPiece = 256 << 10 // bytes that are copied at a time: still in the cache when their checksum is taken
 )
 
-// copyBytes copies from one mapping to another, fresh one, and returns the checksum of the copy if sum. It stops when ctx
-// ends.
-func copyBytes(ctx context.Context, dst, src []byte, sum bool) (crc uint32, err error) {
+// copyBytes copies from one mapping to another, fresh one, and returns the checksum of the copy if sum. It keeps to a
+// rate, and stops when ctx ends.
+func copyBytes(ctx context.Context, dst, src []byte, sum bool, p *pacer) (crc uint32, err error) {
 	for at := 0; at < len(src); {
 		if at%copyReady == 0 {
 			host.Prefault(dst[at:min(at+copyReady, len(src))])
@@ -159,6 +167,9 @@ func copyBytes(ctx context.Context, dst, src []byte, sum bool) (crc uint32, err 
 			crc = mem.Extend(crc, dst[at:at+n])
 		}
 		at += n
+		if err := p.wait(ctx, n); err != nil {
+			return 0, err
+		}
 	}
 	return crc, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"runtime"
+	"slices"
 	"time"
 	"unsafe"
 
@@ -17,180 +18,214 @@ import (
 	"trireme.dev/shared/mem/host"
 )
 
-// WeightSet describes the weights of a model: objects of fixed sizes in a fixed order. Key must name model and layout, so
-// that the same key always means the same bytes.
+// WeightSet describes what a client wants of the weights of a model, which are objects of fixed sizes by number. Key must name model
+// and layout, so that the same key and number always mean the same bytes.
 type WeightSet struct {
-	Key   Key
-	Sizes []int64 // bytes of each object
-	Part  int64   // bytes to make at a time, which is what a maker that dies leaves undone; 0: 64 MiB. At least one object
+	Key     Key
+	Numbers []int   // of the objects wanted, rising; nil: as many as there are sizes, from 0 on
+	Sizes   []int64 // bytes of each of them
+	Part    int64   // bytes to make at a time, which is what a maker that dies leaves undone; 0: 64 MiB. At least one object
+	Rate    int64   // most bytes a second that are copied from other memory domains; 0: as fast as it goes
 }
 
-// Filler makes a part of a weight set: it writes the content of the objects from number first on. objects have their full
-// sizes and zeros or old content of the same set; they are writable until it returns.
-type Filler func(ctx context.Context, first int, objects [][]byte) error
+// Filler makes weights: it writes the content of the objects of these numbers. objects have their full sizes and zeros or old
+// content of the same set; they are writable until it returns.
+type Filler func(ctx context.Context, numbers []int, objects [][]byte) error
 
-// Weights is a weight set that this client holds and has mapped read-only. The HMM owns the memory: every client of the
-// memory domain that opens the set maps the very same extents.
+// Weights are objects of a weight set that this client holds and has mapped read-only. The HMM owns the memory: every client of the
+// memory domain that wants an object maps the very same extent. Its methods are for one goroutine at a time.
 type Weights struct {
-	Objects [][]byte // content, in order; valid until the set or the client is closed
+	Numbers []int    // of the objects, rising
+	Objects [][]byte // content, in order; valid until dropped, or the client is closed
 	Handles []mem.Handle
 	Extents []mem.Extent // where the objects lie
-	Filled  int          // objects that this client has made; 0: it only attached them
+	Filled  int          // objects that this client has made from what fill gave
+	Copied  int          // and from other memory domains
 	Bytes   int64        // content of all of them
 
-	FilledBytes int64         // content of those that this client has made
-	Attaching   time.Duration // spent asking where final objects lie, and mapping them
+	FilledBytes, CopiedBytes int64         // content of those that this client has made so
+	Attaching                time.Duration // spent mapping final objects
+	Copying                  time.Duration // spent copying, with the pauses that the rate asks for
 
 	client *Client
-	set    uint64
+	npu    int
+	set    WeightSet
+	told   func(done, total int64)
+	done   int64 // bytes that are there
 }
 
 const (
 	partBytes  = 64 << 20
-	weightWait = time.Second // for another one who makes a set, before its progress is told
+	weightWait = time.Second // for another one who makes objects, before progress is told again
 )
 
-// OpenWeights maps the weight set that set describes in the memory domain of an NPU. The first client of the node that asks
-// for it makes it with fill, part by part; others wait, and one of them goes on when the maker fails or dies. What
-// another one had made before it died is checked against its checksums and made anew when it is wrong. loading, if not
-// nil, is called now and then with the bytes that are there, whoever makes them. mem.ErrExhausted, with the sizes, when
-// the domain has no room; mem.ErrInvalid when the key names a set of other sizes.
+// OpenWeights maps the objects that set describes in the memory domain of an NPU, all or none. Those that the domain has not are made,
+// part by part, each by one client while others wait, and by another one when that fails or dies: by a copy of the same object of another
+// memory domain, checked, or else with fill. What a maker had made that then failed is checked against its checksums and made anew when
+// it is wrong. loading, if not nil, is called now and then, by one goroutine at a time, with the bytes that are there. mem.ErrExhausted,
+// with the sizes, when the domain has no room; mem.ErrInvalid when the key names a set with other sizes. What was made before an error
+// or the end of ctx stays with the HMM as what nobody holds, until its room is needed.
 func (c *Client) OpenWeights(ctx context.Context, npu int, set WeightSet, fill Filler, loading func(done, total int64)) (*Weights, error) {
-	w := &Weights{client: c}
+	if set.Numbers == nil {
+		for i := range set.Sizes {
+			set.Numbers = append(set.Numbers, i)
+		}
+	}
+	n := len(set.Sizes)
+	w := &Weights{
+		Numbers: slices.Clone(set.Numbers), Objects: make([][]byte, n), Handles: make([]mem.Handle, n), Extents: make([]mem.Extent, n),
+		client: c, npu: npu, set: set, told: loading,
+	}
 	for _, n := range set.Sizes {
 		w.Bytes += n
 	}
-	if loading == nil {
-		loading = func(int64, int64) {}
+	if w.told == nil {
+		w.told = func(int64, int64) {}
 	}
-	for {
-		opened, err := c.openWeights(ctx, npu, set, w.Bytes, loading)
+	err := w.open(ctx, fill)
+	if err == nil {
+		return w, nil
+	}
+	return nil, errors.Join(fmt.Errorf("opening weights of %d objects, %d bytes: %w", n, w.Bytes, err), w.Close())
+}
+
+// open asks for what is missing until nothing is.
+func (w *Weights) open(ctx context.Context, fill Filler) error {
+	missing := make([]int, len(w.Objects)) // places in the set
+	for i := range missing {
+		missing[i] = i
+	}
+	if len(missing) == 0 {
+		return fmt.Errorf("no objects: %w", mem.ErrInvalid)
+	}
+	need := w.Bytes
+	for len(missing) > 0 {
+		w.told(w.done, w.Bytes)
+		batch := missing[:min(len(missing), protocol.MaxBatch)]
+		placed, err := w.ask(ctx, batch, need)
 		if err != nil {
-			return nil, fmt.Errorf("opening weights of %d objects, %d bytes: %w", len(set.Sizes), w.Bytes, err)
-		}
-		w.set = opened.Set
-		if err = w.open(ctx, set, opened, fill, loading); err == nil {
-			return w, nil
-		}
-		wrong := errors.Is(err, mem.ErrCorrupt) // what a dead maker left
-		if cerr := w.close(wrong); cerr != nil || !wrong {
-			return nil, errors.Join(err, cerr)
-		}
-		*w = Weights{client: c, Bytes: w.Bytes}
-	}
-}
-
-// openWeights asks until the set is made or this client is to make it.
-func (c *Client) openWeights(ctx context.Context, npu int, set WeightSet, bytes int64, loading func(done, total int64)) (protocol.OpenedWeights, error) {
-	for {
-		var opened protocol.OpenedWeights
-		err := c.acquire(ctx, protocol.OpOpenWeights, protocol.OpenWeights{
-			Key: set.Key, NPU: npu, Objects: len(set.Sizes), Bytes: bytes, Wait: weightWait,
-		}, &opened, func() {
-			_ = c.call(context.Background(), protocol.OpCloseWeights, protocol.CloseWeights{Set: opened.Set}, nil)
-		})
-		if err != nil || opened.Set != 0 {
-			return opened, err
-		}
-		loading(opened.Loaded, bytes)
-	}
-}
-
-// open makes what is not made of a set that the client holds, and maps the rest.
-func (w *Weights) open(ctx context.Context, set WeightSet, opened protocol.OpenedWeights, fill Filler, loading func(done, total int64)) error {
-	sizes, most := set.Sizes, cmp.Or(set.Part, partBytes)
-	if err := w.attach(ctx, sizes[:opened.Sealed]); err != nil {
-		return err
-	}
-	if !opened.Make {
-		if opened.Sealed != len(sizes) {
-			return fmt.Errorf("the HMM says that a set of %d weights of %d is made: %w", opened.Sealed, len(sizes), mem.ErrInvalid)
-		}
-		return nil
-	}
-	for i, b := range w.Objects {
-		if crc := mem.Checksum(b); crc != w.Handles[i].CRC {
-			return fmt.Errorf("weight %d of %d bytes has checksum %08x, its maker said %08x: %w", i, len(b), crc, w.Handles[i].CRC, mem.ErrCorrupt)
-		}
-	}
-	done := opened.Loaded
-	for len(w.Objects) < len(sizes) {
-		loading(done, w.Bytes)
-		first, n := len(w.Objects), 0
-		for part := int64(0); first+n < len(sizes) && n < protocol.MaxBatch && (n == 0 || part+sizes[first+n] <= most); n++ {
-			part += sizes[first+n]
-			done += sizes[first+n]
-		}
-		if err := w.make(ctx, sizes[first:first+n], fill); err != nil {
 			return err
 		}
+		need = 0
+		if err := w.take(ctx, batch, placed, fill); err != nil {
+			return err
+		}
+		missing = slices.DeleteFunc(missing, func(i int) bool { return w.Objects[i] != nil })
 	}
-	loading(done, w.Bytes)
+	w.told(w.done, w.Bytes)
 	return nil
 }
 
-// attach maps the next objects, which are final.
-func (w *Weights) attach(ctx context.Context, sizes []int64) error {
-	began := time.Now()
-	defer func() { w.Attaching += time.Since(began) }()
-	for len(sizes) > 0 {
-		n := min(len(sizes), protocol.MaxBatch)
-		grants, err := w.place(ctx, sizes[:n])
-		if err != nil {
-			return err
+// ask asks for the objects at some places of the set.
+func (w *Weights) ask(ctx context.Context, places []int, need int64) ([]protocol.Placed, error) {
+	v := protocol.Weights{Key: w.set.Key, NPU: w.npu, Most: cmp.Or(w.set.Part, partBytes), Need: need, Wait: weightWait}
+	for _, i := range places {
+		v.Numbers, v.Sizes = append(v.Numbers, w.set.Numbers[i]), append(v.Sizes, w.set.Sizes[i])
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	// The answer comes after weightWait at the latest: it is awaited even when ctx ends, so that nothing is left when this returns.
+	var placed []protocol.Placed
+	if err := w.client.call(context.WithoutCancel(ctx), protocol.OpWeights, v, &placed); err != nil {
+		return nil, err
+	}
+	if len(placed) != len(places) {
+		return nil, errors.Join(fmt.Errorf("the HMM placed %d weights of %d: %w", len(placed), len(places), mem.ErrInvalid),
+			w.client.giveUpPlaced(placed))
+	}
+	for at, p := range placed {
+		if size := v.Sizes[at]; p.Grant != nil && (p.Grant.Handle.Bytes != size || p.Grant.Extent.Bytes < size) ||
+			p.Source != nil && (p.Source.Handle.Bytes != size || p.Source.Extent.Bytes < size) ||
+			(p.Grant != nil) != (p.State != protocol.PlacedNot) {
+			return nil, errors.Join(fmt.Errorf("the HMM placed weight %d of %d bytes as %+v: %w", v.Numbers[at], size, p, mem.ErrInvalid),
+				w.client.giveUpPlaced(placed))
 		}
-		for _, g := range grants {
-			if !g.Handle.Sealed {
-				return fmt.Errorf("weight %d is not final: %w", len(w.Objects), mem.ErrInvalid)
+	}
+	return placed, nil
+}
+
+// giveUpPlaced gives the holds up that came with an answer.
+func (c *Client) giveUpPlaced(placed []protocol.Placed) error {
+	var grants []protocol.Grant
+	for _, p := range placed {
+		for _, g := range []*protocol.Grant{p.Grant, p.Source} {
+			if g != nil {
+				grants = append(grants, *g)
 			}
-			b, err := w.client.maps.acquire(g.Extent, mem.ReadOnly)
+		}
+	}
+	return c.giveUp(grants)
+}
+
+// take maps what is final, makes what is to be made, and gives up what it cannot.
+func (w *Weights) take(ctx context.Context, places []int, placed []protocol.Placed, fill Filler) (err error) {
+	began := time.Now()
+	var fresh []*making
+	var wrong []protocol.Grant
+	left := placed // whose holds are not w's yet
+	defer func() {
+		for _, m := range fresh { // nothing, unless something went wrong
+			err = errors.Join(err, m.abandon(w.client))
+		}
+		if len(left) > 0 {
+			err = errors.Join(err, w.client.giveUpPlaced(left))
+		}
+		err = errors.Join(err, w.client.disown(wrong))
+	}()
+	for at, p := range placed {
+		switch p.State {
+		case protocol.PlacedFinal:
+			if !p.Grant.Handle.Sealed {
+				return fmt.Errorf("weight %d is not final: %w", w.set.Numbers[places[at]], mem.ErrInvalid)
+			}
+			b, err := w.client.maps.acquire(p.Grant.Extent, mem.ReadOnly)
 			if err != nil {
 				return err
 			}
-			w.Objects = append(w.Objects, b[:g.Handle.Bytes:g.Handle.Bytes])
-			w.Handles = append(w.Handles, g.Handle)
-			w.Extents = append(w.Extents, g.Extent)
+			b = b[:p.Grant.Handle.Bytes:p.Grant.Handle.Bytes]
+			left = placed[at+1:]
+			if p.Check && mem.Checksum(b) != p.Grant.Handle.CRC {
+				wrong = append(wrong, *p.Grant)
+				break
+			}
+			w.keep(places[at], b, p.Grant.Handle, p.Grant.Extent)
+		case protocol.PlacedMake:
+			fresh = append(fresh, &making{place: places[at], to: *p.Grant, from: p.Source})
+			left = placed[at+1:]
+		default:
+			left = placed[at+1:]
 		}
-		sizes = sizes[n:]
 	}
-	return nil
+	w.Attaching += time.Since(began)
+	if len(fresh) == 0 {
+		return nil
+	}
+	err = w.make(ctx, fresh, fill)
+	fresh = slices.DeleteFunc(fresh, func(m *making) bool { return m.done })
+	return err
 }
 
-// make has the next objects filled and makes them final.
-func (w *Weights) make(ctx context.Context, sizes []int64, fill Filler) (err error) {
-	first := len(w.Objects)
-	grants, err := w.place(ctx, sizes)
-	if err != nil {
-		return err
+// keep notes an object that is there and mapped for reading.
+func (w *Weights) keep(place int, content []byte, h mem.Handle, e mem.Extent) {
+	w.Objects[place], w.Handles[place], w.Extents[place] = content, h, e
+	w.done += h.Bytes
+}
+
+// disown forgets mapped objects whose content is wrong, so that they are made anew.
+func (c *Client) disown(wrong []protocol.Grant) error {
+	if len(wrong) == 0 {
+		return nil
 	}
-	writable := 0
-	defer func() { // what stays mapped is read-only
-		for _, g := range grants[:writable] {
-			err = errors.Join(err, w.client.maps.release(g.Extent, mem.ReadWrite))
-		}
-	}()
-	objects := make([][]byte, len(grants))
-	for i, g := range grants {
-		b, err := w.client.maps.acquire(g.Extent, mem.ReadWrite)
-		if err != nil {
-			return err
-		}
-		writable++
-		objects[i] = b[:g.Handle.Bytes:g.Handle.Bytes]
+	var names []protocol.Object
+	var errs []error
+	for _, g := range wrong {
+		names = append(names, nameOf(g.Handle))
+		errs = append(errs, c.maps.release(g.Extent, mem.ReadOnly))
 	}
-	if err := fill(ctx, first, objects); err != nil {
-		return err
-	}
-	if err := w.client.call(ctx, protocol.OpSealWeights, protocol.SealWeights{
-		Set: w.set, First: first, CRCs: checksums(objects),
-	}, nil); err != nil {
-		return err
-	}
-	w.Filled += len(objects)
-	for _, n := range sizes {
-		w.FilledBytes += n
-	}
-	return w.attach(ctx, sizes)
+	errs = append(errs, c.call(context.Background(), protocol.OpForget, names, nil))
+	errs = append(errs, c.call(context.Background(), protocol.OpFree, names, nil))
+	return errors.Join(errs...)
 }
 
 // checksums computes the CRC-32C of each object, on all processors.
@@ -208,38 +243,33 @@ func checksums(objects [][]byte) []uint32 {
 	return crcs
 }
 
-// place asks where the next objects lie.
-func (w *Weights) place(ctx context.Context, sizes []int64) ([]protocol.Grant, error) {
-	var grants []protocol.Grant
-	err := w.client.call(ctx, protocol.OpPlaceWeights, protocol.PlaceWeights{Set: w.set, First: len(w.Objects), Sizes: sizes}, &grants)
-	if err == nil && len(grants) != len(sizes) {
-		err = fmt.Errorf("the HMM placed %d weights of %d: %w", len(grants), len(sizes), mem.ErrInvalid)
+// Drop unmaps objects, by number, and gives up the holds on them; numbers that are not among w's are passed over. The objects must not be
+// in use any more. They rest with the HMM until somebody wants them again or their room is needed.
+func (w *Weights) Drop(numbers ...int) error {
+	var names []protocol.Object
+	var errs []error
+	for _, n := range numbers {
+		i, ok := slices.BinarySearch(w.Numbers, n)
+		if !ok || w.Objects[i] == nil {
+			continue
+		}
+		if err := w.client.maps.release(w.Extents[i], mem.ReadOnly); err != nil {
+			errs = append(errs, err) // it may still be mapped: the hold has to stay
+			continue
+		}
+		names = append(names, nameOf(w.Handles[i]))
+		w.Objects[i] = nil
 	}
-	for i := range grants {
-		if g := &grants[i]; err == nil && (g.Handle.Bytes != sizes[i] || g.Extent.Bytes < sizes[i]) {
-			err = fmt.Errorf("weight %d of %d bytes is %d bytes in %v: %w",
-				len(w.Objects)+i, sizes[i], g.Handle.Bytes, g.Extent, mem.ErrInvalid)
+	for batch := range slices.Chunk(names, protocol.MaxBatch) {
+		if err := w.client.call(context.Background(), protocol.OpFree, batch, nil); err != nil && !errors.Is(err, mem.ErrLost) {
+			errs = append(errs, err)
 		}
 	}
-	return grants, err
+	return errors.Join(errs...)
 }
 
-// Close unmaps the objects and gives up the hold. Objects must not be in use any more.
-func (w *Weights) Close() error { return w.close(false) }
-
-// close is Close, after which nobody can open the set if it is wrong. The hold is dropped even when the caller's context
-// has ended.
-func (w *Weights) close(wrong bool) error {
-	var errs []error
-	for _, e := range w.Extents {
-		errs = append(errs, w.client.maps.release(e, mem.ReadOnly))
-	}
-	w.Objects, w.Extents, w.Handles = nil, nil, nil
-	if err := errors.Join(errs...); err != nil {
-		return err // something may still be mapped: the hold has to stay
-	}
-	return w.client.call(context.Background(), protocol.OpCloseWeights, protocol.CloseWeights{Set: w.set, Wrong: wrong}, nil)
-}
+// Close drops all objects.
+func (w *Weights) Close() error { return w.Drop(w.Numbers...) }
 
 // Populate fills this process's page tables for all objects, so that first reads do not fault; the content is not looked
 // at. It stops when ctx ends.
@@ -259,8 +289,12 @@ func (w *Weights) Populate(ctx context.Context) error {
 func (w *Weights) runs() iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		for i := 0; i < len(w.Extents); {
+			if w.Objects[i] == nil {
+				i++
+				continue
+			}
 			first, bytes := i, int64(0)
-			for ; i < len(w.Extents) && w.Extents[i].Space == w.Extents[first].Space &&
+			for ; i < len(w.Extents) && w.Objects[i] != nil && w.Extents[i].Space == w.Extents[first].Space &&
 				w.Extents[i].Offset == w.Extents[first].Offset+bytes && bytes < partBytes; i++ {
 				bytes += w.Extents[i].Bytes
 			}

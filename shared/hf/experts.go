@@ -16,15 +16,15 @@ func (b *builder) experts(prefix string) []model.Expert {
 	}
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
-		b.expert(e, func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
+		b.expert(out, e, func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
 	}
 	return out
 }
 
-// expert has f build expert e of the layer, in an object of its own, if it is wanted.
-func (b *builder) expert(e int, f func()) {
+// expert has f build expert e of the layer, out[e], in an object of its own. One that is not wanted has a number, but stays empty.
+func (b *builder) expert(out []model.Expert, e int, f func()) {
 	if b.wanted != nil && !b.wanted(b.at, e) {
-		return
+		defer func() { out[e] = model.Expert{} }()
 	}
 	b.object()
 	b.apart, b.number = b.pack, e
@@ -61,13 +61,13 @@ func (b *builder) fusedExperts(prefix string) []model.Expert {
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
 		guPart, downPart := gu.part(e, t.Experts), down.part(e, t.Experts)
-		b.expert(e, func() {
+		b.expert(out, e, func() {
 			if transposed {
 				out[e] = b.transposedExpert(nameGU, guPart, nameDown, downPart)
 				return
 			}
 			both := b.matrixOf(nameGU, guPart, 2*t.ExpertHidden, t.Hidden)
-			if !b.planning {
+			if both.Data != nil { // neither planning nor unwanted
 				out[e].Gate = both.Rowspan(0, t.ExpertHidden)
 				out[e].Up = both.Rowspan(t.ExpertHidden, 2*t.ExpertHidden)
 			}

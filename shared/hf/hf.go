@@ -41,6 +41,8 @@ type Folder struct {
 	weights *model.Weights // of Weights
 	copies  private        // of Weights
 	views   [][]byte       // parts of the files that weights are views of
+	plans   map[planOf]*builder
+	viewed  Parts // those whose views are among them
 }
 
 // Open reads the settings of the model in dir, maps its weights and checks that every tensor is there with the right
@@ -78,9 +80,9 @@ func Open(dir string) (*Folder, error) {
 	}
 	f := &Folder{
 		Dir: dir, Config: cfg, Generation: generation,
-		version: major(file.TransformersVersion), files: files, index: index,
+		version: major(file.TransformersVersion), files: files, index: index, plans: map[planOf]*builder{},
 	}
-	if _, err := newPlan(f, All, false, nil); err != nil {
+	if _, err := newPlan(f, All, false); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	f.Config.Digest = digest(cfg, files, index)

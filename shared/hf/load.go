@@ -18,12 +18,22 @@ import (
 // Memory is where Load keeps what is no view of the files: device memory that the processes of a node share, so that it
 // is filled once.
 type Memory interface {
-	// Weights returns the memory of the objects of a set, whose sizes are given in bytes. Content that is there for the key
-	// is used as it is; what is missing fill writes first, in parts: objects from number first on. The memory stays valid
-	// as long as the weights are in use, and must not be written any more.
-	Weights(ctx context.Context, key [32]byte, sizes []int64,
-		fill func(ctx context.Context, first int, objects [][]byte) error) ([][]byte, error)
+	// Weights returns the memory of the objects of a set. Content that is there for the key and number is used as it is; what is
+	// missing fill writes first, in parts: the objects of these numbers. The memory stays valid as long as the weights are in
+	// use, and must not be written any more.
+	Weights(ctx context.Context, s Set, fill Filler) ([][]byte, error)
 }
+
+// Set names objects of one part of a model: the key is of all that the part has, the number of an object is the same whatever else is
+// wanted.
+type Set struct {
+	Key     [32]byte
+	Numbers []int   // rising
+	Sizes   []int64 // bytes of each
+}
+
+// Filler writes the content of objects of a set, by number.
+type Filler func(ctx context.Context, numbers []int, objects [][]byte) error
 
 // Parts are the parts of a model that a stage needs. Each part is a set of objects of its own.
 type Parts uint8
@@ -39,7 +49,7 @@ const (
 type Experts func(layer, expert int) bool
 
 // layoutVersion is part of the keys of sets; it is raised when what the objects hold changes, or their order.
-const layoutVersion = 2
+const layoutVersion = 3
 
 // objectAlign is the alignment of matrices in an object, in elements: one cache line.
 const objectAlign = 32
@@ -75,37 +85,60 @@ func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, wan
 	if f.closed {
 		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
 	}
-	plan, err := newPlan(f, parts, pack, wanted)
+	plan, err := newPlan(f, parts, pack)
 	if err != nil {
 		return nil, err
 	}
 	plan.progress = progress
 	b := newBuilder(f, parts, pack, wanted)
-	if len(plan.sizes) > 0 {
-		if b.objects, err = m.Weights(ctx, plan.setKey(), plan.sizes, plan.fill); err != nil {
+	b.objects = make([][]byte, len(plan.sizes))
+	if s := plan.set(wanted); len(s.Numbers) > 0 {
+		objects, err := m.Weights(ctx, s, plan.fill)
+		if err != nil {
 			return nil, fmt.Errorf("weights of %s: %w", f.Dir, err)
+		}
+		for i, n := range s.Numbers {
+			b.objects[n] = objects[i]
 		}
 	}
 	w := b.build()
 	if b.err != nil {
 		return nil, b.err
 	}
-	f.views = append(f.views, b.views...)
+	if f.viewed&parts != parts {
+		f.views = append(f.views, b.views...)
+		f.viewed |= parts
+	}
 	return w, nil
 }
 
-// Needs lists the sizes of the objects that Load would keep in a Memory for one part of the model, in bytes.
-func (f *Folder) Needs(part Parts, wanted Experts) ([]int64, error) {
+// Needs names the objects that Load would keep in a Memory for one part of the model.
+func (f *Folder) Needs(part Parts, wanted Experts) (Set, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
-		return nil, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
+		return Set{}, fmt.Errorf("weights of %s: the folder is closed", f.Dir)
 	}
-	plan, err := newPlan(f, part, true, wanted)
+	plan, err := newPlan(f, part, true)
 	if err != nil {
-		return nil, err
+		return Set{}, err
 	}
-	return plan.sizes, nil
+	return plan.set(wanted), nil
+}
+
+// set names the objects of a plan but those of experts that are not wanted.
+func (b *builder) set(wanted Experts) Set {
+	if b.key == nil {
+		key := b.setKey()
+		b.key = &key
+	}
+	s := Set{Key: *b.key}
+	for n, size := range b.sizes {
+		if of := b.of[n]; wanted == nil || of.expert < 0 || wanted(of.layer, of.expert) {
+			s.Numbers, s.Sizes = append(s.Numbers, n), append(s.Sizes, size)
+		}
+	}
+	return s
 }
 
 // setKey names the objects of a plan by the model's content and by what each of them holds: a matrix that is a view in one
@@ -143,11 +176,25 @@ func (f *Folder) Populate(ctx context.Context) error {
 }
 
 // newPlan returns a builder that has looked everything up: it knows the sizes of the objects and how to fill them.
-func newPlan(f *Folder, parts Parts, pack bool, wanted Experts) (*builder, error) {
-	b := newBuilder(f, parts, pack, wanted)
+// A folder has one for each use, as it does not change: f.mu is held, or nobody else has f yet.
+func newPlan(f *Folder, parts Parts, pack bool) (*builder, error) {
+	use := planOf{parts, pack}
+	if b := f.plans[use]; b != nil {
+		return b, nil
+	}
+	b := newBuilder(f, parts, pack, nil)
 	b.planning = true
 	b.build()
+	if b.err == nil && pack {
+		f.plans[use] = b
+	}
 	return b, b.err
+}
+
+// planOf is what a plan is for.
+type planOf struct {
+	parts Parts
+	pack  bool
 }
 
 // room is a place for elements in an object.
@@ -173,6 +220,7 @@ func (b *builder) object() { b.within = false }
 func (b *builder) alloc(n int) room {
 	if !b.within {
 		b.sizes = append(b.sizes, 0)
+		b.of = append(b.of, owner{b.at, b.number})
 		b.within = true
 	}
 	last := len(b.sizes) - 1
@@ -181,9 +229,9 @@ func (b *builder) alloc(n int) room {
 	return r
 }
 
-// data is the memory of a room, or nil while planning.
+// data is the memory of a room, or nil while planning, and of an expert that is not wanted.
 func (b *builder) data(r room) []model.BF16 {
-	if b.planning {
+	if b.planning || b.objects[r.object] == nil {
 		return nil
 	}
 	return in(b.objects[r.object], r)
@@ -207,16 +255,22 @@ func (b *builder) later(name string, t Tensor, run func(memory) error) {
 	}
 }
 
-// fill makes the copies of the objects from number first on, on all processors. It implements the fill of Memory.
-func (b *builder) fill(ctx context.Context, first int, objects [][]byte) error {
-	from, _ := slices.BinarySearchFunc(b.jobs, first, func(j job, object int) int { return j.to - object })
-	to, _ := slices.BinarySearchFunc(b.jobs, first+len(objects), func(j job, object int) int { return j.to - object })
-	jobs := b.jobs[from:to]
+// fill makes the copies of some objects, on all processors. It implements the fill of Memory.
+func (b *builder) fill(ctx context.Context, numbers []int, objects [][]byte) error {
+	var jobs []job
+	memory := map[int][]byte{}
+	for i, n := range numbers {
+		memory[n] = objects[i]
+		from, _ := slices.BinarySearchFunc(b.jobs, n, func(j job, object int) int { return j.to - object })
+		for ; from < len(b.jobs) && b.jobs[from].to == n; from++ {
+			jobs = append(jobs, b.jobs[from])
+		}
+	}
 	var total, done int64
 	for _, j := range jobs {
 		total += int64(len(j.from.Data))
 	}
-	data := func(r room) []model.BF16 { return in(objects[r.object-first], r) }
+	data := func(r room) []model.BF16 { return in(memory[r.object], r) }
 	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
@@ -246,23 +300,21 @@ func (b *builder) fill(ctx context.Context, first int, objects [][]byte) error {
 type private struct{ mapping mapping }
 
 // Weights implements Memory.
-func (p *private) Weights(ctx context.Context, _ [32]byte, sizes []int64,
-	fill func(ctx context.Context, first int, objects [][]byte) error,
-) ([][]byte, error) {
+func (p *private) Weights(ctx context.Context, s Set, fill Filler) ([][]byte, error) {
 	var total int64
-	for _, n := range sizes {
+	for _, n := range s.Sizes {
 		total += n
 	}
 	var err error
 	if p.mapping, err = mapZeroed(int(total)); err != nil {
 		return nil, err
 	}
-	objects := make([][]byte, len(sizes))
+	objects := make([][]byte, len(s.Sizes))
 	rest := []byte(p.mapping)
-	for i, n := range sizes {
+	for i, n := range s.Sizes {
 		objects[i], rest = rest[:n:n], rest[n:]
 	}
-	return objects, fill(ctx, 0, objects)
+	return objects, fill(ctx, s.Numbers, objects)
 }
 
 func (p *private) close() error {

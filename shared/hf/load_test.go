@@ -16,46 +16,55 @@ import (
 // parts of two objects, and gives up before the one with the number fail.
 type shelf struct {
 	t       *testing.T
-	sets    map[[32]byte][][]byte
-	objects [][]byte         // of all sets
-	made    map[[32]byte]int // objects that are final
+	sets    map[[32]byte]map[int][]byte // objects that are final
+	objects [][]byte                    // of all sets
+	made    int                         // objects made
 	fail    int
 }
 
 func newShelf(t *testing.T) *shelf {
-	return &shelf{t: t, sets: map[[32]byte][][]byte{}, made: map[[32]byte]int{}, fail: -1}
+	return &shelf{t: t, sets: map[[32]byte]map[int][]byte{}, fail: -1}
 }
 
 var errShelf = errors.New("the shelf broke")
 
-func (s *shelf) Weights(ctx context.Context, key [32]byte, sizes []int64,
-	fill func(context.Context, int, [][]byte) error,
-) ([][]byte, error) {
-	set := s.sets[key]
+func (s *shelf) Weights(ctx context.Context, want hf.Set, fill hf.Filler) ([][]byte, error) {
+	set := s.sets[want.Key]
 	if set == nil {
-		for _, n := range sizes {
-			set = append(set, unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(make([]uint64, n/8)))), n))
-		}
-		s.sets[key] = set
-		s.objects = append(s.objects, set...)
+		set = map[int][]byte{}
+		s.sets[want.Key] = set
 	}
-	for i, o := range set {
-		if int64(len(o)) != sizes[i] || len(set) != len(sizes) {
-			s.t.Fatalf("object %d has %d bytes, now %d are wanted", i, len(o), sizes[i])
+	var missing []int
+	var fresh [][]byte
+	for i, n := range want.Numbers {
+		switch o, ok := set[n]; {
+		case !ok:
+			missing = append(missing, n)
+			fresh = append(fresh, unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(make([]uint64, want.Sizes[i]/8)))), want.Sizes[i]))
+		case int64(len(o)) != want.Sizes[i]:
+			s.t.Fatalf("object %d has %d bytes, now %d are wanted", n, len(o), want.Sizes[i])
 		}
 	}
-	for s.made[key] < len(set) {
-		from := s.made[key]
-		to := min(from+2, len(set))
-		if s.fail >= from && s.fail < to {
+	for len(missing) > 0 {
+		n := min(2, len(missing))
+		if slices.Contains(missing[:n], s.fail) {
 			return nil, errShelf
 		}
-		if err := fill(ctx, from, set[from:to:to]); err != nil {
+		if err := fill(ctx, missing[:n], fresh[:n:n]); err != nil {
 			return nil, err
 		}
-		s.made[key] = to
+		for i, number := range missing[:n] {
+			set[number] = fresh[i]
+			s.objects = append(s.objects, fresh[i])
+			s.made++
+		}
+		missing, fresh = missing[n:], fresh[n:]
 	}
-	return set, nil
+	var objects [][]byte
+	for _, n := range want.Numbers {
+		objects = append(objects, set[n])
+	}
+	return objects, nil
 }
 
 // TestLoad loads a model of every form into shared memory, part by part, twice, and expects the weights that were written,
@@ -169,10 +178,10 @@ func TestLoadParts(t *testing.T) {
 		t.Errorf("the language model came with vision %v and %d sets", w.Vision, len(s.sets))
 	}
 
-	if need, err := f.Needs(hf.Text, nil); err != nil || len(need) != layers*experts || need[0] != 3*24*hidden*2 {
+	if need, err := f.Needs(hf.Text, nil); err != nil || len(need.Sizes) != layers*experts || need.Sizes[0] != 3*24*hidden*2 {
 		t.Errorf("the language model needs %d, %v", need, err)
 	}
-	if need, err := f.Needs(hf.Vision, nil); err != nil || len(need) != 0 {
+	if need, err := f.Needs(hf.Vision, nil); err != nil || len(need.Sizes) != 0 {
 		t.Errorf("the vision encoder needs %d, %v", need, err)
 	}
 
@@ -186,7 +195,7 @@ func TestLoadParts(t *testing.T) {
 	}
 }
 
-// TestLoadExperts shows that an NPU gets the experts that it wants and no others, and that as many others are another set.
+// TestLoadExperts shows that an NPU gets the experts that it wants and no others, and that others are other objects of the same set.
 func TestLoadExperts(t *testing.T) {
 	for name, f := range map[string]form{
 		"transformers 4": {v4: true}, "transformers 5": {shards: 2}, "an expert a tensor": {perExpert: true, v4: true},
@@ -201,8 +210,12 @@ func TestLoadExperts(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if len(s.sets) != part+1 {
-					t.Errorf("%d halves are %d sets", part+1, len(s.sets))
+				if len(s.sets) != 1 || s.made != (part+1)*layers*experts/2 {
+					t.Errorf("%d halves are %d objects of %d sets", part+1, s.made, len(s.sets))
+				}
+				need, err := folder.Needs(hf.Text, wanted)
+				if err != nil || len(need.Numbers) != layers*experts/2 || s.sets[need.Key] == nil {
+					t.Errorf("half %d needs %+v, %v", part, need, err)
 				}
 				for l := range w.Layers {
 					for e, x := range w.Layers[l].Experts {

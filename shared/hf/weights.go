@@ -24,17 +24,22 @@ type builder struct {
 	used   map[string]bool
 
 	planning bool
-	objects  [][]byte // their memory, unless planning
-	sizes    []int64  // bytes of the objects so far
-	within   bool     // the last object takes what comes next
-	apart    bool     // no views: it belongs to an expert that is packed
-	at       int      // the layer that is built
-	number   int      // and the expert; -1: none
-	jobs     []job    // in order of their objects
+	objects  [][]byte  // their memory, unless planning; nil: of an expert that is not wanted
+	sizes    []int64   // bytes of the objects so far
+	of       []owner   // and whose they are
+	key      *[32]byte // of the set; nil: not computed yet
+	within   bool      // the last object takes what comes next
+	apart    bool      // no views: it belongs to an expert that is packed
+	at       int       // the layer that is built
+	number   int       // and the expert; -1: none
+	jobs     []job     // in order of their objects
 	views    [][]byte
 	progress func(done, total int64) // of fill, or nil
 	err      error
 }
+
+// owner says what an object holds: an expert of a layer, or what lies beside them (expert -1).
+type owner struct{ layer, expert int }
 
 func newBuilder(f *Folder, parts Parts, pack bool, wanted Experts) *builder {
 	b := &builder{folder: f, parts: parts, pack: pack, wanted: wanted, used: map[string]bool{}, number: -1}

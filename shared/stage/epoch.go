@@ -22,6 +22,8 @@ type Epoch struct {
 
 	stage       *Stage
 	npus        []NPU // by slot
+	layout      placement.Layout
+	switched    bool
 	join, leave placement.Set
 	next        *runner.Next
 	parts       []WorkerEpoch
@@ -52,7 +54,7 @@ func (s *Stage) Load() placement.Load { return s.Runner.Load() }
 // and switched to one after the other.
 func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Layout) (_ *Epoch, err error) {
 	present := s.NPUs()
-	e := &Epoch{stage: s, npus: make([]NPU, len(numbers))}
+	e := &Epoch{stage: s, npus: make([]NPU, len(numbers)), layout: layout}
 	defer func() {
 		if err != nil {
 			e.Close()
@@ -86,7 +88,7 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 		return nil, err
 	}
 	e.leave = setOf(present) &^ all
-	if err := s.weights.attach(ctx, e.npus, layout); err != nil {
+	if err := s.weights.prepare(ctx, e.npus, layout); err != nil {
 		return nil, err
 	}
 	for _, w := range s.workers {
@@ -136,6 +138,10 @@ func (e *Epoch) Switch() (pause time.Duration, err error) {
 	for _, n := range left {
 		n.Compute.Close()
 	}
+	e.switched = true
+	if err := s.weights.keep(e.npus, e.layout); err != nil {
+		s.Log.Warn("dropping weights of the epoch before", "error", err)
+	}
 	s.makeRoom()
 	return pause, nil
 }
@@ -150,5 +156,10 @@ func (e *Epoch) Close() {
 	}
 	for slot := range e.join.All() {
 		e.npus[slot].Compute.Close()
+	}
+	if present, _ := e.stage.changes.current(); !e.switched {
+		if err := e.stage.weights.keep(e.stage.NPUs(), present); err != nil {
+			e.stage.Log.Warn("dropping weights of an epoch that is not to be", "error", err)
+		}
 	}
 }

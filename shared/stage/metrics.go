@@ -80,7 +80,7 @@ func newMetrics(role, profile string, paced func() pacing) *Metrics {
 		}, []string{"role"}),
 		weightsSeconds: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "trireme_weights_seconds", ConstLabels: prometheus.Labels{"role": role},
-			Help: "What it took to come by the weights, by phase: wait for another instance to load them, load from files, attach " +
+			Help: "What it took to come by the weights, by phase: wait for another instance to load them, load from files, copy from other memory domains, attach " +
 				"(calls and maps), populate page tables, first_step (the first forward pass).",
 		}, []string{"phase"}),
 	}

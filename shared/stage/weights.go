@@ -5,6 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,114 +20,146 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// weights is how a stage came by its weights: they lie in the HMM's memory, where the first stage of the node has loaded
-// them, and in the mapped files.
+// weights are what a stage has of its model: objects in the HMM's memory, where the first stage of the node that wanted them has
+// loaded them, and the mapped files.
 type weights struct {
 	stage *Stage
 	told  func(done, total int64) // Config.Loading
 	parts hf.Parts
-	sets  []*hbm.Weights
 	disk  diskRate
+
+	mu      sync.Mutex
+	domains map[int]map[object]*held // by memory domain: what is mapped of it
 
 	stop      context.CancelFunc // of the populating
 	populated chan struct{}      // closed when it has ended
 	faults    int64              // of this process when it was ready
 }
 
+// object names an object of a weight set.
+type object struct {
+	key    [32]byte
+	number int
+}
+
+// held is an object that is mapped.
+type held struct {
+	set   *hbm.Weights // it came with
+	at    int          // place in that
+	users map[int]bool // NPUs of this stage that have it, by number
+}
+
 // loadWeights loads or attaches what the roles need, and begins to populate it in the background.
 func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
-	var parts hf.Parts
+	w := &weights{
+		stage: s, told: cfg.Loading, populated: make(chan struct{}), domains: map[int]map[object]*held{},
+		disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate},
+	}
 	for _, role := range wire.Roles(s.Role) {
 		if role == Encode {
-			parts |= hf.Vision
+			w.parts |= hf.Vision
 		} else {
-			parts |= hf.Text
+			w.parts |= hf.Text
 		}
 	}
-	w := &weights{stage: s, told: cfg.Loading, parts: parts, populated: make(chan struct{}), disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}}
 	npus := s.NPUs()
 	layout, _ := s.changes.current()
-	if err := w.load(ctx, npus, layout); err != nil {
+	if _, err := w.load(ctx, npus, layout); err != nil {
 		return err
 	}
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.weights = w
 	s.Metrics.tell = w.firstStep
-	go w.populate(ctx)
+	go w.populate(ctx, w.sets())
 	return nil
+}
+
+// group are the NPUs of an instance that are in one memory domain.
+type group struct {
+	slots   placement.Set
+	numbers []int
+}
+
+// groups are the NPUs by memory domain.
+func (w *weights) groups(npus []NPU) map[int]group {
+	all := map[int]group{}
+	for slot := range setOf(npus).All() {
+		domain := w.stage.HBM.Domain(npus[slot].Number)
+		g := all[domain]
+		all[domain] = group{g.slots.With(slot), append(g.numbers, npus[slot].Number)}
+	}
+	return all
+}
+
+// wanted are the experts that NPUs of a layout have: all, where all NPUs are.
+func wanted(npus []NPU, layout placement.Layout, some placement.Set) hf.Experts {
+	if some == setOf(npus) {
+		return nil
+	}
+	return func(layer, expert int) bool { return layout[layer][expert]&some != 0 }
 }
 
 // load gives each NPU its weights, and the experts that the layout says. NPUs of one memory domain share theirs: the same memory is
-// mapped once, with the experts that any of them has.
-func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout) error {
-	s := w.stage
-	all := setOf(npus)
-	var done placement.Set
-	for i := range all.All() {
-		if done.Has(i) {
-			continue
+// mapped once, with the experts that any of them has. What is mapped already stays so until keep. It returns what was not.
+func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout) (fresh []*hbm.Weights, err error) {
+	for _, g := range w.groups(npus) {
+		a, err := w.attach(ctx, g.numbers, wanted(npus, layout, g.slots), AttachOptions{Told: w.loading()})
+		if err != nil {
+			return nil, err
 		}
-		var domain placement.Set
-		var loaded *model.Weights
-		for j := range all.All() {
-			if !s.HBM.Far(npus[i].Number, npus[j].Number) {
-				domain = domain.With(j)
-				if npus[j].Weights != nil {
-					loaded = npus[j].Weights
-				}
-			}
-		}
-		done |= domain
-		var wanted hf.Experts
-		if domain != all {
-			wanted = func(layer, expert int) bool { return layout[layer][expert]&domain != 0 }
-		}
-		if loaded == nil {
-			var err error
-			if loaded, err = s.folder.Load(ctx, &domainMemory{w, npus[i].Number}, w.parts, wanted); err != nil {
-				return err
-			}
-		}
-		for j := range domain.All() {
-			npus[j].Weights = loaded
-			npus[j].Experts = expertsOf(loaded, layout, j)
-			if err := complete(npus[j].Experts, layout, j); err != nil {
-				return err
-			}
+		fresh = append(fresh, a.fresh...)
+		for slot := range g.slots.All() {
+			npus[slot].Weights = a.Weights
+			npus[slot].Experts = expertsOf(a.Weights, layout, slot)
 		}
 	}
-	return nil
+	return fresh, nil
 }
 
-// complete returns an error unless NPU n has all that the layout says.
-func complete(table [][]model.Expert, layout placement.Layout, n int) error {
-	for l := range table {
-		for _, e := range layout.On(l, n) {
-			if table[l][e].Down.Data == nil {
-				return fmt.Errorf("expert %d of layer %d is not in the memory domain of the NPU in slot %d", e, l, n)
-			}
-		}
-	}
-	return nil
-}
-
-// attach gives the NPUs of the next epoch their weights, as load does, those that join populated. The instance is ready.
-func (w *weights) attach(ctx context.Context, npus []NPU, layout placement.Layout) error {
+// prepare gives the NPUs of the next epoch their weights, as load does, populated. The instance is ready.
+func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layout) error {
 	select {
 	case <-w.populated:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	had := len(w.sets)
-	if err := w.load(ctx, npus, layout); err != nil {
+	fresh, err := w.load(ctx, npus, layout)
+	if err != nil {
 		return err
 	}
-	for _, set := range w.sets[had:] {
+	for _, set := range fresh {
 		if err := set.Populate(ctx); err != nil {
 			return fmt.Errorf("populating weights: %w", err)
 		}
 	}
 	return nil
+}
+
+// keep unmaps what no NPU of a layout has: that of NPUs that have left, and experts that are elsewhere now. No step may use it any more.
+func (w *weights) keep(npus []NPU, layout placement.Layout) error {
+	groups := w.groups(npus)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var errs []error
+	for domain, has := range w.domains {
+		g := groups[domain]
+		kept := map[object]bool{}
+		if len(g.numbers) > 0 {
+			var err error
+			if kept, err = w.needs(wanted(npus, layout, g.slots)); err != nil {
+				return err
+			}
+		}
+		for x, h := range has {
+			for n := range h.users {
+				if !kept[x] || !slices.Contains(g.numbers, n) {
+					delete(h.users, n)
+				}
+			}
+		}
+		errs = append(errs, sweep(has))
+	}
+	return errors.Join(errs...)
 }
 
 // expertsOf is the table of the experts that NPU n has.
@@ -139,49 +174,92 @@ func expertsOf(w *model.Weights, layout placement.Layout, n int) [][]model.Exper
 	return table
 }
 
-// domainMemory is the HMM's memory for weights in the domain of an NPU.
+// sets are all that is mapped.
+func (w *weights) sets() []*hbm.Weights {
+	seen := map[*hbm.Weights]bool{}
+	for _, d := range w.domains {
+		for _, h := range d {
+			seen[h.set] = true
+		}
+	}
+	return slices.Collect(maps.Keys(seen))
+}
+
+// domainMemory is the HMM's memory for weights in the domain of an NPU, while some are attached.
 type domainMemory struct {
 	*weights
-	npu int
+	npu   int
+	o     AttachOptions
+	has   map[object]*held // of the domain
+	asked []object
+	got   Attached
 }
 
 // Weights implements hf.Memory.
-func (w *domainMemory) Weights(ctx context.Context, key [32]byte, sizes []int64,
-	fill func(ctx context.Context, first int, objects [][]byte) error,
-) ([][]byte, error) {
-	s := w.stage
-	if w.disk.own {
-		key = sha256.Sum256(append(key[:], s.ID...))
+func (m *domainMemory) Weights(ctx context.Context, want hf.Set, fill hf.Filler) ([][]byte, error) {
+	missing := hbm.WeightSet{Rate: m.o.Rate, Numbers: []int{}}
+	for i, n := range want.Numbers {
+		m.asked = append(m.asked, object{want.Key, n})
+		if m.has[object{want.Key, n}] == nil {
+			missing.Numbers, missing.Sizes = append(missing.Numbers, n), append(missing.Sizes, want.Sizes[i])
+		}
+	}
+	if len(missing.Numbers) > 0 {
+		if err := m.open(ctx, want.Key, missing, fill); err != nil {
+			return nil, err
+		}
+	}
+	objects := make([][]byte, len(want.Numbers))
+	for i, n := range want.Numbers {
+		h := m.has[object{want.Key, n}]
+		objects[i] = h.set.Objects[h.at]
+	}
+	return objects, nil
+}
+
+// open maps what the domain's part of this process has not.
+func (m *domainMemory) open(ctx context.Context, key [32]byte, missing hbm.WeightSet, fill hf.Filler) error {
+	s := m.stage
+	if missing.Key = key; m.disk.own {
+		missing.Key = sha256.Sum256(append(key[:], s.ID...))
 	}
 	began := time.Now()
 	var filling time.Duration // of it, in fill
-	set, err := s.HBM.OpenWeights(ctx, w.npu, hbm.WeightSet{Key: key, Sizes: sizes},
-		func(ctx context.Context, first int, objects [][]byte) error {
-			start := time.Now()
-			defer func() { filling += time.Since(start) }()
-			return w.disk.pace(ctx, start, objects, func() error { return fill(ctx, first, objects) })
-		}, w.loading())
+	set, err := s.HBM.OpenWeights(ctx, m.npu, missing, func(ctx context.Context, numbers []int, objects [][]byte) error {
+		start := time.Now()
+		defer func() { filling += time.Since(start) }()
+		return m.disk.pace(ctx, start, objects, func() error { return fill(ctx, numbers, objects) })
+	}, m.o.Told)
 	if errors.Is(err, mem.ErrExhausted) {
-		return nil, fmt.Errorf("%w (weights lie beside the NPUs' own memory: give the HMM more of it with --weights-memory, "+
+		return fmt.Errorf("%w (weights lie beside the NPUs' own memory: give the HMM more of it with --weights-memory, "+
 			"or use a smaller model)", err)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	w.sets = append(w.sets, set)
+	for i, n := range set.Numbers {
+		m.has[object{key, n}] = &held{set: set, at: i, users: map[int]bool{}}
+	}
+	m.got.fresh = append(m.got.fresh, set)
+	m.got.Bytes += set.Bytes
+	m.got.Copied += set.CopiedBytes
+	m.got.Read += set.FilledBytes
 	took := time.Since(began) - set.Attaching
 	s.Metrics.weights("attach", set.Attaching)
-	log := s.Log.With("objects", len(set.Objects), "bytes", set.Bytes, "attach", set.Attaching.Round(time.Microsecond))
+	log := s.Log.With("npu", m.npu, "objects", len(set.Objects), "bytes", set.Bytes, "attach", set.Attaching.Round(time.Microsecond))
 	switch {
 	case set.Filled > 0:
 		s.Metrics.weights("load", took)
-		log.Info("weights loaded", "made", set.Filled, "seconds", took.Seconds(), "reading", filling.Seconds(),
-			"GB/s", float64(set.FilledBytes)/1e9/took.Seconds())
+		log.Info("weights loaded", "made", set.Filled, "copied", set.Copied, "seconds", took.Seconds(), "reading", filling.Seconds(),
+			"GB/s", float64(set.FilledBytes+set.CopiedBytes)/1e9/took.Seconds())
+	case set.Copied > 0:
+		s.Metrics.weights("copy", took)
+		log.Info("weights copied", "copied", set.Copied, "seconds", took.Seconds(), "GB/s", float64(set.CopiedBytes)/1e9/took.Seconds())
 	default:
 		s.Metrics.weights("wait", took)
 		log.Info("weights attached", "waited", took.Round(time.Microsecond))
 	}
-	return set.Objects, nil
+	return nil
 }
 
 // diskRate has weights read as from a slow disk, for comparisons with ways that do not read them.
@@ -225,12 +303,12 @@ func (w *weights) loading() func(done, total int64) {
 }
 
 // populate fills the page tables, so that the first step does not have to.
-func (w *weights) populate(ctx context.Context) {
+func (w *weights) populate(ctx context.Context, sets []*hbm.Weights) {
 	defer close(w.populated)
 	s := w.stage
 	began := time.Now()
 	err := s.folder.Populate(ctx)
-	for _, set := range w.sets {
+	for _, set := range sets {
 		err = errors.Join(err, set.Populate(ctx))
 	}
 	if err != nil { // pages come as they are touched

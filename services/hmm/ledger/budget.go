@@ -118,11 +118,12 @@ func (l *Ledger) Stats() protocol.Stats {
 	}
 	s.Weights = l.weightsStats()
 	for _, o := range l.objects {
-		s.Holds += len(o.conns) + len(o.requests)
-		switch {
-		case o.set != nil:
+		if o.shared() {
 			s.Objects--
-		case o.resting != nil:
+			continue
+		}
+		s.Holds += len(o.conns) + len(o.requests)
+		if o.resting != nil {
 			s.Resting++
 		}
 	}

@@ -10,19 +10,22 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// An object that an index names (of MM objects by content, of KV blocks by hash, or of weight sets by key) has a cache reference: when its last
+// An object that an index names (of MM objects by content, of KV blocks by hash, or of weights by set and number) has a cache reference: when its last
 // hold ends it is not freed but rests, until somebody holds it again or it is evicted. Resting objects are evicted least
 // recently held first, by slab and not by block: when the resting ones of its kind exceed what the NPU may keep of it,
 // and when an allocation on the NPU needs their room. What anybody holds is never evicted.
 
 // cached reports whether an index names the object.
 func (o *object) cached() bool {
-	return o.key != nil || len(o.blocks) > 0 || o.set != nil && !o.set.forgotten
+	return o.key != nil || len(o.blocks) > 0 || o.set != nil
 }
 
 func (o *object) inUse() bool {
-	return len(o.conns)+len(o.requests) > 0 || o.set != nil && len(o.set.conns) > 0
+	return len(o.conns)+len(o.requests) > 0
 }
+
+// shared reports whether the object is booked to what the NPUs of a domain share: it is a weight.
+func (o *object) shared() bool { return o.handle.NPU < mem.HostNPU }
 
 // settle sees to an object that has lost a hold or its place in an index.
 func (l *Ledger) settle(o *object) {
@@ -61,12 +64,8 @@ func (l *Ledger) wake(o *object) {
 	b.keep(o, -1)
 }
 
-// evict frees a resting object; of a weight set, all that rest.
+// evict frees a resting object.
 func (l *Ledger) evict(o *object) {
-	if o.set != nil {
-		l.forgetSet(o.set)
-		return
-	}
 	l.wake(o)
 	l.unindex(o)
 	l.free(o)
@@ -83,7 +82,7 @@ func (l *Ledger) unindex(o *object) {
 	}
 	o.blocks = nil
 	if o.set != nil {
-		l.forgetSet(o.set)
+		l.unshelve(o)
 	}
 }
 
@@ -119,7 +118,7 @@ func (l *Ledger) clear(b *budget, bytes int64) {
 	}
 }
 
-// evictIn evicts one object of a space, to mend its fragmentation, or, as the last, a weight set; false when nothing rests
+// evictIn evicts one object of a space, to mend its fragmentation, or, as the last, a weight; false when nothing rests
 // there.
 func (l *Ledger) evictIn(space int) bool {
 	var first *object

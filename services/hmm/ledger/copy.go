@@ -57,6 +57,11 @@ func (l *Ledger) Copied(id Conn, copies []protocol.Copy) ([]mem.Handle, error) {
 		if err == nil && (to.handle.Sealed || to.handle.Kind != from.handle.Kind || to.handle.Bytes != from.handle.Bytes || seen[to]) {
 			err = fmt.Errorf("it is no new %v of %d bytes: %w", from.handle.Kind, from.handle.Bytes, mem.ErrInvalid)
 		}
+		if err == nil && to.shared() {
+			if err = l.conn(id).makes(to); err == nil && !from.handle.Sealed {
+				err = fmt.Errorf("a weight that is not final: %w", mem.ErrInvalid)
+			}
+		}
 		if err != nil {
 			return nil, fmt.Errorf("copying object %d to object %d: %w", c.Source.ID, c.Copy.ID, err)
 		}
@@ -69,6 +74,9 @@ func (l *Ledger) Copied(id Conn, copies []protocol.Copy) ([]mem.Handle, error) {
 		if p.from.handle.Sealed {
 			p.to.handle.Sealed, p.to.handle.CRC = true, p.from.handle.CRC
 			p.to.handle.Capability = l.capability(p.to.handle)
+			if p.to.maker != nil {
+				l.made(p.to)
+			}
 			p.to.origin = p.from.first()
 			if key := (copyKey{p.to.extent.Space, p.to.origin}); l.copies[key] == nil && p.to.handle.NPU != mem.HostNPU {
 				l.copies[key] = p.to

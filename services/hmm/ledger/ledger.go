@@ -55,7 +55,7 @@ type Effects struct {
 	Freed []mem.Extent // nobody holds it: drop its memory
 	Slots []Slot       // claim table words to store, in order
 
-	Settled []protocol.Key // MM objects and weight sets that somebody was making: done or given up
+	Settled []protocol.Key // of MM objects, and of sets with weights, that somebody was making: done or given up
 }
 
 // Slot is a word of the claim table and its new value; 0 is no claim's generation.
@@ -93,8 +93,7 @@ type Ledger struct {
 	making map[protocol.Key]*encoding // those on their way
 	prefix map[blockKey]blockAt       // cached KV blocks
 
-	weights map[weightsKey]*weightSet // those that can be opened
-	sets    map[uint64]*weightSet     // and those forgotten that somebody holds still
+	weights map[weightsKey]*weightSet
 
 	rests uint64 // times that an object went to rest
 
@@ -112,7 +111,6 @@ type conn struct {
 	gone           bool   // the connection has ended, but the process may still have maps: see Reap
 	objects        map[*object]bool
 	claims         map[*claim]bool
-	sets           map[*weightSet]int // times opened
 }
 
 // New returns an empty ledger.
@@ -122,7 +120,7 @@ func New(cfg Config) *Ledger {
 		objects: map[uint64]*object{}, conns: map[Conn]*conn{}, requests: map[string]*request{}, claims: map[claimKey]*claim{}, settled: map[string]bool{},
 		mm: map[protocol.Key]*object{}, making: map[protocol.Key]*encoding{}, prefix: map[blockKey]blockAt{},
 		copies:  map[copyKey]*object{},
-		weights: map[weightsKey]*weightSet{}, sets: map[uint64]*weightSet{},
+		weights: map[weightsKey]*weightSet{},
 	}
 	for _, b := range cfg.Spaces {
 		l.spaces = append(l.spaces, page.New(b/cfg.Page))
@@ -159,8 +157,7 @@ func (l *Ledger) Connect(now time.Time, h protocol.Hello) (Conn, []int, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	c := &conn{instance: h.Instance, role: h.Role, name: h.Name, objects: map[*object]bool{}, claims: map[*claim]bool{},
-		sets: map[*weightSet]int{}}
+	c := &conn{instance: h.Instance, role: h.Role, name: h.Name, objects: map[*object]bool{}, claims: map[*claim]bool{}}
 	l.grant(c, npus)
 	l.lastConn++
 	l.conns[l.lastConn] = c
@@ -204,11 +201,7 @@ func (l *Ledger) Reap(now time.Time, id Conn) {
 		l.abandon(now, c)
 	}
 	for _, o := range newestFirst(c.objects) {
-		delete(o.conns, c)
-		l.settle(o)
-	}
-	for s := range c.sets {
-		l.leaveSet(c, s)
+		l.letGo(c, o)
 	}
 	l.reserve(now, c)
 	delete(l.conns, id)

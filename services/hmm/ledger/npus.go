@@ -28,7 +28,7 @@ func (l *Ledger) Join(now time.Time, id Conn, j protocol.Join) ([]int, error) {
 }
 
 // Part takes NPUs from a client that has them, all or none; they are spare from then on. ErrInvalid when the client has one of them
-// not, or holds something on one that nobody else keeps: memory booked there that no request and no cache has, or a set of weights in
+// not, or holds something on one that nobody else keeps: memory booked there that no request and no cache has, or weights in
 // a domain in which no NPU is left to it.
 func (l *Ledger) Part(id Conn, npus []int) error {
 	c := l.conn(id)
@@ -65,8 +65,8 @@ func (l *Ledger) emptied(c *conn, npu int, rest []int) error {
 	if slices.ContainsFunc(rest, func(n int) bool { return l.budgets[n+1].space == space }) {
 		return nil
 	}
-	for s := range c.sets {
-		if s.key.space == space {
+	for o := range c.objects {
+		if o.shared() && o.extent.Space == space {
 			return fmt.Errorf("%q holds weights in its domain, where no other NPU is left to it: close them first: %w", c.instance, mem.ErrInvalid)
 		}
 	}

@@ -22,9 +22,14 @@ type object struct {
 
 	key     *protocol.Key        // in the MM index, or nil
 	blocks  map[int]protocol.Key // in the prefix index, by number in the slab
-	set     *weightSet           // that it is part of, or nil
+	set     *weightSet           // of a weight that can be found by its number, or nil
 	resting *list.Element        // of the budget's list, while only a cache keeps it
 	since   uint64               // order in which objects went to rest
+
+	number  int   // of a weight in its set
+	maker   *conn // of a weight that is not final; nil: nobody
+	by      *conn // who made the weight
+	doubted bool  // the weight's maker gave up others later: see giveUp
 
 	origin uint64 // generation of the sealed object that this is a copy of; 0: of none
 }
@@ -382,11 +387,7 @@ func (l *Ledger) Free(id Conn, objects []protocol.Object) error {
 			errs = append(errs, fmt.Errorf("freeing object %d: %w", name.ID, err))
 			continue
 		}
-		if o.conns[c]--; o.conns[c] == 0 {
-			delete(o.conns, c)
-			delete(c.objects, o)
-			l.settle(o)
-		}
+		l.takeBack(c, o)
 	}
 	return errors.Join(errs...)
 }

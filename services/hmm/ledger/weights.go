@@ -11,272 +11,286 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// A weight set is the weights of one model in one memory domain, booked to the domain and not to an NPU. Who opens it
-// first makes it, object by object in a fixed order; others wait. Its maker's place is free again when the maker gives it
-// up or its process has exited, not before: until then it may write. The successor goes on behind the last object that is
-// final. Clients hold sets, not their objects; a set that nobody holds rests, whole or not, until its room is needed.
+// A weight set is what the memory domains of the node have of the weights of one model: objects by number, booked to the domain and not
+// to an NPU. A domain has as many of them as its NPUs need. Whoever wants an object first makes it, others wait. Its maker's place is
+// free again when the maker gives it up or its process has exited, not before: until then it may write. A final object that nobody
+// holds rests until its room is needed.
 
-// weightsKey names a weight set on the node.
+// weightsKey names a weight set in a domain.
 type weightsKey struct {
 	space int
 	key   protocol.Key
 }
 
+// weightSet is what a domain has of a set: at least one object.
 type weightSet struct {
-	id  uint64
-	key weightsKey
-
-	want      int       // objects of the whole set
-	bytes     int64     // of their content together
-	objects   []*object // those that have memory, in order
-	placed    int64     // bytes of their content
-	sealed    int       // the first so many are final
-	loaded    int64     // bytes of their content
-	maker     *conn     // nil: nobody
-	conns     map[*conn]int
-	forgotten bool // nobody can open it any more
+	key     weightsKey
+	objects map[int]*object // by number; final, or being made
+	wanted  int64           // most bytes that a client wanted in all
 }
 
-func (s *weightSet) made() bool { return s.sealed == s.want }
-
-// Bounds of a set: what a model may have, and what the books can carry.
+// Bounds of a request for weights: what a model may have, and what the books can carry.
 const (
-	maxSetObjects = 1 << 20
-	maxSetBytes   = 1 << 50
+	maxWeights     = 1 << 20
+	maxWeightBytes = 1 << 50
 )
 
-// OpenWeights adds a hold to the weight set of a key in an NPU's memory domain. One that is not made is to be made by the
-// caller, unless busy is true, because somebody does already: Effects names the key when that has ended, and OpenWeights is
-// called again. ErrInvalid when the set has another number of objects or bytes.
-func (l *Ledger) OpenWeights(id Conn, o protocol.OpenWeights) (opened protocol.OpenedWeights, busy bool, err error) {
+// Weights gives a client objects of a weight set in an NPU's memory domain, with a hold on each: those that are final, and to be made,
+// up to as many bytes as it asks for, those that nobody has nor makes. A final one of another domain comes with each of these that has
+// one, to be copied. busy is true when there is none of either sort, because others make them all: Effects names the key when one of
+// them is done or given up, and Weights is called again. ErrInvalid when an object has another size.
+func (l *Ledger) Weights(id Conn, v protocol.Weights) (placed []protocol.Placed, busy bool, err error) {
 	c, err := l.stage(id)
-	if err != nil {
-		return opened, false, fmt.Errorf("opening weights: %w", err)
-	}
-	b, err := l.budget(o.NPU)
-	if err == nil && (o.NPU < 0 || o.Objects < 1 || o.Objects > maxSetObjects || o.Bytes < int64(o.Objects) || o.Bytes > maxSetBytes) {
-		err = fmt.Errorf("%d objects of %d bytes for NPU %d: %w", o.Objects, o.Bytes, o.NPU, mem.ErrInvalid)
+	if err == nil {
+		err = l.checkWeights(v)
 	}
 	if err != nil {
-		return opened, false, fmt.Errorf("opening weights: %w", err)
+		return nil, false, fmt.Errorf("asking for weights: %w", err)
 	}
-	key := weightsKey{b.space, o.Key}
+	key := weightsKey{l.budgets[v.NPU+1].space, v.Key}
+	if s := l.weights[key]; s != nil {
+		s.wanted = max(s.wanted, v.Need)
+	}
+	placed = make([]protocol.Placed, len(v.Numbers))
+	final, fresh, err := l.sortWeights(key, v)
+	if err != nil {
+		return nil, false, fmt.Errorf("asking for weights: %w", err)
+	}
+	if len(final)+len(fresh) == 0 {
+		return placed, true, nil
+	}
+	for _, f := range final { // first, so that they do not make room for the others
+		placed[f.place] = protocol.Placed{State: protocol.PlacedFinal, Grant: l.give(c, f.o), Check: f.o.doubted}
+	}
+	if err := l.placeWeights(c, key, v, fresh, placed); err != nil {
+		for _, f := range final {
+			l.takeBack(c, f.o)
+		}
+		return nil, false, fmt.Errorf("making room for %d weights: %w", len(fresh), err)
+	}
+	return placed, false, nil
+}
+
+func (l *Ledger) checkWeights(v protocol.Weights) error {
+	if _, err := l.budget(v.NPU); err != nil || v.NPU < 0 || len(v.Sizes) != len(v.Numbers) || len(v.Numbers) == 0 {
+		return fmt.Errorf("%d numbers and %d sizes for NPU %d: %w", len(v.Numbers), len(v.Sizes), v.NPU, mem.ErrInvalid)
+	}
+	for i, n := range v.Numbers {
+		if n < 0 || n >= maxWeights || i > 0 && n <= v.Numbers[i-1] || v.Sizes[i] < 1 || v.Sizes[i] > maxWeightBytes {
+			return fmt.Errorf("weight %d of %d bytes, numbers must rise: %w", n, v.Sizes[i], mem.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// finalWeight is an object that is final, and its place in a request.
+type finalWeight struct {
+	place int
+	o     *object
+}
+
+// sortWeights finds those that are final, and the places of those that the client is to make.
+func (l *Ledger) sortWeights(key weightsKey, v protocol.Weights) (final []finalWeight, fresh []int, err error) {
 	s := l.weights[key]
-	switch {
-	case s == nil:
-		if err := l.account(mem.Shared(b.space)).fits(o.Bytes); err != nil {
-			return opened, false, fmt.Errorf("opening weights: %w", err)
+	left := v.Most
+	for i, n := range v.Numbers {
+		var o *object
+		if s != nil {
+			o = s.objects[n]
 		}
-		s = &weightSet{id: l.next(), key: key, want: o.Objects, bytes: o.Bytes, conns: map[*conn]int{}}
-		l.weights[key], l.sets[s.id] = s, s
-	case s.want != o.Objects || s.bytes != o.Bytes:
-		return opened, false, fmt.Errorf("opening weights of %d objects and %d bytes, the set has %d and %d: %w",
-			o.Objects, o.Bytes, s.want, s.bytes, mem.ErrInvalid)
-	case s.maker != nil:
-		return protocol.OpenedWeights{Loaded: s.loaded}, true, nil
+		switch {
+		case o == nil:
+			if left > 0 && (len(fresh) == 0 || v.Sizes[i] <= left) {
+				fresh = append(fresh, i)
+				left -= v.Sizes[i]
+			} else {
+				left = 0 // the ones behind are made after it
+			}
+		case o.handle.Bytes != v.Sizes[i]:
+			return nil, nil, fmt.Errorf("weight %d has %d bytes, not %d: %w", n, o.handle.Bytes, v.Sizes[i], mem.ErrInvalid)
+		case o.handle.Sealed:
+			final = append(final, finalWeight{i, o})
+		}
 	}
-	for _, o := range s.objects {
-		l.wake(o)
-	}
-	s.conns[c]++
-	c.sets[s]++
-	if !s.made() {
-		s.maker = c
-	}
-	return protocol.OpenedWeights{Set: s.id, Make: s.maker == c, Sealed: s.sealed, Loaded: s.loaded}, false, nil
+	return final, fresh, l.weightsFit(key, s, v.Need)
 }
 
-// PlaceWeights says where the objects of a set lie that a client holds; fresh is how many of them, the last ones, have
-// just been given addresses and need memory, which only the maker gets. ErrInvalid when a size is another, or an object
-// is not there.
-func (l *Ledger) PlaceWeights(id Conn, p protocol.PlaceWeights) (grants []protocol.Grant, fresh int, err error) {
-	s, err := l.setOf(id, p.Set)
-	if err == nil && (p.First < 0 || len(p.Sizes) > s.want || p.First > s.want-len(p.Sizes)) {
-		err = fmt.Errorf("the set has %d objects: %w", s.want, mem.ErrInvalid)
+// weightsFit reports with ErrExhausted that a client cannot have so many bytes of a set, whatever is evicted.
+func (l *Ledger) weightsFit(key weightsKey, s *weightSet, need int64) error {
+	if need <= 0 {
+		return nil
 	}
-	if err != nil {
-		return nil, 0, fmt.Errorf("placing weights %d to %d: %w", p.First, p.First+len(p.Sizes)-1, err)
-	}
-	there := s.sealed
-	if s.maker == l.conn(id) {
-		there = len(s.objects)
-	}
-	for i, size := range p.Sizes[:min(len(p.Sizes), max(there-p.First, 0))] {
-		if have := s.objects[p.First+i].handle.Bytes; have != size {
-			return nil, 0, fmt.Errorf("weight %d has %d bytes, not %d: %w", p.First+i, have, size, mem.ErrInvalid)
+	if s != nil {
+		for _, o := range s.objects {
+			if o.inUse() {
+				need -= o.handle.Bytes // it may be one of them
+			}
 		}
 	}
-	if p.First+len(p.Sizes) > there {
-		if s.maker != l.conn(id) || p.First > there {
-			return nil, 0, fmt.Errorf("placing weight %d, the set has %d: %w", p.First+len(p.Sizes)-1, there, mem.ErrInvalid)
-		}
-		fresh = p.First + len(p.Sizes) - there
-		if err := l.placeWeights(s, p.Sizes[len(p.Sizes)-fresh:]); err != nil {
-			return nil, 0, fmt.Errorf("placing weights %d to %d of %d: %w", there, there+fresh-1, s.want, err)
-		}
-	}
-	for _, o := range s.objects[p.First : p.First+len(p.Sizes)] {
-		grants = append(grants, protocol.Grant{Handle: o.handle, Extent: o.extent})
-	}
-	return grants, fresh, nil
+	return l.account(mem.Shared(key.space)).fits(need)
 }
 
-// placeWeights adds objects to a set, all or none.
-func (l *Ledger) placeWeights(s *weightSet, sizes []int64) error {
-	var bytes, pages int64
-	for _, n := range sizes {
-		if n < 1 || n > s.bytes-s.placed-bytes {
-			return fmt.Errorf("%d bytes in a set of %d, %d of them placed: %w", n, s.bytes, s.placed+bytes, mem.ErrInvalid)
-		}
-		bytes += n
-		pages += mem.Padded(n, l.cfg.Page)
+// placeWeights makes room for the objects that a client is to make, all or none.
+func (l *Ledger) placeWeights(c *conn, key weightsKey, v protocol.Weights, fresh []int, placed []protocol.Placed) error {
+	var pages int64
+	for _, i := range fresh {
+		pages += mem.Padded(v.Sizes[i], l.cfg.Page)
 	}
-	b := l.account(mem.Shared(s.key.space))
+	b := l.account(mem.Shared(key.space))
 	if err := b.fits(pages); err != nil {
 		return err
 	}
 	l.clear(b, pages)
-	for i, n := range sizes {
-		o, err := l.place(protocol.Spec{Kind: mem.KindWeights, NPU: b.npu, Bytes: n})
+	for at, i := range fresh {
+		o, err := l.place(protocol.Spec{Kind: mem.KindWeights, NPU: b.npu, Bytes: v.Sizes[i]})
 		if err != nil {
-			l.undoWeights(s, i)
+			for _, i := range fresh[:at] {
+				l.takeBack(c, l.objects[placed[i].Grant.Handle.Object])
+				if placed[i].Source != nil {
+					l.takeBack(c, l.objects[placed[i].Source.Handle.Object])
+				}
+			}
 			return err
 		}
-		o.set = s
-		s.objects = append(s.objects, o)
-		s.placed += n
-	}
-	return nil
-}
-
-// undoWeights takes the last n objects of a set back.
-func (l *Ledger) undoWeights(s *weightSet, n int) {
-	keep := len(s.objects) - n
-	for _, o := range s.objects[keep:] {
-		s.placed -= o.handle.Bytes
-		l.free(o)
-	}
-	s.objects = s.objects[:keep]
-}
-
-// UndoWeights takes the objects back that PlaceWeights called fresh, whose memory could not be had.
-func (l *Ledger) UndoWeights(id Conn, set uint64, fresh int) {
-	s, err := l.setOf(id, set)
-	if err != nil || s.maker != l.conn(id) || fresh > len(s.objects)-s.sealed {
-		panic(fmt.Sprintf("BUG: taking %d weights back: %v", fresh, err))
-	}
-	l.undoWeights(s, fresh)
-}
-
-// SealWeights makes the next objects of a set final, whose maker the client is. With the last one others can open it.
-func (l *Ledger) SealWeights(id Conn, v protocol.SealWeights) error {
-	s, err := l.setOf(id, v.Set)
-	switch {
-	case err != nil:
-	case s.maker != l.conn(id):
-		err = fmt.Errorf("this connection does not make them: %w", mem.ErrFenced)
-	case v.First != s.sealed || len(v.CRCs) > len(s.objects)-s.sealed:
-		err = fmt.Errorf("%d of %d are final, %d have memory: %w", s.sealed, s.want, len(s.objects), mem.ErrInvalid)
-	case s.sealed+len(v.CRCs) == s.want && s.placed != s.bytes:
-		err = fmt.Errorf("they have %d bytes, the set has %d: %w", s.placed, s.bytes, mem.ErrInvalid)
-	}
-	if err != nil {
-		return fmt.Errorf("sealing weights %d to %d: %w", v.First, v.First+len(v.CRCs)-1, err)
-	}
-	for i, crc := range v.CRCs {
-		o := s.objects[s.sealed+i]
-		o.handle.Sealed, o.handle.CRC = true, crc
-		o.handle.Capability = l.capability(o.handle)
-		s.loaded += o.handle.Bytes
-	}
-	s.sealed += len(v.CRCs)
-	if s.made() {
-		l.stopMaking(s)
-	}
-	return nil
-}
-
-// CloseWeights ends one hold of the client on a set, and its making of it.
-func (l *Ledger) CloseWeights(id Conn, v protocol.CloseWeights) error {
-	s, err := l.setOf(id, v.Set)
-	if err != nil {
-		return fmt.Errorf("closing weights: %w", err)
-	}
-	c := l.conn(id)
-	if v.Wrong {
-		l.forgetSet(s)
-	}
-	if c.sets[s]--; c.sets[s] > 0 {
-		s.conns[c]--
-		return nil
-	}
-	l.leaveSet(c, s)
-	return nil
-}
-
-// leaveSet ends all holds of a client on a set.
-func (l *Ledger) leaveSet(c *conn, s *weightSet) {
-	delete(c.sets, s)
-	delete(s.conns, c)
-	if s.maker == c {
-		l.stopMaking(s)
-	}
-	if len(s.conns) > 0 {
-		return
-	}
-	if len(s.objects) == 0 {
-		l.forgetSet(s) // nothing of it is worth keeping
-	}
-	for _, o := range s.objects {
-		l.settle(o)
-	}
-	if s.forgotten {
-		delete(l.sets, s.id)
-	}
-}
-
-// stopMaking ends the making of a set, done or not, and wakes those who wait for it.
-func (l *Ledger) stopMaking(s *weightSet) {
-	s.maker = nil
-	l.effects.Settled = append(l.effects.Settled, s.key.key)
-}
-
-// forgetSet takes a set out of the index. What nobody holds of it is freed.
-func (l *Ledger) forgetSet(s *weightSet) {
-	if s.forgotten {
-		return
-	}
-	s.forgotten = true
-	delete(l.weights, s.key)
-	if len(s.conns) > 0 {
-		return
-	}
-	delete(l.sets, s.id)
-	for _, o := range s.objects {
-		if !o.inUse() {
-			l.wake(o)
-			l.free(o)
+		s := l.weights[key]
+		if s == nil {
+			s = &weightSet{key: key, objects: map[int]*object{}, wanted: v.Need}
+			l.weights[key] = s
+		}
+		s.objects[v.Numbers[i]] = o
+		o.set, o.number, o.maker = s, v.Numbers[i], c
+		placed[i] = protocol.Placed{State: protocol.PlacedMake, Grant: l.give(c, o)}
+		if from := l.elsewhere(o); from != nil {
+			placed[i].Source = l.give(c, from)
 		}
 	}
+	return nil
 }
 
-// setOf returns a set that the client holds.
-func (l *Ledger) setOf(id Conn, set uint64) (*weightSet, error) {
-	s := l.sets[set]
-	if s == nil || l.conn(id).sets[s] == 0 {
-		return nil, fmt.Errorf("this connection does not hold set %d: %w", set, mem.ErrInvalid)
+// elsewhere is a final object of another domain with the content that an object is to have; nil: there is none.
+func (l *Ledger) elsewhere(o *object) *object {
+	for space := 1; space < len(l.cfg.Spaces); space++ {
+		s := l.weights[weightsKey{space, o.set.key.key}]
+		if s == nil || space == o.extent.Space {
+			continue
+		}
+		if from := s.objects[o.number]; from != nil && from.handle.Sealed && from.handle.Bytes == o.handle.Bytes {
+			return from
+		}
 	}
-	return s, nil
+	return nil
 }
 
-// weightsStats describes the sets that can be opened, by key and domain.
+// give adds a connection hold.
+func (l *Ledger) give(c *conn, o *object) *protocol.Grant {
+	l.wake(o)
+	o.conns[c]++
+	c.objects[o] = true
+	return &protocol.Grant{Handle: o.handle, Extent: o.extent}
+}
+
+// takeBack ends one connection hold, and with the last one the making of a weight.
+func (l *Ledger) takeBack(c *conn, o *object) {
+	if o.conns[c]--; o.conns[c] == 0 {
+		l.letGo(c, o)
+	}
+}
+
+// letGo ends all connection holds of a client on an object.
+func (l *Ledger) letGo(c *conn, o *object) {
+	delete(o.conns, c)
+	delete(c.objects, o)
+	if o.maker == c && !o.handle.Sealed {
+		l.giveUp(o)
+	}
+	l.settle(o)
+}
+
+// giveUp ends the making of an object that is not final: the next who wants it makes another. What its maker has made of the set may be
+// as wrong as what made it fail, so it is checked by everyone who gets it.
+func (l *Ledger) giveUp(o *object) {
+	if o.set != nil {
+		for _, other := range o.set.objects {
+			other.doubted = other.doubted || other.handle.Sealed && other.by == o.maker
+		}
+	}
+	o.maker = nil
+	l.unindex(o)
+}
+
+// SealWeights makes objects final whose maker the client is, all or none.
+func (l *Ledger) SealWeights(id Conn, items []protocol.Sealing) error {
+	objects := make([]*object, len(items))
+	for i, item := range items {
+		o, err := l.held(id, item.Object)
+		if err == nil {
+			err = l.conn(id).makes(o)
+		}
+		if err != nil {
+			return fmt.Errorf("sealing weight %d of %d: %w", i+1, len(items), err)
+		}
+		objects[i] = o
+	}
+	for i, o := range objects {
+		o.handle.Sealed, o.handle.CRC = true, items[i].CRC
+		o.handle.Capability = l.capability(o.handle)
+		l.made(o)
+	}
+	return nil
+}
+
+// makes reports with ErrFenced that an object is no weight which the client makes.
+func (c *conn) makes(o *object) error {
+	if o.maker != c {
+		return fmt.Errorf("this connection does not make object %d: %w", o.handle.Object, mem.ErrFenced)
+	}
+	return nil
+}
+
+// made notes that a weight is final.
+func (l *Ledger) made(o *object) {
+	o.by, o.maker = o.maker, nil
+	if o.set != nil {
+		l.settledKey(o.set.key.key)
+	}
+}
+
+// settledKey tells those who wait for an object of a set that one is done or given up.
+func (l *Ledger) settledKey(key protocol.Key) {
+	if n := len(l.effects.Settled); n == 0 || l.effects.Settled[n-1] != key {
+		l.effects.Settled = append(l.effects.Settled, key)
+	}
+}
+
+// unshelve takes an object out of its set.
+func (l *Ledger) unshelve(o *object) {
+	if !o.handle.Sealed {
+		l.settledKey(o.set.key.key)
+	}
+	delete(o.set.objects, o.number)
+	if len(o.set.objects) == 0 {
+		delete(l.weights, o.set.key)
+	}
+	o.set = nil
+}
+
+// weightsStats describes the sets, by key and domain.
 func (l *Ledger) weightsStats() []protocol.WeightsStats {
 	out := make([]protocol.WeightsStats, 0, len(l.weights))
 	for _, s := range l.weights {
-		out = append(out, protocol.WeightsStats{
-			Key: hex.EncodeToString(s.key.key[:]), Domain: s.key.space,
-			Objects: s.want, Bytes: s.bytes, Loaded: s.loaded, Holders: len(s.conns),
-		})
+		w := protocol.WeightsStats{Key: hex.EncodeToString(s.key.key[:]), Domain: s.key.space, Objects: len(s.objects), Wanted: s.wanted}
+		holders := map[*conn]bool{}
+		for _, o := range s.objects {
+			w.Bytes += o.handle.Bytes
+			if o.handle.Sealed {
+				w.Loaded += o.handle.Bytes
+			}
+			for c := range o.conns {
+				holders[c] = true
+			}
+		}
+		w.Holders = len(holders)
+		out = append(out, w)
 	}
 	slices.SortFunc(out, func(a, b protocol.WeightsStats) int {
 		return cmp.Or(bytes.Compare([]byte(a.Key), []byte(b.Key)), cmp.Compare(a.Domain, b.Domain))

@@ -2,6 +2,7 @@ package ledger_test
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"testing"
@@ -14,187 +15,279 @@ import (
 	"trireme.dev/services/hmm/ledger"
 )
 
-// shelves is the oracle of TestWeightsAgainstModel: the rules of weight sets in their plainest form.
+// shelves is the oracle of TestWeightsAgainstModel: the rules of weights in their plainest form.
 type shelves struct {
-	l       *ledger.Ledger
-	conns   map[ledger.Conn]bool // value: connected, not only waiting to be reaped
-	sets    []*shelf             // all that have memory or holders, forgotten ones too
-	stops   []protocol.Key       // of making, ended in this step
-	rests   int
-	born    int
-	freed   int
-	handles int // generations drawn so far are above
+	l     *ledger.Ledger
+	conns map[ledger.Conn]bool // value: connected, not only waiting to be reaped
+	all   []*weight            // that have memory, in order of birth
+	stops map[protocol.Key]bool
+	rests int
+	born  int
+	freed int
 }
 
-type shelf struct {
-	id        uint64
-	key       protocol.Key
-	sizes     []int64 // of all objects
-	grants    []protocol.Grant
-	sealed    int
-	maker     ledger.Conn
-	conns     map[ledger.Conn]int
-	alone     []map[ledger.Conn]int // holds on single objects
-	freed     []bool
-	forgotten bool
-	rest      int // of its last settling; 0: held
+type weight struct {
+	space, number int
+	key           protocol.Key
+	grant         protocol.Grant
+	named         bool // it can be found by its number
+	sealed        bool
+	doubted       bool
+	maker, by     ledger.Conn
+	conns         map[ledger.Conn]int
+	rest          int // of its last settling; 0: held
+	old           bool
 }
 
 const weightsRoom = 24 * page
 
-// plans are the sizes of the sets by key.
+// plans are the sizes of the objects by key.
 var plans = map[protocol.Key][]int64{
 	{1}: {page, 2*page - 5, 1, 3 * page, page}, // 8 pages
 	{2}: {4 * page, 4*page - 1, 4 * page},      // 12 pages
-	{3}: {page / 2, 6 * page},                  // 7 pages
+	{3}: {page / 2, 6 * page, 7 * page},        // 14 pages
 }
 
-func bytesOf(sizes []int64) (n int64) {
-	for _, s := range sizes {
-		n += s
-	}
-	return n
-}
-
-func (w *shelves) set(key protocol.Key) *shelf {
-	for _, s := range w.sets {
-		if s.key == key && !s.forgotten {
-			return s
+func (w *shelves) find(space int, key protocol.Key, number int) *weight {
+	for _, o := range w.all {
+		if o.named && o.space == space && o.key == key && o.number == number {
+			return o
 		}
 	}
 	return nil
 }
 
-// eachObject visits the objects that have memory.
-func (w *shelves) eachObject(f func(s *shelf, i int)) {
-	for _, s := range w.sets {
-		for i := range s.grants {
-			if !s.freed[i] {
-				f(s, i)
-			}
+// sum adds up the pages of a domain's objects that f is true of.
+func (w *shelves) sum(space int, f func(*weight) bool) (n int64) {
+	for _, o := range w.all {
+		if o.space == space && f(o) {
+			n += o.grant.Extent.Bytes
 		}
 	}
-}
-
-func (w *shelves) used() (n int64) {
-	w.eachObject(func(s *shelf, i int) { n += s.grants[i].Extent.Bytes })
 	return n
 }
 
-// idle is the bytes of objects that nobody holds.
-func (w *shelves) idle() (n int64) {
-	w.eachObject(func(s *shelf, i int) {
-		if len(s.conns)+len(s.alone[i]) == 0 {
-			n += s.grants[i].Extent.Bytes
-		}
-	})
-	return n
+func (w *shelves) room(space int) int64 {
+	return weightsRoom - w.sum(space, func(o *weight) bool { return len(o.conns) > 0 })
 }
 
-// room evicts until so many bytes fit; false when they cannot.
-func (w *shelves) room(bytes int64) bool {
-	if bytes > weightsRoom-w.used()+w.idle() {
-		return false
-	}
-	for w.used()+bytes > weightsRoom {
-		var first *shelf
-		w.eachObject(func(s *shelf, i int) {
-			if len(s.conns)+len(s.alone[i]) == 0 && (first == nil || s.rest < first.rest) {
-				first = s
-			}
-		})
-		w.forget(first)
-	}
-	return true
-}
-
-func (w *shelves) forget(s *shelf) {
-	s.forgotten = true
-	w.sweep()
-}
-
-// sweep frees what nobody holds of forgotten sets.
-func (w *shelves) sweep() {
-	for _, s := range w.sets {
-		for i := range s.grants {
-			if s.forgotten && len(s.conns)+len(s.alone[i]) == 0 {
-				s.freed[i] = true
+// evict frees what rests longest until so many bytes fit.
+func (w *shelves) evict(space int, bytes int64) {
+	for weightsRoom-w.sum(space, func(*weight) bool { return true }) < bytes {
+		var first *weight
+		for _, o := range w.all {
+			if o.space == space && o.rest > 0 && (first == nil || o.rest < first.rest) {
+				first = o
 			}
 		}
+		w.remove(first)
 	}
 }
 
-func (w *shelves) leave(s *shelf, c ledger.Conn) {
-	delete(s.conns, c)
-	if s.maker == c {
-		s.maker = 0
-		w.stops = append(w.stops, s.key)
-	}
-	if len(s.conns) == 0 {
-		if len(s.grants) == 0 {
-			s.forgotten = true
+func (w *shelves) remove(o *weight) {
+	w.all = slices.DeleteFunc(w.all, func(x *weight) bool { return x == o })
+}
+
+func (w *shelves) hold(c ledger.Conn, o *weight) {
+	o.conns[c]++
+	o.rest = 0
+}
+
+// letGo ends all holds of a client on an object.
+func (w *shelves) letGo(c ledger.Conn, o *weight) {
+	delete(o.conns, c)
+	if o.maker == c && !o.sealed {
+		for _, other := range w.all {
+			if o.named && other.named && other.space == o.space && other.key == o.key && other.sealed && other.by == c {
+				other.doubted = true
+			}
 		}
+		o.maker = 0
+		w.unname(o)
+	}
+	w.settle(o)
+}
+
+func (w *shelves) unname(o *weight) {
+	if o.named && !o.sealed {
+		w.stops[o.key] = true
+	}
+	o.named = false
+}
+
+func (w *shelves) settle(o *weight) {
+	switch {
+	case len(o.conns) > 0:
+	case o.named && o.sealed:
 		w.rests++
-		s.rest = w.rests
+		o.rest = w.rests
+	default:
+		w.remove(o)
 	}
-	w.sweep()
 }
 
 func (w *shelves) check(t *rapid.T) {
 	e := w.l.Effects()
-	if len(e.Freed) > 0 {
-		w.eachObject(func(s *shelf, i int) {
-			if slices.Contains(e.Freed, s.grants[i].Extent) && s.grants[i].Handle.Generation <= uint64(w.handles) {
-				t.Fatalf("object %d of set %x was freed, but is there", i, s.key[0])
-			}
-		})
-	}
 	w.freed += len(e.Freed)
-	there := 0
-	w.eachObject(func(s *shelf, i int) {
-		there++
-		w.handles = max(w.handles, int(s.grants[i].Handle.Generation))
-	})
-	if w.freed != w.born-there {
-		t.Fatalf("%d objects freed of %d, the model has %d", w.freed, w.born, there)
+	for _, x := range e.Freed {
+		if slices.ContainsFunc(w.all, func(o *weight) bool { return o.old && o.grant.Extent == x }) {
+			t.Fatalf("%v was freed, but is there", x)
+		}
 	}
-	if !slices.Equal(w.stops, e.Settled) {
-		t.Fatalf("settled %d keys, want %d", len(e.Settled), len(w.stops))
+	if w.freed != w.born-len(w.all) {
+		t.Fatalf("%d objects freed of %d, the model has %d", w.freed, w.born, len(w.all))
 	}
-	w.stops = nil
+	settled := map[protocol.Key]bool{}
+	for _, key := range e.Settled {
+		settled[key] = true
+	}
+	if !maps.Equal(settled, w.stops) {
+		t.Fatalf("settled %v, want %v", settled, w.stops)
+	}
+	clear(w.stops)
 	st := w.l.Stats()
-	if n := st.Shared[0]; n.NPU != mem.Shared(1) || n.Used+n.Padded != w.used() || n.Cached != w.idle() || n.Free != weightsRoom-w.used() {
-		t.Fatalf("the domain's account is %+v; model: %d used, %d idle", n, w.used(), w.idle())
+	type group struct {
+		key   string
+		space int
 	}
-	if st.Objects != 0 || st.Resting != 0 {
-		t.Fatalf("weights count as %d objects, %d at rest", st.Objects, st.Resting)
-	}
-	open := 0
-	for _, s := range w.sets {
-		if s.forgotten {
+	want := map[group]protocol.WeightsStats{}
+	for _, o := range w.all {
+		o.old = true
+		if !o.named {
 			continue
 		}
-		open++
-		if !slices.ContainsFunc(st.Weights, func(x protocol.WeightsStats) bool {
-			return x.Key[:2] == [...]string{"01", "02", "03"}[s.key[0]-1] && x.Bytes == bytesOf(s.sizes) &&
-				x.Loaded == bytesOf(s.sizes[:s.sealed]) && x.Holders == len(s.conns)
-		}) {
-			t.Fatalf("stats %+v lack set %x of %d objects, %d final, %d holders", st.Weights, s.key[0], len(s.sizes), s.sealed, len(s.conns))
+		at := group{fmt.Sprintf("%x", o.key[:]), o.space}
+		x := want[at]
+		x.Key, x.Domain = at.key, at.space
+		x.Objects, x.Bytes = x.Objects+1, x.Bytes+o.grant.Handle.Bytes
+		if o.sealed {
+			x.Loaded += o.grant.Handle.Bytes
+		}
+		want[at] = x
+	}
+	for at, x := range want {
+		holders := map[ledger.Conn]bool{}
+		for _, o := range w.all {
+			if o.named && o.space == at.space && fmt.Sprintf("%x", o.key[:]) == at.key {
+				for c := range o.conns {
+					holders[c] = true
+				}
+			}
+		}
+		x.Holders = len(holders)
+		want[at] = x
+	}
+	for _, x := range st.Weights {
+		x.Wanted = 0
+		if want[group{x.Key, x.Domain}] != x {
+			t.Fatalf("stats %+v, model: %+v", x, want)
 		}
 	}
-	if open != len(st.Weights) {
-		t.Fatalf("%d sets can be opened, stats have %+v", open, st.Weights)
+	if len(st.Weights) != len(want) || st.Objects != 0 || st.Resting != 0 || st.Memory[1].Used != 0 {
+		t.Fatalf("stats %+v; model: %+v", st, want)
 	}
-	if n := st.Memory[1]; n.Used != 0 {
-		t.Fatalf("weights are booked to an NPU: %+v", n)
+	for i, n := range st.Shared {
+		used, idle := w.sum(i+1, func(*weight) bool { return true }), w.sum(i+1, func(o *weight) bool { return o.rest > 0 })
+		if n.NPU != mem.Shared(i+1) || n.Used+n.Padded != used || n.Cached != idle || n.Free != weightsRoom-used {
+			t.Fatalf("domain %d's account is %+v; model: %d used, %d idle", i+1, n, used, idle)
+		}
+	}
+}
+
+// ask compares an answer of Weights.
+func (w *shelves) ask(t *rapid.T, c ledger.Conn, v protocol.Weights) {
+	space := v.NPU + 1
+	placed, busy, err := w.l.Weights(c, v)
+	var finals []*weight
+	var fresh []int
+	left := v.Most
+	for i, n := range v.Numbers {
+		switch o := w.find(space, v.Key, n); {
+		case o == nil && left > 0 && (len(fresh) == 0 || v.Sizes[i] <= left):
+			fresh = append(fresh, i)
+			left -= v.Sizes[i]
+		case o == nil:
+			left = 0
+		case o.sealed:
+			finals = append(finals, o)
+		}
+	}
+	if v.Need > 0 {
+		need := v.Need
+		for _, o := range w.all {
+			if o.named && o.space == space && o.key == v.Key && len(o.conns) > 0 {
+				need -= o.grant.Handle.Bytes
+			}
+		}
+		if need > w.room(space) {
+			if !errors.Is(err, mem.ErrExhausted) {
+				t.Fatalf("%d bytes in all of %d: %v", need, w.room(space), err)
+			}
+			return
+		}
+	}
+	if len(finals)+len(fresh) == 0 {
+		if !busy || err != nil {
+			t.Fatalf("all are being made: %+v, %v, %v", placed, busy, err)
+		}
+		return
+	}
+	for _, o := range finals {
+		w.hold(c, o)
+	}
+	var pages int64
+	for _, i := range fresh {
+		pages += mem.Padded(v.Sizes[i], page)
+	}
+	if pages > w.room(space) {
+		if !errors.Is(err, mem.ErrExhausted) {
+			t.Fatalf("%d bytes of %d: %v", pages, w.room(space), err)
+		}
+		for _, o := range finals {
+			if o.conns[c]--; o.conns[c] == 0 {
+				w.letGo(c, o)
+			}
+		}
+		return
+	}
+	if err != nil || busy || len(placed) != len(v.Numbers) {
+		t.Fatalf("%+v is %+v, %v, %v", v, placed, busy, err)
+	}
+	w.evict(space, pages)
+	for i, n := range v.Numbers {
+		p := placed[i]
+		o := w.find(space, v.Key, n)
+		switch {
+		case slices.Contains(fresh, i):
+			if p.State != protocol.PlacedMake || p.Check || p.Grant.Handle.Bytes != v.Sizes[i] || p.Grant.Handle.Sealed || p.Grant.Extent.Space != space {
+				t.Fatalf("weight %d is %+v", n, p)
+			}
+			w.born++
+			w.all = append(w.all, &weight{space: space, number: n, key: v.Key, grant: *p.Grant, named: true, maker: c, conns: map[ledger.Conn]int{c: 1}})
+			from := w.find(3-space, v.Key, n)
+			if has := from != nil && from.sealed; has != (p.Source != nil) || has && p.Source.Extent != from.grant.Extent {
+				t.Fatalf("weight %d is to be copied from %+v; model: %+v", n, p.Source, from)
+			} else if has {
+				w.hold(c, from)
+			}
+		case o != nil && o.sealed:
+			if p.State != protocol.PlacedFinal || p.Check != o.doubted || p.Grant.Extent != o.grant.Extent || !p.Grant.Handle.Sealed || p.Source != nil {
+				t.Fatalf("weight %d is %+v; model: %+v", n, p, o)
+			}
+		default:
+			if p != (protocol.Placed{}) {
+				t.Fatalf("weight %d is %+v; model: %+v", n, p, o)
+			}
+		}
 	}
 }
 
 func TestWeightsAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		cfg := config()
-		cfg.Spaces, cfg.Weights = []int64{40 * page, 1000 * page}, weightsRoom
-		w := &shelves{l: ledger.New(cfg), conns: map[ledger.Conn]bool{}}
+		cfg.Spaces, cfg.Weights = []int64{40 * page, 1000 * page, 1000 * page}, weightsRoom
+		cfg.NPUs[1].Space = 2
+		w := &shelves{l: ledger.New(cfg), conns: map[ledger.Conn]bool{}, stops: map[protocol.Key]bool{}}
 		anyConn := func(t *rapid.T, connected bool) ledger.Conn {
 			var ids []ledger.Conn
 			for id, on := range w.conns {
@@ -208,110 +301,41 @@ func TestWeightsAgainstModel(t *testing.T) {
 			slices.Sort(ids)
 			return rapid.SampledFrom(ids).Draw(t, "conn")
 		}
-		anySet := func(t *rapid.T) *shelf {
-			if len(w.sets) == 0 {
-				t.Skip("no sets")
+		anyWeight := func(t *rapid.T) *weight {
+			if len(w.all) == 0 {
+				t.Skip("no objects")
 			}
-			return rapid.SampledFrom(w.sets).Draw(t, "set")
+			return w.all[rapid.IntRange(0, len(w.all)-1).Draw(t, "object")]
 		}
-		open := func(t *rapid.T, c ledger.Conn, key protocol.Key) *shelf {
-			sizes := plans[key]
-			got, busy, err := w.l.OpenWeights(c, protocol.OpenWeights{Key: key, Objects: len(sizes), Bytes: bytesOf(sizes)})
-			s := w.set(key)
+		anyAsk := func(t *rapid.T) protocol.Weights {
+			v := protocol.Weights{Key: protocol.Key{rapid.ByteRange(1, 3).Draw(t, "key")}, NPU: rapid.IntRange(0, 1).Draw(t, "npu")}
+			plan := plans[v.Key]
+			v.Numbers = rapid.SliceOfNDistinct(rapid.IntRange(0, len(plan)-1), 1, len(plan), rapid.ID[int]).Draw(t, "numbers")
+			slices.Sort(v.Numbers)
+			for _, n := range v.Numbers {
+				v.Sizes = append(v.Sizes, plan[n])
+			}
+			v.Most = rapid.Int64Range(0, 12*page).Draw(t, "most")
+			v.Need = rapid.SampledFrom([]int64{0, 10 * page, 20 * page}).Draw(t, "need")
+			return v
+		}
+		seal := func(t *rapid.T, c ledger.Conn, o *weight) {
+			err := w.l.SealWeights(c, []protocol.Sealing{{Object: name(o.grant.Handle), CRC: 7}})
 			switch {
-			case s == nil && bytesOf(sizes) > weightsRoom-w.used()+w.idle():
-				if !errors.Is(err, mem.ErrExhausted) {
-					t.Fatalf("opened without room: %+v, %v", got, err)
-				}
-				return nil
-			case s != nil && s.maker != 0:
-				if !busy || err != nil || got.Set != 0 || got.Loaded != bytesOf(s.sizes[:s.sealed]) {
-					t.Fatalf("opened %+v, busy %v, %v, while it is being made", got, busy, err)
-				}
-				return nil
-			case s == nil:
-				s = &shelf{id: got.Set, key: key, sizes: sizes, conns: map[ledger.Conn]int{}}
-				w.sets = append(w.sets, s)
-			}
-			if err != nil || busy || got.Set != s.id || got.Sealed != s.sealed || got.Make != (s.sealed < len(sizes)) {
-				t.Fatalf("opened %+v, busy %v, %v; want set %d with %d of %d final", got, busy, err, s.id, s.sealed, len(sizes))
-			}
-			s.conns[c]++
-			s.rest = 0
-			if got.Make {
-				s.maker = c
-			}
-			return s
-		}
-		place := func(t *rapid.T, c ledger.Conn, s *shelf, first, n int) {
-			sizes := s.sizes[first : first+n]
-			grants, fresh, err := w.l.PlaceWeights(c, protocol.PlaceWeights{Set: s.id, First: first, Sizes: sizes})
-			there := s.sealed
-			if s.maker == c {
-				there = len(s.grants)
-			}
-			if s.conns[c] == 0 || first+n > there && (s.maker != c || first > there) {
-				if !errors.Is(err, mem.ErrInvalid) {
-					t.Fatalf("placed %d to %d of %d: %v", first, first+n, there, err)
-				}
-				return
-			}
-			var need int64
-			for _, size := range s.sizes[min(there, first+n) : first+n] {
-				need += mem.Padded(size, page)
-			}
-			if !w.room(need) {
-				if !errors.Is(err, mem.ErrExhausted) {
-					t.Fatalf("placed without room: %v", err)
-				}
-				return
-			}
-			if err != nil || fresh != max(first+n-there, 0) || len(grants) != n {
-				t.Fatalf("placed %d to %d of %d: %d grants, %d fresh, %v", first, first+n, there, len(grants), fresh, err)
-			}
-			for i, g := range grants {
-				if g.Handle.Bytes != sizes[i] || g.Handle.NPU != int16(mem.Shared(1)) || g.Handle.Sealed != (first+i < s.sealed) ||
-					first+i < there && g.Extent != s.grants[first+i].Extent {
-					t.Fatalf("object %d is %+v", first+i, g)
-				}
-			}
-			if fresh > 0 && rapid.IntRange(0, 9).Draw(t, "system") == 0 { // the system has no memory after all
-				w.l.UndoWeights(c, s.id, fresh)
-				w.born += fresh // and they are freed
-				return
-			}
-			w.born += fresh
-			for _, g := range grants[n-fresh:] {
-				s.grants = append(s.grants, g)
-				s.alone = append(s.alone, map[ledger.Conn]int{})
-				s.freed = append(s.freed, false)
-			}
-		}
-		seal := func(t *rapid.T, c ledger.Conn, s *shelf, first, n int) {
-			err := w.l.SealWeights(c, protocol.SealWeights{Set: s.id, First: first, CRCs: make([]uint32, n)})
-			switch {
-			case s.conns[c] == 0:
+			case o.conns[c] == 0:
 				if !errors.Is(err, mem.ErrInvalid) {
 					t.Fatalf("sealed without holding: %v", err)
 				}
-			case s.maker != c:
+			case o.maker != c:
 				if !errors.Is(err, mem.ErrFenced) {
 					t.Fatalf("sealed by another one: %v", err)
-				}
-			case first != s.sealed || n > len(s.grants)-s.sealed:
-				if !errors.Is(err, mem.ErrInvalid) {
-					t.Fatalf("sealed %d from %d, %d of %d are: %v", n, first, s.sealed, len(s.grants), err)
 				}
 			case err != nil:
 				t.Fatal(err)
 			default:
-				if s.sealed += n; s.sealed == len(s.sizes) {
-					s.maker = 0
-					w.stops = append(w.stops, s.key)
-				}
+				w.sealed(o)
 			}
 		}
-		anyKey := func(t *rapid.T) protocol.Key { return protocol.Key{rapid.ByteRange(1, 3).Draw(t, "key")} }
 		connect := func() {
 			c, _, err := w.l.Connect(start, protocol.Hello{Instance: "i", Role: "decode"})
 			if err != nil {
@@ -330,133 +354,107 @@ func TestWeightsAgainstModel(t *testing.T) {
 			},
 			"reap": func(t *rapid.T) {
 				c := anyConn(t, false)
-				held := slices.DeleteFunc(slices.Clone(w.sets), func(s *shelf) bool { return s.conns[c] == 0 })
-				alone := slices.ContainsFunc(w.sets, func(s *shelf) bool {
-					return !s.forgotten && slices.ContainsFunc(s.alone, func(by map[ledger.Conn]int) bool { return by[c] > 0 })
-				})
-				if len(held) > 1 || alone {
-					t.Skip("the order of rests is not fixed")
-				}
 				w.l.Reap(start, c)
 				delete(w.conns, c)
-				w.eachObject(func(s *shelf, i int) { delete(s.alone[i], c) })
-				w.sweep()
-				for _, s := range held {
-					w.leave(s, c)
+				for _, o := range slices.Backward(slices.Clone(w.all)) { // the newest first
+					if o.conns[c] > 0 {
+						w.letGo(c, o)
+					}
 				}
 			},
-			"open": func(t *rapid.T) { open(t, anyConn(t, true), anyKey(t)) },
-			"open another": func(t *rapid.T) { // with the key of one whose sizes are others
-				c, key := anyConn(t, true), anyKey(t)
-				if w.set(key) == nil {
-					t.Skip("it would be made")
-				}
-				_, _, err := w.l.OpenWeights(c, protocol.OpenWeights{Key: key, Objects: len(plans[key]), Bytes: bytesOf(plans[key]) + 1})
-				if !errors.Is(err, mem.ErrInvalid) {
-					t.Fatalf("opened a set of another size: %v", err)
+			"ask": func(t *rapid.T) { w.ask(t, anyConn(t, true), anyAsk(t)) },
+			"ask another": func(t *rapid.T) { // with another size
+				o := anyWeight(t)
+				_, _, err := w.l.Weights(anyConn(t, true), protocol.Weights{
+					Key: o.key, NPU: o.space - 1, Numbers: []int{o.number}, Sizes: []int64{o.grant.Handle.Bytes + 1},
+				})
+				if o.named && !errors.Is(err, mem.ErrInvalid) {
+					t.Fatalf("asked for an object of another size: %v", err)
 				}
 			},
 			"make": func(t *rapid.T) { // the way of a loader, without detours
-				c, key := anyConn(t, true), anyKey(t)
-				s := open(t, c, key)
-				if s == nil {
-					return
-				}
-				for s.maker == c && s.sealed < len(s.sizes) {
-					before := len(s.grants)
-					place(t, c, s, s.sealed, 1)
-					if s.sealed >= len(s.grants) && before == len(s.grants) {
-						return // no room
+				c, v := anyConn(t, true), anyAsk(t)
+				w.ask(t, c, v)
+				for _, n := range v.Numbers {
+					if o := w.find(v.NPU+1, v.Key, n); o != nil && o.maker == c {
+						seal(t, c, o)
 					}
-					seal(t, c, s, s.sealed, 1)
 				}
 			},
-			"place": func(t *rapid.T) {
-				s := anySet(t)
-				first := rapid.IntRange(0, len(s.sizes)-1).Draw(t, "first")
-				place(t, anyConn(t, true), s, first, rapid.IntRange(1, len(s.sizes)-first).Draw(t, "objects"))
-			},
-			"place another": func(t *rapid.T) {
-				c, s := anyConn(t, true), anySet(t)
-				if len(s.grants) == 0 {
-					t.Skip("it would be made")
+			"seal": func(t *rapid.T) { seal(t, anyConn(t, true), anyWeight(t)) },
+			"copied": func(t *rapid.T) {
+				c, o := anyConn(t, true), anyWeight(t)
+				from := w.find(3-o.space, o.key, o.number)
+				if from == nil {
+					t.Skip("no source")
 				}
-				if _, _, err := w.l.PlaceWeights(c, protocol.PlaceWeights{Set: s.id, Sizes: []int64{s.sizes[0] + 1}}); !errors.Is(err, mem.ErrInvalid) {
-					t.Fatalf("placed an object of another size: %v", err)
+				h, err := w.l.Copied(c, []protocol.Copy{{Source: name(from.grant.Handle), Copy: name(o.grant.Handle)}})
+				switch {
+				case o.conns[c] == 0 || from.conns[c] == 0 || o.sealed || o.maker == c && !from.sealed:
+					if !errors.Is(err, mem.ErrInvalid) {
+						t.Fatalf("copied %+v to %+v: %v", from, o, err)
+					}
+				case o.maker != c:
+					if !errors.Is(err, mem.ErrFenced) {
+						t.Fatalf("copied to another one's: %v", err)
+					}
+				case err != nil || !h[0].Sealed || h[0].CRC != 7:
+					t.Fatalf("copied as %+v, %v", h, err)
+				default:
+					w.sealed(o)
 				}
 			},
-			"seal": func(t *rapid.T) {
-				s := anySet(t)
-				n := rapid.IntRange(1, 3).Draw(t, "objects")
-				first := s.sealed + rapid.IntRange(0, 1).Draw(t, "off")
-				seal(t, anyConn(t, true), s, first, n)
-			},
-			"close": func(t *rapid.T) {
-				c, s := anyConn(t, true), anySet(t)
-				wrong := rapid.IntRange(0, 4).Draw(t, "wrong") == 0
-				err := w.l.CloseWeights(c, protocol.CloseWeights{Set: s.id, Wrong: wrong})
-				if (s.conns[c] > 0) != (err == nil) {
-					t.Fatalf("closed with %d holds: %v", s.conns[c], err)
+			"free": func(t *rapid.T) {
+				c, o := anyConn(t, true), anyWeight(t)
+				err := w.l.Free(c, []protocol.Object{name(o.grant.Handle)})
+				if (o.conns[c] > 0) != (err == nil) {
+					t.Fatalf("freed with %d holds: %v", o.conns[c], err)
 				}
 				if err != nil {
 					return
 				}
-				if wrong {
-					w.forget(s)
-				}
-				if s.conns[c]--; s.conns[c] == 0 {
-					w.leave(s, c)
+				if o.conns[c]--; o.conns[c] == 0 {
+					w.letGo(c, o)
 				}
 			},
-			"attach one": func(t *rapid.T) { // by its handle, as one who moves a single expert
-				c, s := anyConn(t, true), anySet(t)
-				if s.sealed == 0 {
-					t.Skip("nothing is final")
-				}
-				i := rapid.IntRange(0, s.sealed-1).Draw(t, "object")
-				grants, _, err := w.l.PlaceWeights(c, protocol.PlaceWeights{Set: s.id, First: i, Sizes: s.sizes[i : i+1]})
-				if err != nil {
-					t.Skip("no handle")
-				}
-				_, err = w.l.Attach(c, protocol.Attach{NPU: rapid.IntRange(-1, 1).Draw(t, "npu"), Handles: []mem.Handle{grants[0].Handle}})
-				if err != nil {
-					t.Fatal(err)
-				}
-				s.alone[i][c]++
-			},
-			"free one": func(t *rapid.T) {
-				c, s := anyConn(t, true), anySet(t)
-				if len(s.grants) == 0 {
-					t.Skip("no objects")
-				}
-				i := rapid.IntRange(0, len(s.grants)-1).Draw(t, "object")
-				if len(s.conns) == 0 && len(s.alone[i]) == 1 && s.alone[i][c] == 1 && !s.forgotten {
-					t.Skip("the order of rests is by object then")
-				}
-				err := w.l.Free(c, []protocol.Object{name(s.grants[i].Handle)})
-				if (s.alone[i][c] > 0 && !s.freed[i]) != (err == nil) {
-					t.Fatalf("freed with %d holds: %v", s.alone[i][c], err)
+			"forget": func(t *rapid.T) { // its content is wrong
+				c, o := anyConn(t, true), anyWeight(t)
+				err := w.l.Forget(c, []protocol.Object{name(o.grant.Handle)})
+				if (o.conns[c] > 0) != (err == nil) {
+					t.Fatalf("forgot with %d holds: %v", o.conns[c], err)
 				}
 				if err == nil {
-					if s.alone[i][c]--; s.alone[i][c] == 0 {
-						delete(s.alone[i], c)
-					}
-					w.sweep()
+					w.unname(o)
 				}
 			},
-			"": func(t *rapid.T) {
-				w.check(t)
-				w.sets = slices.DeleteFunc(w.sets, func(s *shelf) bool {
-					return s.forgotten && len(s.conns) == 0 && !slices.Contains(s.freed, false)
-				})
-				for _, s := range w.sets {
-					for c := range maps.Keys(s.conns) {
-						if _, ok := w.conns[c]; !ok {
-							t.Fatal("BUG: the model keeps a hold of nobody")
-						}
-					}
+			"attach": func(t *rapid.T) { // by its handle, as one who moves a single expert
+				c, o := anyConn(t, true), anyWeight(t)
+				if !o.sealed || !o.named {
+					t.Skip("not final")
 				}
+				h := o.grant.Handle
+				for _, x := range []protocol.Weights{{Key: o.key, NPU: o.space - 1, Numbers: []int{o.number}, Sizes: []int64{h.Bytes}}} {
+					placed, _, err := w.l.Weights(c, x)
+					if err != nil {
+						t.Fatal(err)
+					}
+					w.hold(c, o)
+					h = placed[0].Grant.Handle
+				}
+				if _, err := w.l.Attach(c, protocol.Attach{NPU: -1, Handles: []mem.Handle{h}}); err != nil {
+					t.Fatal(err)
+				}
+				w.hold(c, o)
 			},
+			"": w.check,
 		})
 	})
+}
+
+// sealed notes that an object is final.
+func (w *shelves) sealed(o *weight) {
+	o.sealed, o.by, o.maker = true, o.maker, 0
+	if o.named {
+		w.stops[o.key] = true
+	}
 }

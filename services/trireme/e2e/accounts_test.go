@@ -355,7 +355,7 @@ func TestAccountsAgree(t *testing.T) {
 		c := n.dial(t, fmt.Sprint("user", i), 0)
 		clients = append(clients, c)
 		if _, err := c.OpenWeights(t.Context(), i%2, hbm.WeightSet{Key: hbm.Key{byte(i / 2)}, Sizes: []int64{100_000, 1}},
-			func(context.Context, int, [][]byte) error { return nil }, nil); err != nil {
+			func(context.Context, []int, [][]byte) error { return nil }, nil); err != nil {
 			t.Fatal(err)
 		}
 		for j := range 3 {

@@ -41,12 +41,11 @@ func bodies() []any {
 		&[]protocol.Orphan{{Part: part, Generation: 9, Reply: "r"}},
 		&protocol.Stats{Node: "n", Memory: []protocol.NPUStats{{NPU: -1, Capacity: 4, Free: 3, Usage: protocol.Usage{Used: 1},
 			Kinds: map[string]protocol.Usage{"kv": {Used: 1, Padded: 2, Peak: 3}}}}, Claims: 3,
-			Weights: []protocol.WeightsStats{{Key: "ab", Domain: 1, Objects: 2, Bytes: 3, Loaded: 2, Holders: 1}}},
-		&protocol.OpenWeights{Key: protocol.Key{1, 2}, NPU: 3, Objects: 6144, Bytes: 1 << 40, Wait: time.Second},
-		&protocol.OpenedWeights{Set: 1 << 63, Make: true, Sealed: 7, Loaded: 9},
-		&protocol.PlaceWeights{Set: 1, First: 1024, Sizes: []int64{1, 1 << 33}},
-		&protocol.SealWeights{Set: 1, First: 3, CRCs: []uint32{0xfedcba98}},
-		&protocol.CloseWeights{Set: 1, Wrong: true},
+			Weights: []protocol.WeightsStats{{Key: "ab", Domain: 1, Objects: 2, Bytes: 3, Loaded: 2, Wanted: 4, Holders: 1}}},
+		&protocol.Weights{Key: protocol.Key{1, 2}, NPU: 3, Numbers: []int{6143, 6150}, Sizes: []int64{1, 1 << 33}, Most: 1 << 26, Need: 1 << 40,
+			Wait: time.Second},
+		&[]protocol.Placed{{State: protocol.PlacedFinal, Grant: &protocol.Grant{Handle: handle}, Check: true},
+			{State: protocol.PlacedMake, Grant: &protocol.Grant{Handle: handle}, Source: &protocol.Grant{Handle: handle}}, {}},
 	}
 }
 
@@ -117,16 +116,10 @@ func newLike(v any) any {
 		return new([]protocol.Orphan)
 	case *protocol.Stats:
 		return new(protocol.Stats)
-	case *protocol.OpenWeights:
-		return new(protocol.OpenWeights)
-	case *protocol.OpenedWeights:
-		return new(protocol.OpenedWeights)
-	case *protocol.PlaceWeights:
-		return new(protocol.PlaceWeights)
-	case *protocol.SealWeights:
-		return new(protocol.SealWeights)
-	case *protocol.CloseWeights:
-		return new(protocol.CloseWeights)
+	case *protocol.Weights:
+		return new(protocol.Weights)
+	case *[]protocol.Placed:
+		return new([]protocol.Placed)
 	}
 	panic(fmt.Sprintf("no message like %T", v))
 }

@@ -1,0 +1,133 @@
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/hf"
+	"trireme.dev/shared/model"
+)
+
+// AttachOptions say how weights are attached.
+type AttachOptions struct {
+	Rate int64                   // most bytes a second that are copied from other memory domains, beside serving; 0: as fast as it goes
+	Told func(done, total int64) // told now and then of the bytes that are there, by one goroutine at a time; nil: nobody is
+}
+
+// Attached are the weights of an NPU.
+type Attached struct {
+	Weights *model.Weights   // with the experts that were wanted
+	Experts [][]model.Expert // the same by layer, for engine.NPU: empty ones are on other NPUs
+	Bytes   int64            // that this process had not mapped of the NPU's memory domain
+	Copied  int64            // of Bytes: copied from other memory domains
+	Read    int64            // of Bytes: read from the files; all else was there
+
+	fresh []*hbm.Weights // with Bytes
+}
+
+// AttachWeights gives an NPU, by its number on the node, which this stage has been granted, the weights that its roles need with those
+// experts and no others: what its memory domain has not is copied from another domain of the node, or read from the files. It goes
+// beside serving; nothing that is in use changes, and what the NPU has is kept until DropWeights. All or nothing: after an error, or
+// when ctx ends, the NPU has what it had.
+func (s *Stage) AttachWeights(ctx context.Context, npu int, wanted hf.Experts, o AttachOptions) (Attached, error) {
+	a, err := s.weights.attach(ctx, []int{npu}, wanted, o)
+	if err != nil {
+		return a, fmt.Errorf("attaching weights to NPU %d: %w", npu, err)
+	}
+	return a, nil
+}
+
+// attach does so for NPUs of one memory domain.
+func (w *weights) attach(ctx context.Context, npus []int, wanted hf.Experts, o AttachOptions) (_ Attached, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.stage
+	domain := s.HBM.Domain(npus[0])
+	has := w.domains[domain]
+	if has == nil {
+		has = map[object]*held{}
+		w.domains[domain] = has
+	}
+	defer func() {
+		err = errors.Join(err, sweep(has)) // what came before an error
+	}()
+	m := &domainMemory{weights: w, npu: npus[0], o: o, has: has}
+	loaded, err := s.folder.Load(ctx, m, w.parts, wanted)
+	if err != nil {
+		return Attached{}, err
+	}
+	for _, x := range m.asked {
+		for _, n := range npus {
+			has[x].users[n] = true
+		}
+	}
+	m.got.Weights = loaded
+	for l := range loaded.Layers {
+		m.got.Experts = append(m.got.Experts, loaded.Layers[l].Experts)
+	}
+	return m.got, nil
+}
+
+// DropWeights takes experts from an NPU that it has and that are not to be kept. No step may use them any more. What no other NPU of this
+// stage in the same memory domain has is unmapped; it rests with the HMM.
+func (s *Stage) DropWeights(npu int, keep hf.Experts) error {
+	kept, err := s.weights.needs(keep)
+	if err != nil {
+		return fmt.Errorf("dropping weights of NPU %d: %w", npu, err)
+	}
+	return s.weights.drop(npu, kept)
+}
+
+// needs are the objects of what the roles need with some experts.
+func (w *weights) needs(experts hf.Experts) (map[object]bool, error) {
+	all := map[object]bool{}
+	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
+		if w.parts&part == 0 || part == hf.Vision && w.stage.Model.Vision == nil {
+			continue
+		}
+		set, err := w.stage.folder.Needs(part, experts)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range set.Numbers {
+			all[object{set.Key, n}] = true
+		}
+	}
+	return all, nil
+}
+
+// ReleaseWeights takes all weights from an NPU, which is to leave the stage, as DropWeights does.
+func (s *Stage) ReleaseWeights(npu int) error { return s.weights.drop(npu, nil) }
+
+func (w *weights) drop(npu int, kept map[object]bool) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	has := w.domains[w.stage.HBM.Domain(npu)]
+	for x, h := range has {
+		if !kept[x] {
+			delete(h.users, npu)
+		}
+	}
+	if err := sweep(has); err != nil {
+		return fmt.Errorf("dropping weights of NPU %d: %w", npu, err)
+	}
+	return nil
+}
+
+// sweep unmaps what no NPU has.
+func sweep(has map[object]*held) error {
+	unused := map[*hbm.Weights][]int{}
+	for x, h := range has {
+		if len(h.users) == 0 {
+			unused[h.set] = append(unused[h.set], x.number)
+			delete(has, x)
+		}
+	}
+	var errs []error
+	for set, numbers := range unused {
+		errs = append(errs, set.Drop(numbers...))
+	}
+	return errors.Join(errs...)
+}
