@@ -20,7 +20,7 @@ type changeFlags struct {
 	Spare    float64       `help:"Places for second copies of experts with much load, as a part of those that first copies need." default:"${spare}"`
 	Slack    float64       `help:"So much longer than in the best placement the busiest NPU may take, in order to move less." default:"${slack}"`
 	JSON     bool          `name:"json" help:"Write one JSON object when it has ended."`
-	ackFlag
+	AckWait  time.Duration `default:"30s" hidden:""` // as ackFlag's
 
 	Hold     string        `hidden:"" enum:",plan,prepare,commit,release,abort" default:"" help:"For tests: wait behind the work of this state."`
 	HoldTime time.Duration `hidden:"" default:"1m" help:"For tests: so long."`
@@ -59,7 +59,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	// Behind its commit an operation needs a while to be complete, and an instance that dies to be started again.
 	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout+time.Minute)
 	defer cancel()
-	b, err := look(ctx, c.NATSURL, "change", c.ackFlag)
+	b, err := look(ctx, c.NATSURL, "change", ackFlag{AckWait: c.AckWait})
 	if err != nil {
 		return err
 	}

@@ -79,8 +79,9 @@ func (r *replicas) names() []string {
 	return all
 }
 
-// set does what is asked for. spare is the number of NPUs of the node that nobody has.
-func (r *replicas) set(ask wire.Replicas, spare func() (int, error)) wire.ReplicasReport {
+// set does what is asked for. spare is the number of NPUs of the node that nobody has, and of those that are kept for a while for whoever
+// had them.
+func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err error)) wire.ReplicasReport {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	no := func(format string, args ...any) wire.ReplicasReport {
@@ -107,11 +108,15 @@ func (r *replicas) set(ask wire.Replicas, spare func() (int, error)) wire.Replic
 	more := ask.Count - len(running)
 	switch {
 	case more > 0:
-		free, err := spare()
+		free, kept, err := spare()
 		if err != nil {
 			return no("asking the HMM for spare NPUs: %v", err)
 		}
 		if need := more * report.NPUs; free < need {
+			if free+kept >= need {
+				return no("%d more instances of %d NPUs need %d, and %d are spare; %d are kept for ten seconds for instances that have ended: try again then",
+					more, report.NPUs, need, free, kept)
+			}
 			return no("%d more instances of %d NPUs need %d, and %d are spare: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
 				"instance have fewer", more, report.NPUs, need, free, need-free)
 		}
@@ -164,24 +169,27 @@ func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), e
 	if err != nil {
 		return nil, fmt.Errorf("connecting to NATS at %s: %w", url, err)
 	}
-	spare := func() (int, error) {
+	spare := func() (free, kept int, err error) {
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		all, err := nodes(ctx, conn)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		i := slices.IndexFunc(all, func(s hbm.Stats) bool { return s.Node == node })
 		if i < 0 {
-			return 0, errors.New("it does not answer")
+			return 0, 0, errors.New("it does not answer")
 		}
-		free := 0
 		for _, m := range all[i].Memory {
-			if m.NPU >= 0 && m.Instance == "" && m.Reserved == "" {
+			switch {
+			case m.NPU < 0 || m.Instance != "":
+			case m.Reserved == "":
 				free++
+			default:
+				kept++
 			}
 		}
-		return free, nil
+		return free, kept, nil
 	}
 	_, err = conn.Subscribe(wire.SubjectReplicas(node), func(m *nats.Msg) {
 		var ask wire.Replicas
@@ -201,6 +209,52 @@ func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), e
 		conn.Close()
 		r.stopping.Wait()
 	}, nil
+}
+
+// runReplicas has `trireme up` start or stop instances.
+func (c *scaleCmd) runReplicas(e *env) error {
+	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout)
+	defer cancel()
+	b, err := look(ctx, c.NATSURL, "scale", ackFlag{AckWait: c.AckWait})
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	node := c.Node
+	if node == "" {
+		all, err := nodes(ctx, b.Conn())
+		if err != nil {
+			return err
+		}
+		if len(all) != 1 {
+			return fmt.Errorf("%w%d nodes answer: say with --node which is meant", errUsage, len(all))
+		}
+		node = all[0].Node
+	}
+	ask := wire.Replicas{Roles: rolesOf(c.Who), Count: *c.Replicas, Check: c.DryRun}
+	report, err := setReplicas(ctx, b, node, ask, func(what string) {
+		if !c.JSON {
+			fmt.Fprintln(e.err, what)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return writeJSON(e.out, report)
+	}
+	for _, x := range []struct {
+		what  string
+		names []string
+	}{{"instances", report.Instances}, {"started", report.Started}, {"stopped", report.Stopped}} {
+		if len(x.names) > 0 {
+			fmt.Fprintf(e.out, "%-9s %s\n", x.what, strings.Join(x.names, ", "))
+		}
+	}
+	if more := ask.Count - len(report.Instances); c.DryRun && more > 0 {
+		fmt.Fprintf(e.out, "to start  %d of %d NPUs\n", more, report.NPUs)
+	}
+	return nil
 }
 
 // rolesOf are the letters of what an operator calls an instance: decoder, or EPD.

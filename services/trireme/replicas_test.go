@@ -34,7 +34,7 @@ func TestReplicas(t *testing.T) {
 	}()
 	spare := 5
 	ask := func(roles string, count int, check bool) wire.ReplicasReport {
-		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (int, error) { return spare, nil })
+		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (int, int, error) { return spare, 0, nil })
 	}
 	for _, c := range []struct {
 		what                        string

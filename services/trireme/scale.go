@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"regexp"
 	"slices"
 
@@ -12,25 +13,39 @@ import (
 // scaleCmd gives a running instance another number of NPUs.
 type scaleCmd struct {
 	Who  string     `arg:"" name:"instance" help:"decoder, prefill or encoder, where one runs, or an instance's id or name."`
-	NPUs npuCount   `arg:"" name:"npus" help:"How many NPUs it shall have, or how many more or fewer: 4, +1 or -2."`
+	NPUs npuCount   `arg:"" name:"npus" optional:"" help:"How many NPUs it shall have, or how many more or fewer: 4, +1 or -2."`
 	Rate conf.Bytes `name:"copy-rate" help:"Most bytes of weights that are copied in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
 	changeFlags
+
+	Replicas *int   `help:"Instead: how many instances of the kind there shall be, a process each. Whoever runs them has to be asked: this asks trireme up." placeholder:"N"`
+	Node     string `help:"Node of the instances of --replicas, where there are several." placeholder:"NAME"`
 }
 
 // Help is shown by `trireme scale --help`.
 func (scaleCmd) Help() string {
 	return `The instance goes on meanwhile: spare NPUs of its node join it, or some of its own leave it and are spare then. Nothing is refused or
-drained, and answers stay the same bit by bit. If it cannot be done everything stays as it is.
+drained, and answers stay the same bit by bit. If it cannot be done everything stays as it is. With --replicas it is the number of instances that
+changes: new ones start on spare NPUs, and those started last hand over what they have in work, and end.
 
 Examples:
   trireme scale decoder 4
   trireme scale decoder-1 +1 --dry-run
   trireme scale decoder -2 --timeout 5m
-  trireme scale decoder 4 --json | jq .total_ns`
+  trireme scale decoder 4 --json | jq .total_ns
+  trireme scale decoder --replicas 2
+  trireme scale EPD --replicas 3                      of a topology like 2EPD`
 }
 
 // Run has the instance scaled.
 func (c *scaleCmd) Run(e *env) error {
+	switch {
+	case c.Replicas != nil && c.NPUs.Given:
+		return fmt.Errorf("%w--replicas says how many instances there shall be, %q how many NPUs one has: give one of them", errUsage, c.NPUs.String())
+	case c.Replicas != nil:
+		return c.runReplicas(e)
+	case !c.NPUs.Given:
+		return fmt.Errorf("%wscale %s: to how many NPUs? Write 4, +1 or -2, or --replicas and how many instances", errUsage, c.Who)
+	}
 	return c.run(e, c.Who, func(i *wire.Instance) (wire.Change, error) {
 		npus, err := c.NPUs.Of(len(i.NPUs))
 		return wire.Change{Kind: wire.ChangeScale, NPUs: npus, Rate: int64(c.Rate)}, err
@@ -38,14 +53,23 @@ func (c *scaleCmd) Run(e *env) error {
 }
 
 // npuCount is a conf.NPUCount whose minus may be written as shielded does.
-type npuCount struct{ conf.NPUCount }
+type npuCount struct {
+	conf.NPUCount
+	Given bool
+	text  string
+}
+
+// String is what was written.
+func (c npuCount) String() string { return c.text }
 
 // minus is what a minus is written as between the command line and npuCount: the parser takes -2 for a flag.
 const minus = "\u2212"
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (c *npuCount) UnmarshalText(text []byte) error {
-	return c.NPUCount.UnmarshalText(bytes.Replace(text, []byte(minus), []byte("-"), 1))
+	plain := bytes.Replace(text, []byte(minus), []byte("-"), 1)
+	c.Given, c.text = true, string(plain)
+	return c.NPUCount.UnmarshalText(plain)
 }
 
 var negative = regexp.MustCompile(`^-[0-9]+$`)

@@ -29,7 +29,8 @@ func TestScaleCommandLine(t *testing.T) {
 		{"scale decoder 2 --nats-url nats://127.0.0.1:1", "no NATS at"},
 		{"scale decoder two", "is no number of NPUs"},
 		{"scale decoder -65", "is no number of NPUs"},
-		{"scale decoder", "expected \"<npus>\""},
+		{"scale decoder", "to how many NPUs"},
+		{"scale decoder 2 --replicas 2", "give one of them"},
 		{"scale decoder 2 --timeout 0s", "--timeout"},
 	} {
 		var out, said bytes.Buffer

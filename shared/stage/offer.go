@@ -33,7 +33,7 @@ const (
 	// DefaultOfferTimeout is the Config.OfferTimeout of 0. Who does not answer is offered nothing for silentWait.
 	DefaultOfferTimeout = 20 * time.Millisecond
 	silentWait          = time.Second
-	// offerLeast is what an offer has to gain: it takes some 0.2 ms, more on a busy machine.
+	// offerLeast is what an offer has to gain: it takes a question and an answer over NATS, which a busy machine makes long.
 	offerLeast = 2 * time.Millisecond
 )
 

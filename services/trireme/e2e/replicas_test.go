@@ -1,0 +1,69 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/wire"
+)
+
+// Instances come and go at an operator's word while a request is answered, as far as NPUs are spare and each role stays with somebody.
+func TestReplicasComeAndGo(t *testing.T) {
+	c := start(t, "--topology", "1E1P1D+1")
+	scale := func(args ...string) (r wire.ReplicasReport, said string) {
+		t.Helper()
+		path, err := binary()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(path, append([]string{"scale", "--nats-url", "nats://" + c.nats, "--json"}, args...)...)
+		var text strings.Builder
+		cmd.Stderr = &text
+		if out, err := cmd.Output(); err != nil {
+			return r, text.String()
+		} else if err := json.Unmarshal(out, &r); err != nil {
+			t.Fatal(err)
+		}
+		return r, ""
+	}
+	g := loadGoldens(t)[0]
+	ask := func(what string) {
+		t.Helper()
+		s, err := c.stream(t.Context(), g.params(t), nil)
+		if err != nil || s.text != g.Output {
+			t.Errorf("%s: %q, %v; want %q", what, s.text, err, g.Output)
+		}
+	}
+	if r, said := scale("decoder", "--replicas", "2", "--dry-run"); said != "" || len(r.Started) > 0 || r.NPUs != 1 {
+		t.Errorf("a plan: %+v, %s", r, said)
+	}
+	more, said := scale("decoder", "--replicas", "2")
+	if said != "" || !slices.Equal(more.Started, []string{"decoder-1"}) || len(more.Instances) != 2 {
+		t.Fatalf("one decoder more: %+v, %s", more, said)
+	}
+	ask("with two decoders")
+	if _, said := scale("prefill", "--replicas", "2"); !strings.Contains(said, "0 are spare") {
+		t.Errorf("more than there is: %q", said)
+	}
+	less, said := scale("decoder", "--replicas", "1")
+	if said != "" || !slices.Equal(less.Stopped, []string{"decoder-1"}) {
+		t.Fatalf("one decoder less: %+v, %s", less, said)
+	}
+	ask("with one again")
+	if _, said := scale("decoder", "--replicas", "0"); !strings.Contains(said, "no instance with role D would be left") {
+		t.Errorf("no decoder: %q", said)
+	}
+	r, said := scale("prefill", "--replicas", "2")
+	for deadline := time.Now().Add(time.Minute); strings.Contains(said, "kept for") && time.Now().Before(deadline); {
+		time.Sleep(100 * time.Millisecond)
+		r, said = scale("prefill", "--replicas", "2")
+	}
+	if said != "" || !slices.Equal(r.Started, []string{"prefill-1"}) {
+		t.Errorf("the NPU that became spare goes to another stage: %+v, %s", r, said)
+	}
+	ask("with two of prefill")
+}
