@@ -24,6 +24,7 @@ type Scale struct {
 	Strategy []string   `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, or all." default:"all" placeholder:"NAME"`
 	Pace     string     `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml; none: as fast as the host." default:"distserve-opt-13b-a100" placeholder:"NAME"`
 	Bytes    conf.Bytes `help:"Size of the experts of the made-up model." default:"4GiB" placeholder:"SIZE"`
+	Domains  string     `help:"Memory domains of the NPUs: one for all (node), or one for each (per-npu), which elastic cannot change yet." default:"node" enum:"node,per-npu"`
 	CopyRate conf.Bytes `help:"Bytes a second that may be copied between NPUs." default:"1GiB" placeholder:"SIZE"`
 	DiskRate conf.Bytes `help:"Bytes a second that weights are read from disk; by default a fifth of --copy-rate." placeholder:"SIZE"`
 
@@ -44,7 +45,7 @@ func (Scale) Help() string {
 	return `Changes the number of NPUs of an instance under an open load, in several ways, and prints what it cost those who were served:
 the tables of ElasticMoE (arXiv:2510.02613) for this system. The ways are the paper's:
 
-  elastic      trireme scale: in place, by copies between NPUs
+  elastic      trireme scale: in place; in one memory domain nothing is copied, experts are mapped where they are
   cold         stop the instance, start one with the new number of NPUs, read the weights from disk
   extravagant  start that one on NPUs of its own beside the old one, which is stopped when it is ready
   colocated    the same on the old one's NPUs, so that each has half its memory for sequences; that the two share the arithmetic too is not shown
@@ -63,7 +64,8 @@ Examples:
 type ScaleReport struct {
 	Version  string            `json:"version"`
 	Paced    string            `json:"paced,omitempty"` // the profile
-	Bytes    int64             `json:"expert_bytes"`    // of the model
+	Domains  string            `json:"domains"`
+	Bytes    int64             `json:"expert_bytes"` // of the model
 	CopyRate int64             `json:"copy_bytes_per_s"`
 	DiskRate int64             `json:"disk_bytes_per_s"`
 	Rate     float64           `json:"requests_per_s"`
@@ -112,7 +114,7 @@ func (c *Scale) Run(e Env) error {
 	}
 	end()
 	r := &ScaleReport{
-		Version: obs.Version(), Paced: c.Pace, Bytes: int64(c.Bytes), CopyRate: int64(c.CopyRate), DiskRate: int64(c.DiskRate),
+		Version: obs.Version(), Paced: c.Pace, Domains: c.Domains, Bytes: int64(c.Bytes), CopyRate: int64(c.CopyRate), DiskRate: int64(c.DiskRate),
 		Rate: c.Rate, TTFT: goodput.TTFT, TPOT: goodput.TPOT,
 	}
 	for _, t := range trials {

@@ -55,8 +55,8 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 	if r.Paced != "" {
 		paced = "NPUs paced as " + r.Paced
 	}
-	_, err := fmt.Fprintf(w, "%s; experts of %v; copies at %v/s at most, disk at %v/s; %.2f requests a second; in time: TTFT %.0f ms, TPOT %.0f ms\n",
-		paced, conf.Bytes(r.Bytes), conf.Bytes(r.CopyRate), conf.Bytes(r.DiskRate), r.Rate, r.TTFT, r.TPOT)
+	_, err := fmt.Fprintf(w, "%s, domains %s; experts of %v; copies at %v/s at most, disk at %v/s; %.2f requests a second; in time: TTFT %.0f ms, TPOT %.0f ms\n",
+		paced, r.Domains, conf.Bytes(r.Bytes), conf.Bytes(r.CopyRate), conf.Bytes(r.DiskRate), r.Rate, r.TTFT, r.TPOT)
 	return err
 }
 

@@ -139,9 +139,13 @@ func (s *site) open() error {
 	if s.way.shares {
 		memory /= 2
 	}
+	sets := int64(1) // of weights in a domain at a time
+	if c.Domains == "node" {
+		sets = 2
+	}
 	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--socket", s.hmm, "--npus", strconv.Itoa(c.From+c.To),
-		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains=per-npu",
-		"--weights-memory", conf.Bytes(int64(c.Bytes)+int64(c.Bytes)/8+256<<20).String(), "--log-level=warn"); err != nil {
+		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
+		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"); err != nil {
 		return err
 	}
 	if s.instance, s.name, err = s.begin(c.From, false); err != nil {
@@ -189,7 +193,7 @@ func (s *site) ready(ctx context.Context, name string, npus int) error {
 	}
 	for {
 		for _, i := range view.All() {
-			if i.ID == name && i.Ready && len(i.NPUs) == npus {
+			if i.Name == name && i.Ready && len(i.NPUs) == npus {
 				return nil
 			}
 		}
