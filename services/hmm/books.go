@@ -2,6 +2,7 @@ package hmm
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"trireme.dev/shared/hbm/protocol"
@@ -17,8 +18,10 @@ type books struct {
 	mu     sync.Mutex // guards the rest
 	l      *ledger.Ledger
 	closed bool
-	timer  *time.Timer // calls tick at due
+	timer  *time.Timer // calls tick at due, by way of ticking
 	due    time.Time   // zero: the timer is not set
+	// A timer that is stopped may stay with Go's runtime up to its time, with whatever its function knows: this is all that ours does.
+	ticking *atomic.Pointer[books] // nil once closed
 
 	reaped chan struct{} // closed and replaced when a client's holds and NPUs have become free
 
@@ -27,7 +30,14 @@ type books struct {
 
 func newBooks(d *Daemon, l *ledger.Ledger) *books {
 	b := &books{d: d, l: l, reaped: make(chan struct{}), making: map[protocol.Key]chan struct{}{}}
-	b.timer = time.AfterFunc(time.Hour, b.tick)
+	ticking := new(atomic.Pointer[books])
+	ticking.Store(b)
+	b.ticking = ticking
+	b.timer = time.AfterFunc(time.Hour, func() {
+		if b := ticking.Load(); b != nil {
+			b.tick()
+		}
+	})
 	return b
 }
 
@@ -37,6 +47,7 @@ func (b *books) close() {
 	defer b.mu.Unlock()
 	b.closed = true
 	b.timer.Stop()
+	b.ticking.Store(nil)
 }
 
 // do runs f on the ledger and returns when it and its effects are done; false when the books are closed and it was not
