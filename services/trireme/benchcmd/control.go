@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,7 +16,6 @@ import (
 
 	"trireme.dev/models"
 	"trireme.dev/services/trireme/standin"
-	"trireme.dev/shared/bus/embedded"
 	"trireme.dev/shared/stage"
 )
 
@@ -144,7 +142,7 @@ func (c *Control) start(e Env) (_ *system, err error) {
 	if err := s.run("gateway", args...); err != nil {
 		return nil, err
 	}
-	return s, s.await()
+	return s, s.healthy(s.url)
 }
 
 // freeAddress is a local address that nobody listens on.
@@ -169,20 +167,11 @@ func (s *system) run(name string, args ...string) error {
 
 // startNATS starts the NATS server and returns its URL.
 func (s *system) startNATS() (string, error) {
-	r, w, err := os.Pipe()
+	at, cmd, err := s.crew.startNATS()
 	if err != nil {
 		return "", err
 	}
-	defer r.Close()
-	cmd, err := s.crew.start("NATS", nil, w, nil, "bench", "nats", "--data", filepath.Join(s.dir, "jetstream"), "--log-level=warn")
-	if err = errors.Join(err, w.Close()); err != nil {
-		return "", err
-	}
 	s.procs = append(s.procs, proc{"nats", cmd.Process.Pid})
-	var at natsAt
-	if err := json.NewDecoder(r).Decode(&at); err != nil {
-		return "", fmt.Errorf("waiting for NATS: %w", err)
-	}
 	s.monitor = at.Monitor
 	return at.URL, nil
 }
@@ -209,25 +198,6 @@ func (s *system) stand(role string, args []string) error {
 	return nil
 }
 
-// await waits until the gateway says that a request would succeed.
-func (s *system) await() error {
-	client := http.Client{Timeout: time.Second}
-	for {
-		resp, err := client.Get(s.url + "/health")
-		if err == nil {
-			_ = resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-s.ctx.Done():
-			return context.Cause(s.ctx)
-		}
-	}
-}
-
 // notes collects what the stand-ins of each role have noted since the last time.
 func (s *system) notes() (map[string][]standin.Diary, error) {
 	all := make(map[string][]standin.Diary)
@@ -242,28 +212,6 @@ func (s *system) notes() (map[string][]standin.Diary, error) {
 		all[st.role] = append(all[st.role], d)
 	}
 	return all, nil
-}
-
-// natsAt is where the hidden command serves NATS, as JSON on its output.
-type natsAt struct{ URL, Monitor string }
-
-// NATS is the hidden `trireme bench nats`: a server of its own process for Control.
-type NATS struct {
-	Data string `required:"" help:"Folder of JetStream's files." type:"path"`
-}
-
-// Run serves until the context ends.
-func (c *NATS) Run(e Env, log *slog.Logger) error {
-	s, err := embedded.Start(embedded.Options{StoreDir: c.Data, Log: log})
-	if err != nil {
-		return err
-	}
-	defer s.Shutdown()
-	if err := json.NewEncoder(e.Out).Encode(natsAt{s.URL(), s.MonitorURL()}); err != nil {
-		return err
-	}
-	<-e.Context.Done()
-	return nil
 }
 
 // StandIn is the hidden `trireme bench stand-in`: a stage for Control that computes nothing.

@@ -3,10 +3,13 @@ package benchcmd
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -81,6 +84,50 @@ func (c *crew) start(name string, in, out *os.File, extra []*os.File, args ...st
 		}
 	})
 	return cmd, nil
+}
+
+// startNATS starts a NATS server, with its files in the crew's folder.
+func (c *crew) startNATS() (at natsAt, cmd *exec.Cmd, err error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return at, nil, err
+	}
+	defer r.Close()
+	cmd, err = c.start("NATS", nil, w, nil, "bench", "nats", "--data", filepath.Join(c.dir, "jetstream"), "--log-level=warn")
+	if err = errors.Join(err, w.Close()); err != nil {
+		return at, nil, err
+	}
+	if err := json.NewDecoder(r).Decode(&at); err != nil {
+		return at, nil, fmt.Errorf("waiting for NATS: %w", err)
+	}
+	return at, cmd, nil
+}
+
+// healthy waits until the gateway at a URL says that a request would succeed.
+func (c *crew) healthy(url string) error {
+	client := http.Client{Timeout: time.Second}
+	for {
+		resp, err := client.Get(url + "/health")
+		if err == nil {
+			_ = resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		if err := c.sleep(50 * time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// sleep waits, or says why the crew is no more.
+func (c *crew) sleep(d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-c.ctx.Done():
+		return context.Cause(c.ctx)
+	}
 }
 
 // stop ends one of the processes, which has a moment to go by itself, and waits until it has gone.

@@ -27,14 +27,14 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 	fmt.Fprintln(t, "WAY\tNPUS\tLATENCY s\tDOWNTIME s\tLONGEST GAP s\tBEFORE s\tPEAK MEMORY\tBEFORE\tAFTER\tFAILED\tCHANGED\tOF")
 	for i := range r.Changes {
 		f := &r.Changes[i]
-		fmt.Fprintf(t, "%s\t%d to %d\t%.3f\t%.3f\t%.3f\t%.3f\t%v\t%v\t%v\t%d\t%d\t%d\n", named(f), f.From, f.To, f.Latency, f.Downtime, f.During.Gap,
+		fmt.Fprintf(t, "%s\t%d to %d\t%.3f\t%.3f\t%.3f\t%.3f\t%v\t%v\t%v\t%d\t%d\t%d\n", f.Strategy, f.From, f.To, f.Latency, f.Downtime, f.During.Gap,
 			f.Before.Gap, conf.Bytes(f.Peak), conf.Bytes(f.Held), conf.Bytes(f.Settled), f.Failed, f.Changed, f.Sent)
 	}
 	fmt.Fprintln(t, "\nWAY\tTOKENS/s BEFORE\tDURING\tAFTER\tREQUESTS/s BEFORE\tDURING\tAFTER\tIN TIME BEFORE\tDURING\tAFTER")
 	for i := range r.Changes {
 		f := &r.Changes[i]
 		b, d, a := &f.Before, &f.During, &f.After
-		fmt.Fprintf(t, "%s\t%.1f\t%.1f\t%.1f\t%.2f\t%.2f\t%.2f\t%.0f%%\t%.0f%%\t%.0f%%\n", named(f), b.Rate, d.Rate, a.Rate, b.Requests, d.Requests, a.Requests,
+		fmt.Fprintf(t, "%s\t%.1f\t%.1f\t%.1f\t%.2f\t%.2f\t%.2f\t%.0f%%\t%.0f%%\t%.0f%%\n", f.Strategy, b.Rate, d.Rate, a.Rate, b.Requests, d.Requests, a.Requests,
 			100*b.Attainment, 100*d.Attainment, 100*a.Attainment)
 	}
 	if err := t.Flush(); err != nil {
@@ -45,7 +45,7 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 		if len(f.Parts) == 0 {
 			continue
 		}
-		fmt.Fprintf(w, "%s:", named(f))
+		fmt.Fprintf(w, "%s:", f.Strategy)
 		for _, name := range slices.Sorted(maps.Keys(f.Parts)) {
 			fmt.Fprintf(w, " %s %.4g", name, f.Parts[name])
 		}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -117,18 +116,9 @@ func (s *site) close() error {
 }
 
 func (s *site) open() error {
-	r, w, err := os.Pipe()
+	at, _, err := s.startNATS()
 	if err != nil {
 		return err
-	}
-	defer r.Close()
-	_, err = s.start("NATS", nil, w, nil, "bench", "nats", "--data", filepath.Join(s.dir, "jetstream"), "--log-level=warn")
-	if err = errors.Join(err, w.Close()); err != nil {
-		return err
-	}
-	var at natsAt
-	if err := json.NewDecoder(r).Decode(&at); err != nil {
-		return fmt.Errorf("waiting for NATS: %w", err)
 	}
 	s.nats, s.hmm = at.URL, filepath.Join(s.dir, "hmm.sock")
 	if s.bus, err = bus.Connect(s.ctx, s.nats, "bench", slog.New(slog.DiscardHandler)); err != nil {
@@ -163,7 +153,7 @@ func (s *site) open() error {
 		"--queue-wait", c.Longest.String(), "--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"); err != nil {
 		return err
 	}
-	return s.healthy()
+	return s.healthy(s.url)
 }
 
 // npuMemory is an NPU's memory for sequences.
@@ -202,32 +192,6 @@ func (s *site) ready(ctx context.Context, name string, npus int) error {
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for %s to serve on %d NPUs: %w", name, npus, context.Cause(ctx))
 		}
-	}
-}
-
-// healthy waits until the gateway says that a request would succeed.
-func (s *site) healthy() error {
-	client := http.Client{Timeout: time.Second}
-	for {
-		resp, err := client.Get(s.url + "/health")
-		if err == nil {
-			_ = resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		if err := s.sleep(50 * time.Millisecond); err != nil {
-			return err
-		}
-	}
-}
-
-func (s *site) sleep(d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-s.ctx.Done():
-		return context.Cause(s.ctx)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+
+	"trireme.dev/shared/wire"
 )
 
 // way is a way to change the number of NPUs that serve.
@@ -46,22 +48,14 @@ func elastic(ctx context.Context, s *site) (map[string]float64, error) {
 	if err != nil {
 		return nil, fmt.Errorf("trireme scale: %w: %s", err, strings.TrimSpace(said.String()))
 	}
-	var parts map[string]any
-	if err := json.Unmarshal(out, &parts); err != nil {
+	var r wire.ChangeReport
+	if err := json.Unmarshal(out, &r); err != nil {
 		return nil, fmt.Errorf("reading what trireme scale says: %w", err)
 	}
-	return numbers(parts), nil
-}
-
-// numbers are the numbers of an object.
-func numbers(object map[string]any) map[string]float64 {
-	n := map[string]float64{}
-	for name, v := range object {
-		if f, ok := v.(float64); ok {
-			n[name] = f
-		}
-	}
-	return n
+	return map[string]float64{
+		"plan_s": r.Planning.Seconds(), "copy_s": r.Copying.Seconds(), "copied_bytes": float64(r.Copied), "warm_s": r.Warming.Seconds(),
+		"commit_s": r.Committal.Seconds(), "pause_s": r.Pause.Seconds(), "operation_s": r.Total.Seconds(),
+	}, nil
 }
 
 // cold stops the instance and starts another one.

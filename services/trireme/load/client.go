@@ -41,6 +41,9 @@ func (s *Sample) TPOT() (time.Duration, bool) {
 	return (s.E2EL - s.TTFT) / time.Duration(s.Output-1), true
 }
 
+// ErrEmpty is the error of a request that was answered without a single piece of text.
+var ErrEmpty = errors.New("the answer is empty")
+
 // client sends requests.
 type client struct {
 	http    *http.Client
@@ -73,7 +76,7 @@ func (c *client) ask(ctx context.Context, body []byte) Sample {
 	s.Err = c.stream(ctx, body, &s)
 	s.E2EL = time.Since(s.Sent)
 	if s.Err == nil && len(s.Pieces) == 0 {
-		s.Err = errors.New("the answer is empty")
+		s.Err = ErrEmpty
 	}
 	if n := len(s.Pieces); n > 0 {
 		s.TTFT, s.Last = s.Pieces[0].Sub(s.Sent), s.Pieces[n-1].Sub(s.Sent)

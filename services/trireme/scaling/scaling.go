@@ -4,6 +4,7 @@ package scaling
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"time"
 
@@ -14,7 +15,6 @@ import (
 type Event struct {
 	Command time.Time // when it was asked for
 	Full    time.Time // when all of the new capacity served
-	Removed []string  // what the way of making it was told to do without, of an ablation
 	// Parts are figures that only some ways have: how long each state took in seconds, and bytes that were copied.
 	Parts map[string]float64
 }
@@ -37,7 +37,6 @@ type Part struct {
 // Figures are what one change has cost.
 type Figures struct {
 	Strategy string             `json:"strategy"`
-	Removed  []string           `json:"removed,omitempty"`
 	From     int                `json:"from_npus"`
 	To       int                `json:"to_npus"`
 	Latency  float64            `json:"latency_s"`  // from the command to full capacity
@@ -57,7 +56,8 @@ type Figures struct {
 // Least is the shortest part that rates are told of: a change may be over before a token has come.
 const Least = 2 * time.Second
 
-// Measure works out what an event cost. answers are those of a run of the same requests without a change, by their number.
+// Measure works out what an event cost. answers are those of a run of the same requests without a change, by their number: Sample.Said, 0
+// for one without text, which has not failed then.
 func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers map[int]uint64) Figures {
 	end := r.Began.Add(r.Duration)
 	changed := e.Full
@@ -70,13 +70,15 @@ func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers m
 	}
 	before := later(r.Began, e.Command.Add(-changed.Sub(e.Command))) // as long as the change: as many gaps to compare with
 	f := Figures{
-		Removed: e.Removed, Parts: e.Parts, Latency: e.Full.Sub(e.Command).Seconds(),
-		Before:   part(r, earlier(before, e.Command), e.Command, g),
-		During:   part(r, e.Command, changed, g),
-		After:    part(r, changed, later(changed, last), g),
+		Parts: e.Parts, Latency: e.Full.Sub(e.Command).Seconds(),
+		During:   part(r.Between(e.Command, changed, g)),
+		After:    part(r.Between(changed, later(changed, last), g)),
 		Downtime: Silence(r, e.Command, e.Full).Seconds(),
 		Sent:     len(r.Samples), Failed: r.Failed,
 	}
+	quiet := r.Between(earlier(before, e.Command), e.Command, g)
+	f.Before = part(quiet)
+	f.Before.Gap = quiet.Closed.Seconds() // a gap that is still open then is the change's
 	for _, m := range memory {
 		switch {
 		case m.At.Before(e.Command):
@@ -88,19 +90,21 @@ func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers m
 		}
 	}
 	f.Peak = max(f.Peak, f.Held)
-	quiet := r.Between(earlier(before, e.Command), e.Command, g)
-	f.Before.Gap = quiet.Closed.Seconds() // what is still open then is the change's
 	for i := range r.Samples {
 		s := &r.Samples[i]
-		if want, ok := answers[s.Number]; ok && s.Err == nil && s.Said != want {
+		want, ok := answers[s.Number]
+		empty := errors.Is(s.Err, load.ErrEmpty)
+		switch {
+		case empty && ok && want == 0: // so it is without a change
+			f.Failed--
+		case (empty || s.Err == nil) && ok && s.Said != want:
 			f.Changed++
 		}
 	}
 	return f
 }
 
-func part(r *load.Report, from, to time.Time, g load.Goodput) Part {
-	w := r.Between(from, to, g)
+func part(w load.Window) Part {
 	p := Part{Seconds: w.Seconds(), Rate: w.Rate(), Attainment: w.Attainment(), Gap: w.Gap.Seconds()}
 	if p.Seconds > 0 {
 		p.Requests = float64(w.Ended) / p.Seconds

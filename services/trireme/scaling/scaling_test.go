@@ -75,7 +75,7 @@ func TestMeasure(t *testing.T) {
 		sample(3, 7500, 9000, 9, nil, 8000, 8500, 9000),
 	}}
 	memory := []scaling.Memory{{at(0), 100}, {at(2900), 110}, {at(4000), 300}, {at(5000), 240}, {at(8000), 150}}
-	e := scaling.Event{Command: at(3000), Full: at(7000), Removed: []string{"standby"}}
+	e := scaling.Event{Command: at(3000), Full: at(7000)}
 	f := scaling.Measure(r, e, load.Goodput{TTFT: 1000}, memory, map[int]uint64{0: 7, 1: 1, 2: 5, 3: 9})
 	if f.Latency != 4 || f.Downtime != 3 {
 		t.Errorf("latency %g, downtime %g, want 4 and 3", f.Latency, f.Downtime)
@@ -94,6 +94,17 @@ func TestMeasure(t *testing.T) {
 	}
 	if p := f.After; p.Seconds != 0.5 || p.Requests != 2 || p.Attainment != 1 {
 		t.Errorf("after: %+v, want half a second up to the last request's sending", p)
+	}
+}
+
+// Answers without text have not failed if they have none without the change either; others have lost theirs.
+func TestEmptyAnswers(t *testing.T) {
+	r := &load.Report{Began: t0, Duration: time.Second, Failed: 3, Samples: []load.Sample{
+		sample(0, 0, 100, 0, load.ErrEmpty), sample(1, 0, 100, 0, load.ErrEmpty), sample(2, 0, 100, 0, errors.New("refused")), sample(3, 0, 100, 5, nil, 50),
+	}}
+	f := scaling.Measure(r, scaling.Event{Command: at(50), Full: at(60)}, load.Goodput{}, nil, map[int]uint64{0: 0, 1: 7, 2: 7, 3: 5})
+	if f.Failed != 2 || f.Changed != 1 {
+		t.Errorf("%d failed, %d changed; want 2 and 1", f.Failed, f.Changed)
 	}
 }
 
