@@ -79,9 +79,12 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	change.ID, change.Left, change.DryRun, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
 		c.Spare, c.Slack
 	change.Hold, change.HoldTime = c.Hold, c.HoldTime
+	last := ""
 	told := func(r *wire.ChangeReport) {
-		if !c.JSON {
-			fmt.Fprintf(e.err, "%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
+		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
+		if line != last && !c.JSON { // figures change more often than what is said of them
+			fmt.Fprint(e.err, line)
+			last = line
 		}
 	}
 	r, err := b.Change(ctx, i.ID, i.Record(), change, told)

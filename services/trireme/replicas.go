@@ -104,7 +104,7 @@ func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err erro
 			running = append(running, g.running...)
 		}
 	}
-	report := wire.ReplicasReport{NPUs: r.groups[i].NPUs}
+	report := wire.ReplicasReport{NPUs: r.groups[i].NPUs, Instances: []string{}, Started: []string{}, Stopped: []string{}}
 	more := ask.Count - len(running)
 	switch {
 	case more > 0:
