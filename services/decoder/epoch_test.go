@@ -22,7 +22,7 @@ func (r *rig) prepare(s *stage.Stage, numbers ...int) *stage.Epoch {
 			set = set.With(slot)
 		}
 	}
-	e, err := s.Prepare(r.Context(), numbers, stage.Layout(&s.Model.Text, set))
+	e, err := s.Prepare(r.Context(), numbers, stage.Layout(&s.Model.Text, set), stage.AttachOptions{})
 	if err != nil {
 		r.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestInstanceGrowsAndShrinks(t *testing.T) {
 			waits := r.start(spec) // there is no room for it on one NPU
 			before := s.NPUs()[0].Number
 			joined := r.join(s)
-			if _, err := s.Prepare(t.Context(), []int{joined, before}, stage.Layout(&s.Model.Text, placement.First(2))); err == nil {
+			if _, err := s.Prepare(t.Context(), []int{joined, before}, stage.Layout(&s.Model.Text, placement.First(2)), stage.AttachOptions{}); err == nil {
 				t.Error("an NPU changes its slot")
 			}
 			e := r.prepare(s, before, -1, joined)

@@ -8,6 +8,7 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/model"
+	"trireme.dev/shared/sched/placement"
 )
 
 // AttachOptions say how weights are attached.
@@ -80,9 +81,9 @@ func (s *Stage) DropWeights(npu int, keep hf.Experts) error {
 	return s.weights.drop(npu, kept)
 }
 
-// needs are the objects of what the roles need with some experts.
-func (w *weights) needs(experts hf.Experts) (map[object]bool, error) {
-	all := map[object]bool{}
+// needs are the objects of what the roles need with some experts, with their sizes in bytes.
+func (w *weights) needs(experts hf.Experts) (map[object]int64, error) {
+	all := map[object]int64{}
 	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
 		if w.parts&part == 0 || part == hf.Vision && w.stage.Model.Vision == nil {
 			continue
@@ -91,22 +92,66 @@ func (w *weights) needs(experts hf.Experts) (map[object]bool, error) {
 		if err != nil {
 			return nil, err
 		}
-		for _, n := range set.Numbers {
-			all[object{set.Key, n}] = true
+		for i, n := range set.Numbers {
+			all[object{set.Key, n}] = set.Sizes[i]
 		}
 	}
 	return all, nil
 }
 
+// costs is what another layout, on NPUs of other numbers by slot, needs in bytes: fresh is what some memory domain has to get, beside which the larger of both layouts
+// and over bytes more are in use until the old one is let go.
+func (w *weights) costs(npus []int, layout placement.Layout, next []int, then placement.Layout) (fresh, over int64, err error) {
+	var before, after int64
+	was, will := w.groups(npus), w.groups(next)
+	for domain, g := range was {
+		has, err := w.needs(wanted(npus, layout, g.slots))
+		if err != nil {
+			return 0, 0, err
+		}
+		before += sum(has)
+		if _, stays := will[domain]; !stays {
+			continue
+		}
+		needs, err := w.needs(wanted(next, then, will[domain].slots))
+		if err != nil {
+			return 0, 0, err
+		}
+		after += sum(needs)
+		for x := range has {
+			delete(needs, x)
+		}
+		fresh += sum(needs)
+	}
+	for domain, g := range will {
+		if _, had := was[domain]; had {
+			continue
+		}
+		needs, err := w.needs(wanted(next, then, g.slots))
+		if err != nil {
+			return 0, 0, err
+		}
+		after, fresh = after+sum(needs), fresh+sum(needs)
+	}
+	return fresh, before + fresh - max(before, after), nil
+}
+
+func sum(objects map[object]int64) (bytes int64) {
+	for _, n := range objects {
+		bytes += n
+	}
+	return bytes
+}
+
 // ReleaseWeights takes all weights from an NPU, which is to leave the stage, as DropWeights does.
 func (s *Stage) ReleaseWeights(npu int) error { return s.weights.drop(npu, nil) }
 
-func (w *weights) drop(npu int, kept map[object]bool) error {
+func (w *weights) drop(npu int, kept map[object]int64) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	has := w.domains[w.stage.HBM.Domain(npu)]
 	for x, h := range has {
-		if !kept[x] {
+		if _, stays := kept[x]; !stays {
 			delete(h.users, npu)
 		}
 	}

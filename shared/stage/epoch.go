@@ -51,8 +51,8 @@ func (s *Stage) Load() placement.Load { return s.Runner.Load() }
 // Prepare makes the next epoch while the instance serves: numbers are its NPUs' on the node, which the HMM has granted, by slot, -1 in empty
 // ones; who stays keeps the slot. layout says which of them shall have which experts. Those that join get their arithmetic and weights, and are
 // warmed up; that of those that leave is closed only after the switch. Nothing has changed when there is an error. Epochs are prepared
-// and switched to one after the other.
-func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Layout) (_ *Epoch, err error) {
+// and switched to one after the other. o is for weights that have to come from other memory domains.
+func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Layout, o AttachOptions) (_ *Epoch, err error) {
 	present := s.NPUs()
 	e := &Epoch{stage: s, npus: make([]NPU, len(numbers)), layout: layout}
 	defer func() {
@@ -88,7 +88,7 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 		return nil, err
 	}
 	e.leave = setOf(present) &^ all
-	if err := s.weights.prepare(ctx, e.npus, layout); err != nil {
+	if err := s.weights.prepare(ctx, e.npus, layout, o); err != nil {
 		return nil, err
 	}
 	for _, w := range s.workers {

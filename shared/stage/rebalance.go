@@ -2,7 +2,6 @@ package stage
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"time"
 
@@ -18,11 +17,8 @@ type rebalance struct {
 	ask   *wire.Change
 
 	change *placement.Change
-	tables [][][]model.Expert // by slot
+	npus   []NPU // with the weights that they have then
 }
-
-// errFar is why experts cannot go to other NPUs.
-var errFar = errors.New("each of the NPUs is a memory domain, between which experts cannot be copied yet: start the HMM with --domains node")
 
 // plan implements task.
 func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
@@ -39,30 +35,40 @@ func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
 	p.Rows, p.Was, p.Will = rows, present.Balance(load, set), w.change.Layout.Balance(load, set)
 	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
 	p.Moves = p.Copies+p.Drops > 0
-	return s.weighCopies(p, w.change.Copies, p.After)
+	return s.weigh(p, w.ask, present, w.change, p.After)
 }
 
-// weighCopies notes what copies of experts cost, to NPUs of these numbers by slot: in one memory domain they are there already.
-func (s *Stage) weighCopies(p *wire.ChangePlan, copies []placement.Copy, numbers []int) error {
-	for _, a := range numbers {
-		for _, b := range numbers {
-			if a >= 0 && b >= 0 && s.HBM.Far(a, b) {
-				return errFar
+// weigh notes what a change of the experts costs, from the present layout on, on NPUs of these numbers by slot.
+func (s *Stage) weigh(p *wire.ChangePlan, ask *wire.Change, present placement.Layout, change *placement.Change, next []int) (err error) {
+	npus := s.NPUs()
+	for _, c := range change.Copies {
+		for slot := range present[c.Layer][c.Expert].All() {
+			if s.HBM.Domain(npus[slot].Number) == s.HBM.Domain(next[c.To]) {
+				p.Shared++
+				break
 			}
 		}
 	}
-	p.Shared = len(copies)
+	if p.Bytes, p.Memory, err = s.weights.costs(numbers(npus), present, next, change.Layout); err != nil {
+		return err
+	}
+	if ask.Rate > 0 {
+		p.Expect = time.Duration(float64(p.Bytes) / float64(ask.Rate) * float64(time.Second))
+	}
 	return nil
 }
 
-// prepare implements task: in one memory domain all experts are there, and every NPU finds those that it gets by its table.
-func (w *rebalance) prepare(context.Context, func(func(*wire.ChangeReport))) error {
-	npus := w.stage.NPUs()
-	w.tables = make([][][]model.Expert, len(npus))
-	for slot := range setOf(npus).All() {
-		w.tables[slot] = expertsOf(npus[slot].Weights, w.change.Layout, slot)
-	}
-	return nil
+// attaching are the options of an operation that copies weights, and tells how far it is.
+func attaching(ask *wire.Change, told func(func(*wire.ChangeReport))) AttachOptions {
+	return AttachOptions{Rate: ask.Rate, Told: func(done, _ int64) {
+		told(func(r *wire.ChangeReport) { r.Copied = done })
+	}}
+}
+
+// prepare implements task: what a memory domain has already is only mapped.
+func (w *rebalance) prepare(ctx context.Context, told func(func(*wire.ChangeReport))) error {
+	w.npus = slices.Clone(w.stage.NPUs())
+	return w.stage.weights.prepare(ctx, w.npus, w.change.Layout, attaching(w.ask, told))
 }
 
 // layout implements task.
@@ -70,20 +76,23 @@ func (w *rebalance) layout(l *wire.Layout) { l.Experts = w.change.Layout.Encode(
 
 // swap implements task.
 func (w *rebalance) swap(epoch uint64) (pause time.Duration, err error) {
-	if err = w.stage.Runner.SetExperts(w.tables); err != nil { // which holds no step up
+	tables := make([][][]model.Expert, len(w.npus))
+	for slot, n := range w.npus {
+		tables[slot] = n.Experts
+	}
+	if err = w.stage.Runner.SetExperts(tables); err != nil { // which holds no step up
 		return 0, err
 	}
-	npus := slices.Clone(w.stage.NPUs())
-	for slot := range setOf(npus).All() {
-		npus[slot].Experts = w.tables[slot]
-	}
-	w.stage.setNPUs(npus)
+	w.stage.setNPUs(w.npus)
 	w.stage.changes.enter(w.change.Layout, epoch)
 	return pause, nil
 }
 
 // drop implements task.
-func (w *rebalance) drop() error { return nil }
+func (w *rebalance) drop() error { return w.stage.weights.keep(w.npus, w.change.Layout) }
 
 // undo implements task.
-func (w *rebalance) undo() error { return nil }
+func (w *rebalance) undo() error {
+	present, _ := w.stage.changes.current()
+	return w.stage.weights.keep(w.stage.NPUs(), present)
+}

@@ -66,7 +66,7 @@ func (w *scale) place(p *wire.ChangePlan, slots placement.Set) (err error) {
 	present, _ := s.changes.current()
 	if !hasText(s.Role) { // nobody computes with experts
 		w.change = &placement.Change{Layout: Layout(&s.Model.Text, slots)}
-		return nil
+		return s.weigh(p, w.ask, present, w.change, w.numbers)
 	}
 	o := placement.Options{Slots: elastic.Slots(present, slots.Len(), w.ask.Spare), Slack: w.ask.Slack}
 	if w.change, err = placement.Plan(present, load, slots, o); err != nil {
@@ -74,7 +74,7 @@ func (w *scale) place(p *wire.ChangePlan, slots placement.Set) (err error) {
 	}
 	p.Rows, p.Was, p.Will = rows, present.Balance(load, setOf(s.NPUs())), w.change.Layout.Balance(load, slots)
 	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
-	return s.weighCopies(p, w.change.Copies, w.numbers)
+	return s.weigh(p, w.ask, present, w.change, w.numbers)
 }
 
 // enter gives an NPU that joins the lowest free slot.
@@ -134,7 +134,7 @@ func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))
 	for slot := range w.leave.All() {
 		s.Leave(slot)
 	}
-	if w.next, err = s.Prepare(ctx, w.numbers, w.change.Layout); err != nil {
+	if w.next, err = s.Prepare(ctx, w.numbers, w.change.Layout, attaching(w.ask, told)); err != nil {
 		return err
 	}
 	told(func(r *wire.ChangeReport) { r.Warming = w.next.Warm })

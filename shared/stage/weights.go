@@ -64,7 +64,7 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	}
 	npus := s.NPUs()
 	layout, _ := s.changes.current()
-	if _, err := w.load(ctx, npus, layout); err != nil {
+	if _, err := w.load(ctx, npus, layout, AttachOptions{Told: w.loading()}); err != nil {
 		return err
 	}
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
@@ -80,33 +80,44 @@ type group struct {
 	numbers []int
 }
 
-// groups are the NPUs by memory domain.
-func (w *weights) groups(npus []NPU) map[int]group {
+// groups are the NPUs of these numbers, by slot, by memory domain.
+func (w *weights) groups(numbers []int) map[int]group {
 	all := map[int]group{}
-	for slot := range setOf(npus).All() {
-		domain := w.stage.HBM.Domain(npus[slot].Number)
-		g := all[domain]
-		all[domain] = group{g.slots.With(slot), append(g.numbers, npus[slot].Number)}
+	for slot, n := range numbers {
+		if n >= 0 {
+			domain := w.stage.HBM.Domain(n)
+			g := all[domain]
+			all[domain] = group{g.slots.With(slot), append(g.numbers, n)}
+		}
 	}
 	return all
 }
 
-// wanted are the experts that NPUs of a layout have: all, where all NPUs are.
-func wanted(npus []NPU, layout placement.Layout, some placement.Set) hf.Experts {
-	if some == setOf(npus) {
-		return nil
+// wanted are the experts that some NPUs of an instance on these have: all, where all NPUs are.
+func wanted(numbers []int, layout placement.Layout, some placement.Set) hf.Experts {
+	for slot, n := range numbers {
+		if n >= 0 && !some.Has(slot) {
+			return func(layer, expert int) bool { return layout[layer][expert]&some != 0 }
+		}
 	}
-	return func(layer, expert int) bool { return layout[layer][expert]&some != 0 }
+	return nil
 }
 
 // load gives each NPU its weights, and the experts that the layout says. NPUs of one memory domain share theirs: the same memory is
-// mapped once, with the experts that any of them has. What is mapped already stays so until keep. It returns what was not.
-func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout) (fresh []*hbm.Weights, err error) {
-	for _, g := range w.groups(npus) {
-		a, err := w.attach(ctx, g.numbers, wanted(npus, layout, g.slots), AttachOptions{Told: w.loading()})
+// mapped once, with the experts that any of them has. What is mapped already stays so until keep. It returns what was not. o.Told
+// is told of one domain after the other, together.
+func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout, o AttachOptions) (fresh []*hbm.Weights, err error) {
+	told := o.Told
+	var there int64 // in the domains before
+	for _, g := range w.groups(numbers(npus)) {
+		if told != nil {
+			o.Told = func(done, total int64) { told(there+done, there+total) }
+		}
+		a, err := w.attach(ctx, g.numbers, wanted(numbers(npus), layout, g.slots), o)
 		if err != nil {
 			return nil, err
 		}
+		there += a.Bytes
 		fresh = append(fresh, a.fresh...)
 		for slot := range g.slots.All() {
 			npus[slot].Weights = a.Weights
@@ -117,13 +128,13 @@ func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout)
 }
 
 // prepare gives the NPUs of the next epoch their weights, as load does, populated. The instance is ready.
-func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layout) error {
+func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layout, o AttachOptions) error {
 	select {
 	case <-w.populated:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	fresh, err := w.load(ctx, npus, layout)
+	fresh, err := w.load(ctx, npus, layout, o)
 	if err != nil {
 		return err
 	}
@@ -137,27 +148,28 @@ func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layo
 
 // keep unmaps what no NPU of a layout has: that of NPUs that have left, and experts that are elsewhere now. No step may use it any more.
 func (w *weights) keep(npus []NPU, layout placement.Layout) error {
-	groups := w.groups(npus)
+	has := numbers(npus)
+	groups := w.groups(has)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var errs []error
-	for domain, has := range w.domains {
+	for domain, mapped := range w.domains {
 		g := groups[domain]
-		kept := map[object]bool{}
+		var kept map[object]int64
 		if len(g.numbers) > 0 {
 			var err error
-			if kept, err = w.needs(wanted(npus, layout, g.slots)); err != nil {
+			if kept, err = w.needs(wanted(has, layout, g.slots)); err != nil {
 				return err
 			}
 		}
-		for x, h := range has {
+		for x, h := range mapped {
 			for n := range h.users {
-				if !kept[x] || !slices.Contains(g.numbers, n) {
+				if _, stays := kept[x]; !stays || !slices.Contains(g.numbers, n) {
 					delete(h.users, n)
 				}
 			}
 		}
-		errs = append(errs, sweep(has))
+		errs = append(errs, sweep(mapped))
 	}
 	return errors.Join(errs...)
 }

@@ -23,7 +23,7 @@ type Scale struct {
 	Strategy []string   `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, or all." default:"all" placeholder:"NAME"`
 	Pace     string     `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml; none: as fast as the host." default:"distserve-opt-13b-a100" placeholder:"NAME"`
 	Bytes    conf.Bytes `help:"Size of the experts of the made-up model." default:"4GiB" placeholder:"SIZE"`
-	Domains  string     `help:"Memory domains of the NPUs: one for all (node), or one for each (per-npu), which elastic cannot change yet." default:"node" enum:"node,per-npu"`
+	Domains  string     `help:"Memory domains of the NPUs: one for each (per-npu), between which weights are copied, or one for all (node)." default:"per-npu" enum:"node,per-npu"`
 	CopyRate conf.Bytes `help:"Bytes a second that may be copied between NPUs." default:"1GiB" placeholder:"SIZE"`
 	DiskRate conf.Bytes `help:"Bytes a second that weights are read from disk; by default a fifth of --copy-rate." placeholder:"SIZE"`
 
@@ -44,7 +44,7 @@ func (Scale) Help() string {
 	return `Changes the number of NPUs of an instance under an open load, in several ways, and prints what it cost those who were served:
 the tables of ElasticMoE (arXiv:2510.02613) for this system. The ways are the paper's:
 
-  elastic      trireme scale: in place; in one memory domain nothing is copied, experts are mapped where they are
+  elastic      trireme scale: in place, by copies between NPUs; in one memory domain experts are only mapped
   cold         stop the instance, start one with the new number of NPUs, read the weights from disk
   extravagant  start that one on NPUs of its own beside the old one, which is stopped when it is ready
   colocated    the same on the old one's NPUs, so that each has half its memory for sequences; that the two share the arithmetic too is not shown

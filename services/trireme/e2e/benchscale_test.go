@@ -47,7 +47,7 @@ func TestBenchScale(t *testing.T) {
 			t.Errorf("%s: %+v; want every request answered as without a change", c.Strategy, c)
 		}
 	}
-	if parts := r.Changes[0].Parts; parts["operation_s"] <= 0 || parts["copied_bytes"] != 0 {
-		t.Errorf("in one memory domain nothing is copied, and it takes a time: %v", parts)
+	if parts := r.Changes[0].Parts; parts["operation_s"] <= 0 || parts["copied_bytes"] < 16<<20 {
+		t.Errorf("the second NPU gets about half of the experts by copies: %v", parts)
 	}
 }

@@ -62,8 +62,14 @@ func holds(tb testing.TB, pid int) (h held) {
 // The NPUs of a decoder are changed again and again, 2 to 4 to 3 to 6 to 2, while 16 clients stream: nobody sees it, every NPU that has left is
 // spare, and at the end the memory of all is where it was.
 func TestScaleUnderLoad(t *testing.T) {
+	for _, domains := range []string{"node", "per-npu"} {
+		t.Run(domains, func(t *testing.T) { scaleUnderLoad(t, domains) })
+	}
+}
+
+func scaleUnderLoad(t *testing.T, domains string) {
 	cycles, _ := disturbances(t, 2, 1)
-	c := start(t, "--topology", "1E1P1Dx2+4", "--threads", "1", "--domains", "node")
+	c := start(t, "--topology", "1E1P1Dx2+4", "--threads", "1", "--domains", domains)
 	l := newLoad(t, c)
 	l.begin()
 	defer l.stop.Store(true)
@@ -75,6 +81,10 @@ func TestScaleUnderLoad(t *testing.T) {
 			r, err := c.change(t, "scale", "decoder", npus, "--timeout", "5m")
 			if err != nil || r.State != "done" || !r.Committed || r.Why != "" {
 				t.Fatalf("%s: %+v, %v", npus, r, err)
+			}
+			// In one memory domain all is there; else what joins gets its weights, and no more than was foreseen.
+			if far := domains == "per-npu"; far != (r.Plan.Bytes > 0) || far != (r.Copied > 0) || r.Copied > r.Plan.Bytes {
+				t.Errorf("%s: %d bytes were to be copied, %d were, with domains %s", npus, r.Plan.Bytes, r.Copied, domains)
 			}
 			epoch++
 			after := wire.NPUCount(r.Plan.After)

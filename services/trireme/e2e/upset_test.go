@@ -37,7 +37,7 @@ func upsets() []upset {
 // that, the command says which it is, and clients see nothing.
 func TestChaosOfRebalances(t *testing.T) {
 	upset := 0
-	chaosOfChanges(t, "1E1P1Dx4", func(wire.Instance) []string {
+	chaosOfChanges(t, "1E1P1Dx4", "node", func(wire.Instance) []string {
 		upset++ // a rebalance that has something to move, whatever it finds
 		return []string{"rebalance", "decoder", "--slack", "0", "--spare", []string{"0", "0.6"}[upset%2]}
 	})
@@ -45,18 +45,22 @@ func TestChaosOfRebalances(t *testing.T) {
 
 // The same when NPUs join and leave: nobody else has lost any, and those that are not the decoder's are spare.
 func TestChaosOfScales(t *testing.T) {
-	chaosOfChanges(t, "1E1P1Dx2+2", func(now wire.Instance) []string {
-		return []string{"scale", "decoder", map[bool]string{true: "+2", false: "-2"}[len(now.NPUs) == 2], "--timeout", "5m"}
-	})
+	for _, domains := range []string{"node", "per-npu"} {
+		t.Run(domains, func(t *testing.T) {
+			chaosOfChanges(t, "1E1P1Dx2+2", domains, func(now wire.Instance) []string {
+				return []string{"scale", "decoder", map[bool]string{true: "+2", false: "-2"}[len(now.NPUs) == 2], "--timeout", "5m"}
+			})
+		})
+	}
 }
 
-func chaosOfChanges(t *testing.T, topology string, change func(now wire.Instance) []string) {
+func chaosOfChanges(t *testing.T, topology, domains string, change func(now wire.Instance) []string) {
 	all := upsets()
 	if n, full := disturbances(t, 4, 1); !full {
 		all = all[:n]
 	}
 	server := bustest.RunProcess(t) // the one inside `trireme up` cannot be killed
-	c := start(t, "--topology", topology, "--threads", "1", "--domains", "node", "--nats-url", server.URL())
+	c := start(t, "--topology", topology, "--threads", "1", "--domains", domains, "--nats-url", server.URL())
 	c.nats = strings.TrimPrefix(server.URL(), "nats://")
 	l := newLoad(t, c)
 	b, err := bus.Connect(t.Context(), server.URL(), "test", slog.New(slog.DiscardHandler))
