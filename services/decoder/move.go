@@ -227,7 +227,7 @@ func (d *decoder) copyTo(ctx context.Context, s *sequence, to *stage.Seat) (err 
 			continue
 		}
 		began, had := time.Now(), len(next.Blocks)
-		if err := next.Follow(v, false, hbm.Copy); err != nil {
+		if err := next.Follow(v, false, hbm.Copier(ctx)); err != nil {
 			return err
 		}
 		if n := len(next.Blocks) - had; n > 0 {
@@ -240,7 +240,7 @@ func (d *decoder) copyTo(ctx context.Context, s *sequence, to *stage.Seat) (err 
 			if v, err = d.viewed(s); err != nil || v.Full() > len(next.Blocks)+1 || next.Room() < v.Positions()+1 {
 				return
 			}
-			if err = next.Follow(v, true, hbm.Copy); err == nil {
+			if err = next.Follow(v, true, hbm.Copier(ctx)); err == nil {
 				s.parked, parked = true, true
 			}
 		})

@@ -226,7 +226,7 @@ func (d *decoder) succeed(ctx context.Context, s *sequence, last mem.Handle) err
 		return err
 	}
 	began := time.Now()
-	if s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), hbm.Copy); err != nil {
+	if s.kv, err = from.Continue(&d.Model.Text, c, log, asSlabs(fresh[1:]), hbm.Copier(ctx)); err != nil {
 		return err
 	}
 	if n := before.BlockCount() - len(known.Blocks); far && place < 0 {

@@ -249,7 +249,7 @@ func (p *prefill) reuse(ctx context.Context, j *job, ch *choice, prefix *stage.P
 		}
 	}
 	began := time.Now()
-	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], hbm.Copy)
+	n, err = ch.seq.Copy(slabs, prefix.Blocks[j.shared:], hbm.Copier(ctx))
 	n += j.shared
 	far := 0
 	for _, b := range prefix.Blocks[j.shared:n] {

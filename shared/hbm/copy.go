@@ -67,9 +67,17 @@ func (c *Client) Domain(npu int) int {
 	return c.homes[npu]
 }
 
-// Copy copies mapped memory of NPUs, within a domain or between two, on the calling goroutine and beside whatever the NPUs
-// compute: on a GPU it would have a stream of its own.
-func Copy(dst, src []float32) { copy(dst, src) }
+// Copier returns what copies mapped memory of NPUs, within a domain or between two, on the calling goroutine and beside whatever the
+// NPUs compute: on a GPU it would have a stream of its own. Once ctx has ended it copies nothing, and its error is the cause.
+func Copier(ctx context.Context) func(dst, src []float32) error {
+	return func(dst, src []float32) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		copy(dst, src)
+		return nil
+	}
+}
 
 // Prefault readies objects that this client has just allocated to be written, so that whoever computes with them does not
 // pay for it.

@@ -73,8 +73,8 @@ func (l *Log) written() int { return l.shape.Prompt + max(l.Committed()-1, 0) }
 
 // Continue starts a successor of s: c is what the log of s said, log an empty one of its shape, fresh are its slabs. What
 // s has not committed is left out. Blocks that are neither known nor shared are copied by copyBlock, and the copies of full
-// ones checked, like the known: an error then wraps mem.ErrCorrupt.
-func (s *Sequence) Continue(t *model.Text, c Continuation, log *Log, fresh []Slab, copyBlock func(dst, src []float32)) (*Sequence, error) {
+// ones checked, like the known: an error then wraps mem.ErrCorrupt. An error of copyBlock ends it.
+func (s *Sequence) Continue(t *model.Text, c Continuation, log *Log, fresh []Slab, copyBlock func(dst, src []float32) error) (*Sequence, error) {
 	next := NewSequence(t, log)
 	for i, k := range c.known.Blocks {
 		ref, err := s.Log.Block(i)
@@ -120,7 +120,9 @@ func (s *Sequence) Continue(t *model.Text, c Continuation, log *Log, fresh []Sla
 			if err := next.Grow((i + 1) * model.BlockTokens); err != nil {
 				return nil, err
 			}
-			copyBlock(next.Blocks[i], s.Blocks[i])
+			if err := copyBlock(next.Blocks[i], s.Blocks[i]); err != nil {
+				return nil, fmt.Errorf("copying KV block %d of %s/%d: %w", i, log.shape.Request, log.shape.Choice, err)
+			}
 		}
 		if i == full {
 			break // the open block

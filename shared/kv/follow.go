@@ -41,8 +41,8 @@ func (v *View) Full() int { return v.Positions() / model.BlockTokens }
 
 // Follow brings s, a copy of v's sequence as it was before, or of none of it yet, up to its full blocks and records. With last, which is
 // for between two steps of the writer, it copies the open block, too, and s can go on. s has room for the positions of v. An error
-// wraps mem.ErrCorrupt when a copy is not what was sealed, or recorded.
-func (s *Sequence) Follow(v *View, last bool, copyBlock func(dst, src []float32)) error {
+// wraps mem.ErrCorrupt when a copy is not what was sealed, or recorded; one of copyBlock ends it.
+func (s *Sequence) Follow(v *View, last bool, copyBlock func(dst, src []float32) error) error {
 	for i := len(s.Blocks); i < v.Full(); i++ {
 		ref, err := v.seq.Log.Block(i)
 		if err != nil {
@@ -51,7 +51,9 @@ func (s *Sequence) Follow(v *View, last bool, copyBlock func(dst, src []float32)
 		if err := s.Grow((i + 1) * model.BlockTokens); err != nil {
 			return err
 		}
-		copyBlock(s.Blocks[i], v.seq.Blocks[i])
+		if err := copyBlock(s.Blocks[i], v.seq.Blocks[i]); err != nil {
+			return fmt.Errorf("copying KV block %d: %w", i, err)
+		}
 		if !ref.Sealed || mem.Checksum(bytesOf(s.Blocks[i])) != ref.CRC {
 			return fmt.Errorf("copy of KV block %d of %s/%d: %w", i, s.Log.shape.Request, s.Log.shape.Choice, mem.ErrCorrupt)
 		}
@@ -61,7 +63,9 @@ func (s *Sequence) Follow(v *View, last bool, copyBlock func(dst, src []float32)
 		if err := s.Grow(n); err != nil {
 			return err
 		}
-		copyBlock(s.Blocks[v.Full()], v.seq.Blocks[v.Full()])
+		if err := copyBlock(s.Blocks[v.Full()], v.seq.Blocks[v.Full()]); err != nil {
+			return fmt.Errorf("copying the open KV block: %w", err)
+		}
 	}
 	for i := s.Log.Committed(); i < v.tokens; i++ {
 		rec, err := v.seq.Log.Record(i)

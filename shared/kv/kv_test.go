@@ -377,7 +377,7 @@ func TestSuccessorsShareNothingWritable(t *testing.T) {
 				fresh = append(fresh, take())
 			}
 			log, own := create(c.Shape)
-			if seq, err = from.Continue(text, c, log, fresh, func(dst, src []float32) { copy(dst, src) }); err != nil {
+			if seq, err = from.Continue(text, c, log, fresh, copied); err != nil {
 				t.Fatal(err)
 			}
 			for i := range p {

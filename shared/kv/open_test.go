@@ -76,7 +76,7 @@ func TestAnyChangeToKVIsFound(t *testing.T) {
 			for i := range c.Fresh {
 				fresh = append(fresh, newSlab(uint64(10+i)))
 			}
-			seq, err = seq.Continue(text, c, nextLog, fresh, func(dst, src []float32) { copy(dst, src) })
+			seq, err = seq.Continue(text, c, nextLog, fresh, copied)
 			must(err)
 			log = nextLog
 		}
@@ -118,13 +118,17 @@ func TestWrongCopyOfTheOpenBlock(t *testing.T) {
 	}
 	next, _ := newLog(t, c.Shape)
 	copies := 0
-	_, err = seq.Continue(text, c, next, []kv.Slab{newSlab(2)}, func(dst, src []float32) {
+	_, err = seq.Continue(text, c, next, []kv.Slab{newSlab(2)}, func(dst, src []float32) error {
 		copy(dst, src)
 		if copies++; copies == 2 {
 			dst[0]++
 		}
+		return nil
 	})
 	if !errors.Is(err, mem.ErrCorrupt) {
 		t.Errorf("with a wrong copy: %v", err)
 	}
 }
+
+// copied is a copyBlock that does nothing but that.
+func copied(dst, src []float32) error { copy(dst, src); return nil }

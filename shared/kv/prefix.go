@@ -100,8 +100,9 @@ func (s *Sequence) Share(slabs []Slab, blocks []BlockRef) (n int, err error) {
 // Copy goes on with copies of others' sealed blocks, which copyBlock makes, in blocks of the sequence's own slabs; the
 // sequence so far ends with a block, and the caller has made room. blocks[i] is in slabs[blocks[i].Slab]. The content
 // of each copy is checked: Copy returns the number of right ones before the first wrong one, which the sequence then has
-// as an open block, and an error that wraps mem.ErrCorrupt when that is not all. Other errors are those of Grow.
-func (s *Sequence) Copy(slabs []Slab, blocks []BlockRef, copyBlock func(dst, src []float32)) (n int, err error) {
+// as an open block, and an error that wraps mem.ErrCorrupt when that is not all. Other errors are those
+// of Grow and of copyBlock, which ends the copy.
+func (s *Sequence) Copy(slabs []Slab, blocks []BlockRef, copyBlock func(dst, src []float32) error) (n int, err error) {
 	for n, ref := range blocks {
 		at := len(s.Blocks)
 		p, ok := s.inSlab(slabs[ref.Slab], ref)
@@ -111,7 +112,9 @@ func (s *Sequence) Copy(slabs []Slab, blocks []BlockRef, copyBlock func(dst, src
 		if err := s.Grow((at + 1) * model.BlockTokens); err != nil {
 			return n, err
 		}
-		copyBlock(s.Blocks[at], floatsOf(p))
+		if err := copyBlock(s.Blocks[at], floatsOf(p)); err != nil {
+			return n, fmt.Errorf("copying cached KV block %d: %w", at, err)
+		}
 		if mem.Checksum(bytesOf(s.Blocks[at])) != ref.CRC {
 			return n, fmt.Errorf("copy of cached KV block %d: %w", at, mem.ErrCorrupt)
 		}

@@ -180,9 +180,8 @@ func TestCopy(t *testing.T) {
 		}
 		return log, seq
 	}
-	right := func(dst, src []float32) { copy(dst, src) }
 	log, seq := begin()
-	if n, err := seq.Copy(donor, blocks, right); n != 20 || err != nil {
+	if n, err := seq.Copy(donor, blocks, copied); n != 20 || err != nil {
 		t.Fatalf("copied %d blocks, %v", n, err)
 	}
 	for i, ref := range blocks {
@@ -203,23 +202,35 @@ func TestCopy(t *testing.T) {
 
 	_, seq = begin()
 	copies := 0
-	n, err := seq.Copy(donor, blocks, func(dst, src []float32) {
+	n, err := seq.Copy(donor, blocks, func(dst, src []float32) error {
 		copy(dst, src)
 		if copies++; copies == 8 {
 			dst[3]++
 		}
+		return nil
 	})
 	if n != 7 || !errors.Is(err, mem.ErrCorrupt) {
 		t.Errorf("with a wrong copy: %d blocks, %v", n, err)
 	}
+	_, seq = begin()
+	copies = 0
+	n, err = seq.Copy(donor, blocks, func(dst, src []float32) error {
+		if copies++; copies == 4 {
+			return mem.ErrEnded
+		}
+		return copied(dst, src)
+	})
+	if n != 3 || copies != 4 || !errors.Is(err, mem.ErrEnded) {
+		t.Errorf("ended in the middle: %d blocks after %d, %v", n, copies, err)
+	}
 	donor[1].Bytes()[2*size+9]++ // of block 5
 	_, seq = begin()
-	if n, err := seq.Copy(donor, blocks, right); n != 5 || !errors.Is(err, mem.ErrCorrupt) {
+	if n, err := seq.Copy(donor, blocks, copied); n != 5 || !errors.Is(err, mem.ErrCorrupt) {
 		t.Errorf("with block 5 wrong: %d blocks, %v", n, err)
 	}
 	blocks[2].Block = kv.SlabBlocks
 	_, seq = begin()
-	if n, err := seq.Copy(donor, blocks, right); n != 2 || !errors.Is(err, mem.ErrCorrupt) {
+	if n, err := seq.Copy(donor, blocks, copied); n != 2 || !errors.Is(err, mem.ErrCorrupt) {
 		t.Errorf("with a block that its slab does not have: %d blocks, %v", n, err)
 	}
 }
