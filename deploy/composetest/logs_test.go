@@ -24,12 +24,17 @@ type pattern struct {
 }
 
 // takenOver is what may be said when a stage is stopped or killed and its siblings go on.
-var takenOver []pattern
+var takenOver = []pattern{
+	{regexp.MustCompile(`(encoder|prefill|decoder)-\d+ .*level=WARN msg="runs alone, as an instance died while it ran it" .*strikes=1\s*$`),
+		"a stage killed while it computed: what it ran has a strike"},
+}
 
 // reconnected is what may be said when the HMM, NATS, or a stage without siblings is killed.
 var reconnected = []pattern{
 	{regexp.MustCompile(`trireme (encoder|prefill|decoder): serving \w+: connection to the HMM has ended`),
 		"HMM killed: a stage ends, and starts anew with new memory"},
+	{regexp.MustCompile(`(encoder|prefill|decoder)-\d+ .*level=WARN msg="a gateway is gone: giving its requests up"`),
+		"gateway killed: its lease has ended"},
 	{regexp.MustCompile(`gateway-\d+ .*level=WARN msg="the HMM is lost"`), "HMM killed: the gateway connects again"},
 	{regexp.MustCompile(`gateway-\d+ .*level=WARN msg="connecting to the HMM" .*(connection reset by peer|broken pipe|EOF)`),
 		"HMM killed: its socket still took a connection while it died"},
