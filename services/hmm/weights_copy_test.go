@@ -19,7 +19,7 @@ import (
 
 // some is a part of a set, by number.
 func some(set hbm.WeightSet, numbers ...int) hbm.WeightSet {
-	part := hbm.WeightSet{Key: set.Key, Part: set.Part, Rate: set.Rate, Numbers: numbers}
+	part := hbm.WeightSet{Key: set.Key, Part: set.Part, Pace: set.Pace, Numbers: numbers}
 	for _, n := range numbers {
 		part.Sizes = append(part.Sizes, set.Sizes[n])
 	}
@@ -125,7 +125,7 @@ func checkWeights0(t *testing.T, w *hbm.Weights, set hbm.WeightSet, domain int) 
 // slow is a set that takes days to copy.
 func slow() hbm.WeightSet {
 	set := tenWeights()
-	set.Rate = 1
+	set.Pace = hbm.NewPacer(1)
 	return set
 }
 
@@ -236,7 +236,7 @@ func BenchmarkCopyWeights(b *testing.B) {
 			n := 0
 			for b.Loop() {
 				slow := set
-				slow.Rate = rate
+				slow.Pace = hbm.NewPacer(rate)
 				slow.Key[1] = byte(n) // another set of the same content each time: what rests would be attached
 				if n++; n > 1 {
 					if _, err := c.OpenWeights(b.Context(), 0, hbm.WeightSet{Key: slow.Key, Sizes: set.Sizes}, func(context.Context, []int, [][]byte) error { return nil }, nil); err != nil {

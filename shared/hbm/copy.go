@@ -156,15 +156,15 @@ func (c *Client) readOnly(o *Object) error {
 }
 
 const (
-	copyReady = 4 << 20   // bytes that are readied for writing at a time
+	copyReady = 1 << 20   // bytes that are readied for writing at a time: whoever maps anything in this process waits for that
 	copyPiece = 256 << 10 // bytes that are copied at a time: still in the cache when their checksum is taken
 )
 
-// copyBytes copies from one mapping to another, fresh one, and returns the checksum of the copy if sum. It keeps to a
-// rate, and stops when ctx ends.
-func copyBytes(ctx context.Context, dst, src []byte, sum bool, p *pacer) (crc uint32, err error) {
+// copyBytes copies from one mapping to another, fresh one, and returns the checksum of the copy if sum. It stops when ctx ends. With a
+// pace it keeps to that, and dst has been readied for writing.
+func copyBytes(ctx context.Context, dst, src []byte, sum bool, p *Pacer) (crc uint32, err error) {
 	for at := 0; at < len(src); {
-		if at%copyReady == 0 {
+		if p == nil && at%copyReady == 0 {
 			host.Prefault(dst[at:min(at+copyReady, len(src))])
 		}
 		if ctx.Err() != nil {

@@ -7,12 +7,14 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"trireme.dev/shared/hbm/protocol"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/host"
 )
 
 // making is a weight that this client makes.
@@ -109,18 +111,28 @@ func (w *Weights) copy(ctx context.Context, all []*making) error {
 	}
 	began := time.Now()
 	defer func() { w.Copying += time.Since(began) }()
-	p := &pacer{rate: w.set.Rate}
 	var mu sync.Mutex
 	sofar := w.done
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
-	if w.set.Rate > 0 {
+	var ready []chan struct{}
+	if w.set.Pace != nil {
 		g.SetLimit(1) // beside whatever the NPUs compute
+		var readied func()
+		ready, readied = readyAhead(gctx, some)
+		defer readied()
 	}
 	wrong := make([]bool, len(some))
 	for i, m := range some {
 		g.Go(func() error {
-			crc, err := copyBytes(gctx, m.content, m.source, true, p)
+			if ready != nil {
+				select {
+				case <-ready[i]:
+				case <-gctx.Done():
+					return context.Cause(gctx)
+				}
+			}
+			crc, err := copyBytes(gctx, m.content, m.source, true, w.set.Pace)
 			if err != nil {
 				return fmt.Errorf("copying weight %d of %d bytes: %w", w.set.Numbers[m.place], len(m.content), err)
 			}
@@ -167,6 +179,36 @@ func (w *Weights) copy(ctx context.Context, all []*making) error {
 	return w.made(good)
 }
 
+// readyAhead readies the memory that copies at a rate write, in their order and ahead of them: a machine may take longer to find the pages
+// than the rate leaves for the copy. ready[i] is closed when that of copy i is; wait returns when nobody readies any more, soon after ctx
+// has ended.
+func readyAhead(ctx context.Context, all []*making) (ready []chan struct{}, wait func()) {
+	ready = make([]chan struct{}, len(all))
+	for i := range ready {
+		ready[i] = make(chan struct{})
+	}
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(len(all), max(1, runtime.GOMAXPROCS(0)/4)) { // beside whatever the NPUs compute
+		wg.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(all) {
+					return
+				}
+				for piece := range slices.Chunk(all[i].content, copyReady) {
+					if ctx.Err() != nil {
+						return
+					}
+					host.Prefault(piece)
+				}
+				close(ready[i])
+			}
+		})
+	}
+	return ready, wg.Wait
+}
+
 // made maps objects that have just become final for reading only, and lets their sources go.
 func (w *Weights) made(all []*making) error {
 	var errs []error
@@ -177,7 +219,7 @@ func (w *Weights) made(all []*making) error {
 		}
 		errs = append(errs, w.client.maps.release(m.to.Extent, mem.ReadWrite))
 		w.keep(m.place, content[:m.to.Handle.Bytes:m.to.Handle.Bytes], m.to.Handle, m.to.Extent)
-		m.done = true
+		w.written[m.place], m.done = true, true
 	}
 	var sources []protocol.Grant
 	for _, m := range all {
@@ -191,34 +233,4 @@ func (w *Weights) made(all []*making) error {
 		errs = append(errs, w.client.giveUp(batch))
 	}
 	return errors.Join(errs...)
-}
-
-// pacer keeps copies to a rate.
-type pacer struct {
-	rate  int64 // bytes a second; 0: any
-	begun time.Time
-	bytes int64
-}
-
-// wait returns when so many bytes more are within the rate, or ctx ends.
-func (p *pacer) wait(ctx context.Context, bytes int) error {
-	if p == nil || p.rate <= 0 {
-		return nil
-	}
-	if p.begun.IsZero() {
-		p.begun = time.Now()
-	}
-	p.bytes += int64(bytes)
-	late := time.Until(p.begun.Add(time.Duration(float64(p.bytes) / float64(p.rate) * float64(time.Second))))
-	if late <= 0 {
-		return nil
-	}
-	t := time.NewTimer(late)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

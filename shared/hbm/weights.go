@@ -25,7 +25,7 @@ type WeightSet struct {
 	Numbers []int   // of the objects wanted, rising; nil: as many as there are sizes, from 0 on
 	Sizes   []int64 // bytes of each of them
 	Part    int64   // bytes to make at a time, which is what a maker that dies leaves undone; 0: 64 MiB. At least one object
-	Rate    int64   // most bytes a second that are copied from other memory domains; 0: as fast as it goes
+	Pace    *Pacer  // of copies from other memory domains; nil: as fast as it goes
 }
 
 // Filler makes weights: it writes the content of the objects of these numbers. objects have their full sizes and zeros or old
@@ -47,11 +47,12 @@ type Weights struct {
 	Attaching                time.Duration // spent mapping final objects
 	Copying                  time.Duration // spent copying, with the pauses that the rate asks for
 
-	client *Client
-	npu    int
-	set    WeightSet
-	told   func(done, total int64)
-	done   int64 // bytes that are there
+	client  *Client
+	npu     int
+	set     WeightSet
+	written []bool // by this process, which has the page tables since
+	told    func(done, total int64)
+	done    int64 // bytes that are there
 }
 
 const (
@@ -74,7 +75,7 @@ func (c *Client) OpenWeights(ctx context.Context, npu int, set WeightSet, fill F
 	n := len(set.Sizes)
 	w := &Weights{
 		Numbers: slices.Clone(set.Numbers), Objects: make([][]byte, n), Handles: make([]mem.Handle, n), Extents: make([]mem.Extent, n),
-		client: c, npu: npu, set: set, told: loading,
+		client: c, npu: npu, set: set, written: make([]bool, n), told: loading,
 	}
 	for _, n := range set.Sizes {
 		w.Bytes += n
@@ -285,16 +286,16 @@ func (w *Weights) Populate(ctx context.Context) error {
 	return nil
 }
 
-// runs yields the memory of the objects, neighbours together.
+// runs yields the memory of the objects that this process has not written, neighbours together.
 func (w *Weights) runs() iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		for i := 0; i < len(w.Extents); {
-			if w.Objects[i] == nil {
+			if w.Objects[i] == nil || w.written[i] {
 				i++
 				continue
 			}
 			first, bytes := i, int64(0)
-			for ; i < len(w.Extents) && w.Objects[i] != nil && w.Extents[i].Space == w.Extents[first].Space &&
+			for ; i < len(w.Extents) && w.Objects[i] != nil && !w.written[i] && w.Extents[i].Space == w.Extents[first].Space &&
 				w.Extents[i].Offset == w.Extents[first].Offset+bytes && bytes < partBytes; i++ {
 				bytes += w.Extents[i].Bytes
 			}

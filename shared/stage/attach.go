@@ -15,6 +15,8 @@ import (
 type AttachOptions struct {
 	Rate int64                   // most bytes a second that are copied from other memory domains, beside serving; 0: as fast as it goes
 	Told func(done, total int64) // told now and then of the bytes that are there, by one goroutine at a time; nil: nobody is
+
+	pace *hbm.Pacer // of Rate, for all that is attached together
 }
 
 // Attached are the weights of an NPU.
@@ -33,6 +35,7 @@ type Attached struct {
 // beside serving; nothing that is in use changes, and what the NPU has is kept until DropWeights. All or nothing: after an error, or
 // when ctx ends, the NPU has what it had.
 func (s *Stage) AttachWeights(ctx context.Context, npu int, wanted hf.Experts, o AttachOptions) (Attached, error) {
+	o.pace = hbm.NewPacer(o.Rate)
 	a, err := s.weights.attach(ctx, []int{npu}, wanted, o)
 	if err != nil {
 		return a, fmt.Errorf("attaching weights to NPU %d: %w", npu, err)

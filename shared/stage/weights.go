@@ -108,6 +108,7 @@ func wanted(numbers []int, layout placement.Layout, some placement.Set) hf.Exper
 // is told of one domain after the other, together.
 func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout, o AttachOptions) (fresh []*hbm.Weights, err error) {
 	told := o.Told
+	o.pace = hbm.NewPacer(o.Rate)
 	var there int64 // in the domains before
 	for _, g := range w.groups(numbers(npus)) {
 		if told != nil {
@@ -209,7 +210,7 @@ type domainMemory struct {
 
 // Weights implements hf.Memory.
 func (m *domainMemory) Weights(ctx context.Context, want hf.Set, fill hf.Filler) ([][]byte, error) {
-	missing := hbm.WeightSet{Rate: m.o.Rate, Numbers: []int{}}
+	missing := hbm.WeightSet{Pace: m.o.pace, Numbers: []int{}}
 	for i, n := range want.Numbers {
 		m.asked = append(m.asked, object{want.Key, n})
 		if m.has[object{want.Key, n}] == nil {

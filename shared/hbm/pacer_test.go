@@ -1,0 +1,28 @@
+package hbm
+
+import (
+	"testing"
+	"time"
+)
+
+// Copies keep to the rate on the whole, whatever lies between them; only a long pause is not made up for.
+func TestPacer(t *testing.T) {
+	p := NewPacer(1000) // a byte a millisecond
+	t0 := time.Unix(1000, 0)
+	at := func(ms int) time.Time { return t0.Add(time.Duration(ms) * time.Millisecond) }
+	for _, c := range []struct{ now, bytes, due int }{
+		{0, 100, 100},
+		{100, 50, 150},
+		{230, 50, 200},  // 80 ms were lost, and are made up for
+		{230, 50, 250},  //
+		{1000, 10, 810}, // of 750 ms only the last 200
+		{1000, 500, 1310},
+	} {
+		if due := p.after(at(c.now), c.bytes); !due.Equal(at(c.due)) {
+			t.Errorf("%d bytes at %d ms are within the rate after %v, want %d ms", c.bytes, c.now, due.Sub(t0), c.due)
+		}
+	}
+	if NewPacer(0) != nil {
+		t.Error("no rate is one")
+	}
+}
