@@ -120,6 +120,9 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	short := func(d time.Duration) time.Duration { return d.Round(time.Microsecond) }
 	fmt.Fprintf(w, "took      %v until all of it was in force: planned in %v, prepared in %v (%d bytes copied%s), warmed up in %v, committed in %v\n",
 		short(r.Total), short(r.Planning), short(r.Copying), r.Copied, rate, short(r.Warming), short(r.Committal))
+	if r.Maps+r.Unmaps > 0 {
+		fmt.Fprintf(w, "mapped    experts in ranges of addresses: %d maps in %v, %d unmaps\n", r.Maps, short(r.Mapping), r.Unmaps)
+	}
 	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
 	if r.Why != "" {
 		fmt.Fprintf(w, "note      %s\n", r.Why)

@@ -57,6 +57,7 @@ type stageFlags struct {
 	Threads int    `help:"Worker threads of the instance's host NPUs together; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
+	indirectionFlag
 	Drain        time.Duration `help:"Time for pictures and prompts in work to be finished after SIGTERM; what takes longer is handed to others. Sequences are handed to others at once." default:"${drain}"`
 	GatewayLease time.Duration `help:"Time without a sign of life of a gateway after which its requests are given up." default:"${lease}"`
 	OfferWait    time.Duration `help:"Most that work waits longer at an instance that has what it needs in its memory (a cached prompt, pictures, KV) than elsewhere, where that would be copied; 0: it stays with whoever is idle first." default:"${offerWait}"`
@@ -70,6 +71,11 @@ type stageFlags struct {
 // paceFlag slows host NPUs down.
 type paceFlag struct {
 	Pace string `help:"Slow NPUs down to the rates of a profile, so that many on a few cores behave as a fleet: ${profiles}, or a file FILE.yaml. All figures are labelled so." placeholder:"NAME"`
+}
+
+// indirectionFlag says how kernels find experts.
+type indirectionFlag struct {
+	Indirection string `help:"How kernels find the experts of an NPU: by a table of pointers, or in ranges of addresses, one a layer, that an operation maps anew." default:"table" enum:"table,ranges"`
 }
 
 var validName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
@@ -89,11 +95,12 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
-		NPU:        npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
-		OfferWait:  cmp.Or(f.OfferWait, -1),
-		NPUs:       f.NPUs,
-		Mixed:      f.mixed,
-		OwnWeights: f.OwnWeights, DiskRate: int64(f.DiskRate),
+		NPU:         npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		OfferWait:   cmp.Or(f.OfferWait, -1),
+		NPUs:        f.NPUs,
+		Mixed:       f.mixed,
+		Indirection: f.Indirection,
+		OwnWeights:  f.OwnWeights, DiskRate: int64(f.DiskRate),
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {

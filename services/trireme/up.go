@@ -52,6 +52,7 @@ type upCmd struct {
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
 	Threads    int        `help:"Worker threads of each instance, shared by its host NPUs; 0: one for each core."`
 	paceFlag
+	indirectionFlag
 	domainFlags
 	cacheFlags
 	orderFlags
@@ -389,6 +390,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		}
 		if g.NPUs > 1 {
 			args = append(args, "--npus", strconv.Itoa(g.NPUs))
+		}
+		if c.Indirection != "" {
+			args = append(args, "--indirection", c.Indirection)
 		}
 		if c.Pace != "" {
 			args = append(args, "--pace", c.Pace)

@@ -66,6 +66,16 @@ func (ms *maps) acquire(e mem.Extent, a mem.Access) ([]byte, error) {
 	return space.Bytes(e), nil
 }
 
+// window reserves a second range of addresses for extents of a space.
+func (ms *maps) window(space int, bytes int64) (mem.Window, error) {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if space < 0 || space >= len(ms.spaces) {
+		return nil, fmt.Errorf("a window of space %d: this client has %d: %w", space, len(ms.spaces), mem.ErrInvalid)
+	}
+	return ms.spaces[space].Window(bytes)
+}
+
 // release ends one use of e and unmaps it after the last.
 func (ms *maps) release(e mem.Extent, a mem.Access) error {
 	ms.mu.Lock()

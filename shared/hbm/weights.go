@@ -272,6 +272,12 @@ func (w *Weights) Drop(numbers ...int) error {
 // Close drops all objects.
 func (w *Weights) Close() error { return w.Drop(w.Numbers...) }
 
+// Window reserves addresses in which weights of a space (Extent.Space) can be mapped a second time, as long as they are held. It is closed
+// before the client.
+func (c *Client) Window(space int, bytes int64) (mem.Window, error) {
+	return c.maps.window(space, bytes)
+}
+
 // Populate fills this process's page tables for all objects, so that first reads do not fault; the content is not looked
 // at. It stops when ctx ends.
 func (w *Weights) Populate(ctx context.Context) error {

@@ -139,6 +139,7 @@ func (e *Epoch) Switch() (pause time.Duration, err error) {
 		n.Compute.Close()
 	}
 	e.switched = true
+	s.weights.commit()
 	if err := s.weights.keep(e.npus, e.layout); err != nil {
 		s.Log.Warn("dropping weights of the epoch before", "error", err)
 	}

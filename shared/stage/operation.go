@@ -37,6 +37,7 @@ type operation struct {
 	began             time.Time
 	before            *wire.Layout // the record without the operation
 	revision          uint64       // of the record that is to be replaced
+	mapped            Mapped       // when it began
 
 	mu     sync.Mutex
 	report wire.ChangeReport
@@ -120,8 +121,13 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 		return o.swapRecord(ctx, l)
 	case elastic.Copy:
 		began := time.Now()
+		o.mapped = c.stage.weights.mapped()
 		err := o.task.prepare(ctx, o.tell)
-		o.tell(func(r *wire.ChangeReport) { r.Copying = time.Since(began) - r.Warming })
+		m := c.stage.weights.mapped()
+		o.tell(func(r *wire.ChangeReport) {
+			r.Maps, r.Mapping = m.Maps-o.mapped.Maps, m.Mapping-o.mapped.Mapping
+			r.Copying = time.Since(began) - r.Warming - r.Mapping
+		})
 		return fails(err)
 	case elastic.Store:
 		l := c.record()
@@ -144,7 +150,10 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 		}
 		return fails(err)
 	case elastic.Drop:
-		return fails(o.task.drop())
+		err := o.task.drop()
+		unmaps := c.stage.weights.mapped().Unmaps - o.mapped.Unmaps
+		o.tell(func(r *wire.ChangeReport) { r.Unmaps = unmaps })
+		return fails(err)
 	case elastic.Undo:
 		return fails(o.task.undo())
 	}

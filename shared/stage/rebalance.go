@@ -84,6 +84,7 @@ func (w *rebalance) swap(epoch uint64) (pause time.Duration, err error) {
 		return 0, err
 	}
 	w.stage.setNPUs(w.npus)
+	w.stage.weights.commit()
 	w.stage.changes.enter(w.change.Layout, epoch)
 	return pause, nil
 }

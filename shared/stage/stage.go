@@ -61,6 +61,9 @@ type Config struct {
 	OfferWait    time.Duration
 	OfferTimeout time.Duration // for the answer to an offer; 0: DefaultOfferTimeout
 
+	// Indirection is the form in which kernels find experts: IndirectionTable, also where it is empty, or IndirectionRanges.
+	Indirection string
+
 	OwnWeights bool  // read the weights from disk although another process of the node has them
 	DiskRate   int64 // bytes a second that weights are read with; 0: as they come
 

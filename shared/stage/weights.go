@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -30,6 +31,7 @@ type weights struct {
 
 	mu      sync.Mutex
 	domains map[int]map[object]*held // by memory domain: what is mapped of it
+	ranges  *ranges                  // nil: kernels find experts by a table of pointers to their objects
 
 	stop      context.CancelFunc // of the populating
 	populated chan struct{}      // closed when it has ended
@@ -62,11 +64,19 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 			w.parts |= hf.Text
 		}
 	}
+	switch cfg.Indirection {
+	case "", IndirectionTable:
+	case IndirectionRanges:
+		w.ranges = newRanges(s.HBM.Window)
+	default:
+		return fmt.Errorf("no indirection %q: want %s or %s", cfg.Indirection, IndirectionTable, IndirectionRanges)
+	}
 	npus := s.NPUs()
 	layout, _ := s.changes.current()
 	if _, err := w.load(ctx, npus, layout, AttachOptions{Told: w.loading()}); err != nil {
 		return err
 	}
+	w.commit()
 	ctx, w.stop = context.WithCancel(context.WithoutCancel(ctx))
 	s.weights = w
 	s.Metrics.tell = w.firstStep
@@ -122,10 +132,45 @@ func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout,
 		fresh = append(fresh, a.fresh...)
 		for slot := range g.slots.All() {
 			npus[slot].Weights = a.Weights
-			npus[slot].Experts = expertsOf(a.Weights, layout, slot)
+			if npus[slot].Experts, err = w.reach(npus[slot].Number, expertsOf(a.Weights, layout, slot)); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return fresh, nil
+}
+
+// reach is the table of an NPU's experts, [layers][experts], as kernels are to find them in the next epoch.
+func (w *weights) reach(npu int, table [][]model.Expert) ([][]model.Expert, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ranges == nil {
+		return table, nil
+	}
+	has := map[*byte]mem.Extent{}
+	for _, h := range w.domains[w.stage.HBM.Domain(npu)] {
+		has[unsafe.SliceData(h.set.Objects[h.at])] = h.set.Extents[h.at]
+	}
+	return w.ranges.prepare(npu, table, has)
+}
+
+// commit has what was loaded last be the present epoch's.
+func (w *weights) commit() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ranges != nil {
+		w.ranges.commit()
+	}
+}
+
+// mapped is what was asked of the memory so far in order that kernels find the experts.
+func (w *weights) mapped() Mapped {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ranges == nil {
+		return Mapped{}
+	}
+	return w.ranges.mapped()
 }
 
 // prepare gives the NPUs of the next epoch their weights, as load does, populated. The instance is ready.
@@ -154,6 +199,11 @@ func (w *weights) keep(npus []NPU, layout placement.Layout) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var errs []error
+	if w.ranges != nil {
+		if err := w.ranges.keep(has); err != nil {
+			return fmt.Errorf("unmapping ranges of experts: %w", err) // what they map must not be given up
+		}
+	}
 	for domain, mapped := range w.domains {
 		g := groups[domain]
 		var kept map[object]int64
@@ -350,10 +400,17 @@ func (w *weights) firstStep(seconds float64) {
 	w.stage.Log.Info("first step", "seconds", seconds, "page_faults", pageFaults()-w.faults)
 }
 
-// close ends the populating; the memory goes with the client and the folder.
+// close ends the populating; the memory goes with the client and the folder, and the ranges before them.
 func (w *weights) close() {
 	w.stop()
 	<-w.populated
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ranges != nil {
+		if err := w.ranges.keep(nil); err != nil {
+			w.stage.Log.Warn("unmapping ranges of experts", "error", err)
+		}
+	}
 }
 
 // pageFaults is the number of page faults of this process so far that needed no disk.

@@ -122,6 +122,9 @@ type ChangeReport struct {
 
 	// Figures as far as they are known.
 	Copied    int64         `json:"copied_bytes"` // of Plan.Bytes
+	Maps      int           `json:"maps"`         // calls, in order that kernels find the experts in ranges of addresses (stage.IndirectionRanges)
+	Unmaps    int           `json:"unmaps"`       // "
+	Mapping   time.Duration `json:"mapping_ns"`   // for Maps, beside serving
 	Planning  time.Duration `json:"planning_ns"`
 	Copying   time.Duration `json:"copying_ns"`
 	Warming   time.Duration `json:"warming_ns"`

@@ -32,9 +32,12 @@ type layer struct {
 // Calls counts what was asked of the memory so far.
 type Calls struct{ Maps, Unmaps int }
 
-// New reserves addresses for so many places of stride bytes, whole pages, in each layer, twice. It takes no memory. The space must
-// outlive the ranges.
-func New(space mem.Space, layers, places int, stride int64) (_ *Ranges, err error) {
+// Add is the sum of both.
+func (c Calls) Add(d Calls) Calls { return Calls{c.Maps + d.Maps, c.Unmaps + d.Unmaps} }
+
+// New reserves addresses for so many places of stride bytes, whole pages, in each layer, twice, by means of window, which is a
+// mem.Space's. It takes no memory. The space must outlive the ranges.
+func New(window func(bytes int64) (mem.Window, error), layers, places int, stride int64) (_ *Ranges, err error) {
 	r := &Ranges{stride: stride, layers: make([]layer, layers)}
 	defer func() {
 		if err != nil {
@@ -43,7 +46,7 @@ func New(space mem.Space, layers, places int, stride int64) (_ *Ranges, err erro
 	}()
 	for l := range r.layers {
 		for i := range r.layers[l].windows {
-			if r.layers[l].windows[i], err = space.Window(int64(places) * stride); err != nil {
+			if r.layers[l].windows[i], err = window(int64(places) * stride); err != nil {
 				return nil, err
 			}
 		}
@@ -128,6 +131,11 @@ func (r *Ranges) Base(l int) uintptr {
 // Bytes is the memory of an expert of the present epoch, by its place; nil where the CPU cannot address it.
 func (r *Ranges) Bytes(l, place int) []byte {
 	return r.layers[l].windows[r.now].Bytes(int64(place) * r.stride)
+}
+
+// Next is the memory of an expert of what Prepare has mapped, before Commit; nil where the CPU cannot address it.
+func (r *Ranges) Next(l, place int) []byte {
+	return r.layers[l].windows[1-r.now].Bytes(int64(place) * r.stride)
 }
 
 // Calls is what was asked of the memory so far.

@@ -65,7 +65,7 @@ func BenchmarkExperts(b *testing.B) {
 	defer c.Close()
 	stride := mem.Padded(3*hidden*inner*2, page)
 	store, space := open(b, n*stride)
-	ranges, err := vpage.New(space, 1, n, stride)
+	ranges, err := vpage.New(space.Window, 1, n, stride)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -69,7 +69,7 @@ func TestRanges(t *testing.T) {
 	all := experts(t, store, space, layers, n)
 	idle := space.Mapped()
 	rapid.Check(t, func(r *rapid.T) {
-		ranges, err := vpage.New(space, layers, n, 2*page)
+		ranges, err := vpage.New(space.Window, layers, n, 2*page)
 		if err != nil {
 			r.Fatal(err)
 		}
@@ -181,7 +181,7 @@ func TestPrepareFails(t *testing.T) {
 	all := experts(t, store, space, layers, n)
 	for fails := range layers * n {
 		left := layers * n
-		ranges, err := vpage.New(brittle{space, &left}, layers, n, 2*page)
+		ranges, err := vpage.New(brittle{space, &left}.Window, layers, n, 2*page)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -212,10 +212,10 @@ func TestPrepareFails(t *testing.T) {
 
 func TestBadRanges(t *testing.T) {
 	_, space := open(t, 8*page)
-	if _, err := vpage.New(space, 2, 2, page+1); !errors.Is(err, mem.ErrInvalid) {
+	if _, err := vpage.New(space.Window, 2, 2, page+1); !errors.Is(err, mem.ErrInvalid) {
 		t.Errorf("New with a stride that is no whole pages: %v, want ErrInvalid", err)
 	}
-	ranges, err := vpage.New(space, 2, 2, page)
+	ranges, err := vpage.New(space.Window, 2, 2, page)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,7 @@ func Bench(b *testing.B, d Device, shape Shape) {
 			n := &npu{b: b, shape: shape, stride: stride, room: int64(shape.Layers * (places + 1) * 2)}
 			n.space, n.back, n.drop = d.Open(b, n.room*stride)
 			before := n.overhead(d)
-			ranges, err := vpage.New(n.space, shape.Layers, places, stride)
+			ranges, err := vpage.New(n.space.Window, shape.Layers, places, stride)
 			if err != nil {
 				b.Fatal(err)
 			}
