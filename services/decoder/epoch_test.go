@@ -32,7 +32,11 @@ func (r *rig) prepare(s *stage.Stage, numbers ...int) *stage.Epoch {
 // swap has a stage go on with these NPUs.
 func (r *rig) swap(s *stage.Stage, numbers ...int) {
 	r.Helper()
-	if _, err := r.prepare(s, numbers...).Switch(); err != nil {
+	e := r.prepare(s, numbers...)
+	if _, err := e.Switch(); err != nil {
+		r.Fatal(err)
+	}
+	if err := e.Release(); err != nil {
 		r.Fatal(err)
 	}
 }
@@ -76,6 +80,9 @@ func TestInstanceGrowsAndShrinks(t *testing.T) {
 			if _, err := e.Switch(); err != nil {
 				t.Fatal(err)
 			}
+			if err := e.Release(); err != nil {
+				t.Fatal(err)
+			}
 			r.gateway.Tokens(waits.ID, 0, 20)
 			if a, b := s.Held(0).Seqs, s.Held(2).Seqs; a != 2 || b != 1 {
 				t.Errorf("%d and %d sequences on the NPUs, want 2 and 1", a, b)
@@ -92,6 +99,9 @@ func TestInstanceGrowsAndShrinks(t *testing.T) {
 			}
 			r.Empty(stage.Decode)
 			if _, err := e.Switch(); err != nil {
+				t.Fatal(err)
+			}
+			if err := e.Release(); err != nil {
 				t.Fatal(err)
 			}
 			if len(s.NPUs()) != 1 {

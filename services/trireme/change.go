@@ -124,6 +124,7 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 		fmt.Fprintf(w, "mapped    experts in ranges of addresses: %d maps in %v, %d unmaps\n", r.Maps, short(r.Mapping), r.Unmaps)
 	}
 	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
+	fmt.Fprintf(w, "release   %v, for what only the old layout needed\n", short(r.Releasing))
 	if r.Why != "" {
 		fmt.Fprintf(w, "note      %s\n", r.Why)
 	}

@@ -27,6 +27,7 @@ type Epoch struct {
 	join, leave placement.Set
 	next        *runner.Next
 	parts       []WorkerEpoch
+	left        []NPU // by the switch
 }
 
 // EpochWorker is a Worker that has something of its own on each NPU.
@@ -111,7 +112,6 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 // ErrBusy, and nothing has changed, while there is still work on an NPU that leaves (Stage.Leave, Held).
 func (e *Epoch) Switch() (pause time.Duration, err error) {
 	s := e.stage
-	var left []NPU
 	pause, err = s.Runner.Switch(e.next, func() error {
 		s.seats.mu.Lock()
 		defer s.seats.mu.Unlock()
@@ -123,7 +123,7 @@ func (e *Epoch) Switch() (pause time.Duration, err error) {
 		for _, p := range e.parts {
 			p.Switch()
 		}
-		left = s.setNPUs(e.npus)
+		e.left = s.setNPUs(e.npus)
 		for slot := range e.join.All() {
 			s.seats.add(slot)
 		}
@@ -132,19 +132,24 @@ func (e *Epoch) Switch() (pause time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
+	e.switched = true
+	s.weights.commit()
+	s.makeRoom()
+	return pause, nil
+}
+
+// Release gives up what only the epoch before has used. It is called once, behind Switch and before the next epoch is prepared.
+func (e *Epoch) Release() error {
 	for _, p := range e.parts {
 		p.Close()
 	}
-	for _, n := range left {
+	for _, n := range e.left {
 		n.Compute.Close()
 	}
-	e.switched = true
-	s.weights.commit()
-	if err := s.weights.keep(e.npus, e.layout); err != nil {
-		s.Log.Warn("dropping weights of the epoch before", "error", err)
+	if err := e.stage.weights.keep(e.npus, e.layout); err != nil {
+		return fmt.Errorf("dropping weights of the epoch before: %w", err)
 	}
-	s.makeRoom()
-	return pause, nil
+	return nil
 }
 
 // Close gives up an epoch that was not switched to.

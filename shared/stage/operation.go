@@ -150,9 +150,10 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 		}
 		return fails(err)
 	case elastic.Drop:
+		began := time.Now()
 		err := o.task.drop()
 		unmaps := c.stage.weights.mapped().Unmaps - o.mapped.Unmaps
-		o.tell(func(r *wire.ChangeReport) { r.Unmaps = unmaps })
+		o.tell(func(r *wire.ChangeReport) { r.Unmaps, r.Releasing = unmaps, time.Since(began) })
 		return fails(err)
 	case elastic.Undo:
 		return fails(o.task.undo())

@@ -22,8 +22,9 @@ type scale struct {
 	numbers     []int // of the new layout, by slot; -1: a hole
 	join, leave placement.Set
 	change      *placement.Change
-	taken       []int // NPUs that have joined
-	next        *Epoch
+	taken       []int  // NPUs that have joined
+	next        *Epoch // until it is switched to
+	present     *Epoch // from then on
 }
 
 // plan implements task.
@@ -164,7 +165,7 @@ func (w *scale) swap(epoch uint64) (pause time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	w.next = nil
+	w.next, w.present = nil, w.next
 	w.stage.changes.enter(w.change.Layout, epoch)
 	return pause, nil
 }
@@ -174,8 +175,8 @@ const partWait = 30 * time.Second
 
 // drop implements task.
 func (w *scale) drop() error {
-	if w.leave == 0 {
-		return nil
+	if err := w.present.Release(); err != nil || w.leave == 0 {
+		return err
 	}
 	kept := w.numbers
 	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })

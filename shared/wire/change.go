@@ -131,6 +131,7 @@ type ChangeReport struct {
 	Pause     time.Duration `json:"pause_ns"`      // steps were held up for so long by the switch
 	Committal time.Duration `json:"committing_ns"` // of the record
 	Total     time.Duration `json:"total_ns"`      // until all NPUs of the new layout compute
+	Releasing time.Duration `json:"releasing_ns"`  // behind that: to give back what only the old one needed
 }
 
 // ChangePlan is what an operation has to do.
