@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/conf"
 	"trireme.dev/shared/wire"
 )
 
@@ -18,6 +19,7 @@ type changeFlags struct {
 	DryRun   bool          `help:"Only say what would be done."`
 	Timeout  time.Duration `help:"Time after which the operation is given up if it is not in force by then." default:"1m"`
 	Spare    float64       `help:"Places for second copies of experts with much load, as a part of those that first copies need." default:"${spare}"`
+	Rate     conf.Bytes    `name:"copy-rate" help:"Most bytes of weights that are copied in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
 	Slack    float64       `help:"So much longer than in the best placement the busiest NPU may take, in order to move less." default:"${slack}"`
 	JSON     bool          `name:"json" help:"Write one JSON object when it has ended."`
 	AckWait  time.Duration `default:"30s" hidden:""` // as ackFlag's
@@ -76,8 +78,8 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err != nil {
 		return err
 	}
-	change.ID, change.Left, change.DryRun, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
-		c.Spare, c.Slack
+	change.ID, change.Left, change.DryRun, change.Rate, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
+		int64(c.Rate), c.Spare, c.Slack
 	change.Hold, change.HoldTime = c.Hold, c.HoldTime
 	last := ""
 	told := func(r *wire.ChangeReport) {

@@ -12,9 +12,8 @@ import (
 
 // scaleCmd gives a running instance another number of NPUs.
 type scaleCmd struct {
-	Who  string     `arg:"" name:"instance" help:"decoder, prefill or encoder, where one runs, or an instance's id or name."`
-	NPUs npuCount   `arg:"" name:"npus" optional:"" help:"How many NPUs it shall have, or how many more or fewer: 4, +1 or -2."`
-	Rate conf.Bytes `name:"copy-rate" help:"Most bytes of weights that are copied in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
+	Who  string   `arg:"" name:"instance" help:"decoder, prefill or encoder, where one runs, or an instance's id or name."`
+	NPUs npuCount `arg:"" name:"npus" optional:"" help:"How many NPUs it shall have, or how many more or fewer: 4, +1 or -2."`
 	changeFlags
 
 	Replicas *int   `help:"Instead: how many instances of the kind there shall be, a process each. Whoever runs them has to be asked: this asks trireme up." placeholder:"N"`
@@ -48,7 +47,7 @@ func (c *scaleCmd) Run(e *env) error {
 	}
 	return c.run(e, c.Who, func(i *wire.Instance) (wire.Change, error) {
 		npus, err := c.NPUs.Of(len(i.NPUs))
-		return wire.Change{Kind: wire.ChangeScale, NPUs: npus, Rate: int64(c.Rate)}, err
+		return wire.Change{Kind: wire.ChangeScale, NPUs: npus}, err
 	})
 }
 
