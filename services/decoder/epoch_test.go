@@ -134,3 +134,42 @@ func TestInstanceGrowsAndShrinks(t *testing.T) {
 		})
 	}
 }
+
+// What makes changes cheap can be left out: then what stays on an NPU is copied there, what joins another one is read from the files, and
+// all else, answers and memory, is as ever, whether the change is made or given up.
+func TestChangesWithout(t *testing.T) {
+	r := apart(t)
+	r.Stage.Without = stage.Without{Remap: true, Copies: true}
+	s, stop := r.decoder(decoder.Config{})
+	defer stop()
+	spec := r.Model.Random(prompt(t, "case01"), 300, 1)
+	before := s.NPUs()[0].Number
+	used := func(npu int) int64 {
+		m := r.Stats().Shared[npu]
+		return m.Used - m.Cached
+	}
+	whole := used(before)
+	req := r.start(spec)
+	r.gateway.Tokens(req.ID, 0, 20)
+	joined := r.join(s)
+	copied := r.Stats().Copied
+	e := r.prepare(s, before, joined)
+	half := used(joined)
+	if n := used(before); n != whole+half || half == 0 || half >= whole {
+		t.Errorf("before the switch the NPU that stays has %d bytes of weights, and the other one %d: want %d and half of that as a copy", n, half, whole)
+	}
+	e.Close()
+	if n := used(before); n != whole || used(joined) != 0 {
+		t.Errorf("given up, the NPUs have %d and %d bytes of weights, want %d and none", n, used(joined), whole)
+	}
+	r.swap(s, before, joined)
+	if n := used(before); n != half {
+		t.Errorf("behind the switch the NPU that stays has %d bytes of weights, want %d", n, half)
+	}
+	if n := r.Stats().Copied; n != copied {
+		t.Errorf("%d bytes were copied between domains", n-copied)
+	}
+	r.same(spec, 0, r.gateway.Ended(req.ID, 0))
+	last := r.start(spec)
+	r.same(spec, 0, r.gateway.Ended(last.ID, 0))
+}

@@ -63,7 +63,8 @@ type stageFlags struct {
 	OfferWait    time.Duration `help:"Most that work waits longer at an instance that has what it needs in its memory (a cached prompt, pictures, KV) than elsewhere, where that would be copied; 0: it stays with whoever is idle first." default:"${offerWait}"`
 
 	OwnWeights bool       `help:"Read the weights from disk although another process has them." hidden:""`
-	DiskRate   conf.Bytes `help:"Bytes a second that weights are read from disk with; 0: as they come." default:"0" hidden:""`
+	DiskRate   conf.Bytes `help:"Bytes a second that weights are read from disk with which others have; 0: as they come." default:"0" hidden:""`
+	Without    []string   `help:"Do without remap, copies between memory domains, or both, to measure what these are worth." enum:"remap,copies" hidden:""`
 
 	mixed sched.Mixed // zero: the default
 }
@@ -92,6 +93,10 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	if err != nil {
 		return err
 	}
+	without, err := stage.ParseWithout(f.Without)
+	if err != nil {
+		return fmt.Errorf("%w--%w", errUsage, err)
+	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
@@ -100,7 +105,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		NPUs:        f.NPUs,
 		Mixed:       f.mixed,
 		Indirection: f.Indirection,
-		OwnWeights:  f.OwnWeights, DiskRate: int64(f.DiskRate),
+		OwnWeights:  f.OwnWeights, DiskRate: int64(f.DiskRate), Without: without,
 		Loading: modelcmd.LoadProgress(e.err),
 	}, e.log)
 	if err != nil {

@@ -60,10 +60,30 @@ func (w *Weights) make(ctx context.Context, all []*making, fill Filler) error {
 		}
 		m.content = b[:m.to.Handle.Bytes:m.to.Handle.Bytes]
 	}
-	if err := w.copy(ctx, all); err != nil {
+	if w.set.Instead == nil {
+		if err := w.copy(ctx, all); err != nil {
+			return err
+		}
+		return w.fill(ctx, all, fill)
+	}
+	var far []*making
+	for _, m := range all {
+		if m.from != nil {
+			far = append(far, m)
+			if err := m.leaveSource(w.client); err != nil {
+				return err
+			}
+		}
+	}
+	if err := w.fill(ctx, far, w.set.Instead); err != nil {
 		return err
 	}
-	var rest []*making // none to copy, or a wrong one
+	return w.fill(ctx, all, fill)
+}
+
+// fill has those filled that are not done, and makes them final.
+func (w *Weights) fill(ctx context.Context, all []*making, fill Filler) error {
+	var rest []*making
 	var numbers []int
 	var objects [][]byte
 	for _, m := range all {

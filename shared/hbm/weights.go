@@ -26,6 +26,7 @@ type WeightSet struct {
 	Sizes   []int64 // bytes of each of them
 	Part    int64   // bytes to make at a time, which is what a maker that dies leaves undone; 0: 64 MiB. At least one object
 	Pace    *Pacer  // of copies from other memory domains; nil: as fast as it goes
+	Instead Filler  // makes what could be copied so; nil: it is copied
 }
 
 // Filler makes weights: it writes the content of the objects of these numbers. objects have their full sizes and zeros or old

@@ -16,7 +16,8 @@ type AttachOptions struct {
 	Rate int64                   // most bytes a second that are copied from other memory domains, beside serving; 0: as fast as it goes
 	Told func(done, total int64) // told now and then of the bytes that are there, by one goroutine at a time; nil: nobody is
 
-	pace *hbm.Pacer // of Rate, for all that is attached together
+	pace  *hbm.Pacer // of Rate, for all that is attached together
+	again bool       // what is there is copied, too: see Without
 }
 
 // Attached are the weights of an NPU.
@@ -171,6 +172,9 @@ func sweep(has map[object]*held) error {
 		if len(h.users) == 0 {
 			unused[h.set] = append(unused[h.set], x.number)
 			delete(has, x)
+			if h.before != nil {
+				has[x] = h.before
+			}
 		}
 	}
 	var errs []error

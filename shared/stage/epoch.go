@@ -89,6 +89,7 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 		return nil, err
 	}
 	e.leave = setOf(present) &^ all
+	o.again = s.weights.less.Remap
 	if err := s.weights.prepare(ctx, e.npus, layout, o); err != nil {
 		return nil, err
 	}

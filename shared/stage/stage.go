@@ -65,7 +65,8 @@ type Config struct {
 	Indirection string
 
 	OwnWeights bool  // read the weights from disk although another process of the node has them
-	DiskRate   int64 // bytes a second that weights are read with; 0: as they come
+	DiskRate   int64 // bytes a second that weights are read with which others have; 0: as they come
+	Without    Without
 
 	// Loading, if not nil, is called now and then while weights are loaded, by this or another process: bytes so far and in all.
 	Loading func(done, total int64)

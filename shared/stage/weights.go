@@ -28,9 +28,12 @@ type weights struct {
 	told  func(done, total int64) // Config.Loading
 	parts hf.Parts
 	disk  diskRate
+	less  Without
 
 	mu      sync.Mutex
 	domains map[int]map[object]*held // by memory domain: what is mapped of it
+	past    []past                   // to be dropped behind the switch: see Without
+	renewed uint64                   // how often something was copied again
 	ranges  *ranges                  // nil: kernels find experts by a table of pointers to their objects
 
 	stop      context.CancelFunc // of the populating
@@ -49,13 +52,15 @@ type held struct {
 	set   *hbm.Weights // it came with
 	at    int          // place in that
 	users map[int]bool // NPUs of this stage that have it, by number
+
+	before *held // in the epoch that is in force, of which this is a copy for the next one: see Without
 }
 
 // loadWeights loads or attaches what the roles need, and begins to populate it in the background.
 func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	w := &weights{
 		stage: s, told: cfg.Loading, populated: make(chan struct{}), domains: map[int]map[object]*held{},
-		disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate},
+		disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}, less: cfg.Without,
 	}
 	for _, role := range wire.Roles(s.Role) {
 		if role == Encode {
@@ -158,6 +163,7 @@ func (w *weights) reach(npu int, table [][]model.Expert) ([][]model.Expert, erro
 func (w *weights) commit() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.renew()
 	if w.ranges != nil {
 		w.ranges.commit()
 	}
@@ -204,6 +210,7 @@ func (w *weights) keep(npus []NPU, layout placement.Layout) error {
 			return fmt.Errorf("unmapping ranges of experts: %w", err) // what they map must not be given up
 		}
 	}
+	errs = append(errs, w.dropPast())
 	for domain, mapped := range w.domains {
 		g := groups[domain]
 		var kept map[object]int64
@@ -260,11 +267,18 @@ type domainMemory struct {
 
 // Weights implements hf.Memory.
 func (m *domainMemory) Weights(ctx context.Context, want hf.Set, fill hf.Filler) ([][]byte, error) {
-	missing := hbm.WeightSet{Pace: m.o.pace, Numbers: []int{}}
+	missing, kept := hbm.WeightSet{Pace: m.o.pace, Numbers: []int{}}, hbm.WeightSet{}
 	for i, n := range want.Numbers {
 		m.asked = append(m.asked, object{want.Key, n})
 		if m.has[object{want.Key, n}] == nil {
 			missing.Numbers, missing.Sizes = append(missing.Numbers, n), append(missing.Sizes, want.Sizes[i])
+		} else {
+			kept.Numbers, kept.Sizes = append(kept.Numbers, n), append(kept.Sizes, want.Sizes[i])
+		}
+	}
+	if m.o.again && len(kept.Numbers) > 0 {
+		if err := m.again(ctx, want.Key, kept); err != nil {
+			return nil, err
 		}
 	}
 	if len(missing.Numbers) > 0 {
@@ -288,11 +302,21 @@ func (m *domainMemory) open(ctx context.Context, key [32]byte, missing hbm.Weigh
 	}
 	began := time.Now()
 	var filling time.Duration // of it, in fill
-	set, err := s.HBM.OpenWeights(ctx, m.npu, missing, func(ctx context.Context, numbers []int, objects [][]byte) error {
-		start := time.Now()
-		defer func() { filling += time.Since(start) }()
-		return m.disk.pace(ctx, start, objects, func() error { return fill(ctx, numbers, objects) })
-	}, m.o.Told)
+	from := func(d diskRate) hbm.Filler {
+		return func(ctx context.Context, numbers []int, objects [][]byte) error {
+			start := time.Now()
+			defer func() { filling += time.Since(start) }()
+			return d.pace(ctx, start, objects, func() error { return fill(ctx, numbers, objects) })
+		}
+	}
+	if m.less.Copies {
+		missing.Instead = from(m.disk)
+	}
+	disk := m.disk
+	if !disk.own { // what nobody has the disk itself says
+		disk.rate = 0
+	}
+	set, err := s.HBM.OpenWeights(ctx, m.npu, missing, from(disk), m.o.Told)
 	if errors.Is(err, mem.ErrExhausted) {
 		return fmt.Errorf("%w (weights lie beside the NPUs' own memory: give the HMM more of it with --weights-memory, "+
 			"or use a smaller model)", err)
@@ -325,7 +349,7 @@ func (m *domainMemory) open(ctx context.Context, key [32]byte, missing hbm.Weigh
 	return nil
 }
 
-// diskRate has weights read as from a slow disk, for comparisons with ways that do not read them.
+// diskRate has weights that others have read as from a slow disk, for comparisons with ways that do not read them.
 type diskRate struct {
 	own  bool  // whoever else has them
 	rate int64 // bytes a second; 0: as they come
