@@ -1,15 +1,11 @@
 package stage
 
 import (
-	"errors"
-	"os"
 	"testing"
 	"unsafe"
 
-	"golang.org/x/sys/unix"
-
 	"trireme.dev/shared/mem"
-	"trireme.dev/shared/mem/host"
+	"trireme.dev/shared/mem/memtest"
 	"trireme.dev/shared/model"
 )
 
@@ -17,7 +13,7 @@ import (
 // epochs, and what is not committed leaves no trace.
 func TestRanges(t *testing.T) {
 	const page, layers, experts, rows = mem.HostPage, 2, 4, 8
-	store, space := openSpace(t, layers*experts*2*page)
+	store, space := memtest.Host(t, layers*experts*2*page)
 	has := map[*byte]mem.Extent{}
 	all := make([][]model.Expert, layers)
 	for l := range all {
@@ -122,26 +118,4 @@ func TestRanges(t *testing.T) {
 
 func bytesOf(m model.Matrix) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(m.Data))), 2*len(m.Data))
-}
-
-func openSpace(t *testing.T, bytes int64) (*host.Store, *host.Space) {
-	t.Helper()
-	store, err := host.NewStore("ranges", bytes, bytes, bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fd, err := unix.FcntlInt(store.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	space, err := host.OpenSpace(os.NewFile(uintptr(fd), "ranges"), bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(space.Close(), store.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	return store, space
 }

@@ -12,6 +12,7 @@ import (
 
 	"trireme.dev/shared/kernel/cpu"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/memtest"
 	"trireme.dev/shared/mem/vpage"
 	"trireme.dev/shared/mem/vpage/vpagetest"
 	"trireme.dev/shared/model"
@@ -30,7 +31,7 @@ func BenchmarkChange(b *testing.B) {
 		vpagetest.Bench(b, vpagetest.Device{
 			Page: page,
 			Open: func(b *testing.B, bytes int64) (mem.Space, func(mem.Extent) error, func(mem.Extent) error) {
-				store, space := open(b, bytes)
+				store, space := memtest.Host(b, bytes)
 				return space, store.Back, store.Drop
 			},
 			Overhead: pageTables,
@@ -64,7 +65,7 @@ func BenchmarkExperts(b *testing.B) {
 	}
 	defer c.Close()
 	stride := mem.Padded(3*hidden*inner*2, page)
-	store, space := open(b, n*stride)
+	store, space := memtest.Host(b, n*stride)
 	ranges, err := vpage.New(space.Window, 1, n, stride)
 	if err != nil {
 		b.Fatal(err)

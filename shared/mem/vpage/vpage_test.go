@@ -3,41 +3,16 @@ package vpage_test
 import (
 	"encoding/binary"
 	"errors"
-	"os"
 	"testing"
 
-	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"trireme.dev/shared/mem"
-	"trireme.dev/shared/mem/host"
+	"trireme.dev/shared/mem/memtest"
 	"trireme.dev/shared/mem/vpage"
 )
 
 const page = mem.HostPage
-
-// open returns a store of so many bytes, and a space on it.
-func open(t testing.TB, bytes int64) (*host.Store, *host.Space) {
-	t.Helper()
-	store, err := host.NewStore("experts", bytes, bytes, bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fd, err := unix.FcntlInt(store.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	space, err := host.OpenSpace(os.NewFile(uintptr(fd), "experts"), bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(space.Close(), store.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	return store, space
-}
 
 // experts makes an extent for each expert, of one or two pages, with its number in it.
 func experts(t testing.TB, store mem.Store, space mem.Space, layers, n int) [][]mem.Extent {
@@ -65,7 +40,7 @@ func experts(t testing.TB, store mem.Store, space mem.Space, layers, n int) [][]
 // and beside a prepared epoch still those of the one before.
 func TestRanges(t *testing.T) {
 	const layers, n = 3, 6
-	store, space := open(t, layers*n*2*page)
+	store, space := memtest.Host(t, layers*n*2*page)
 	all := experts(t, store, space, layers, n)
 	idle := space.Mapped()
 	rapid.Check(t, func(r *rapid.T) {
@@ -177,7 +152,7 @@ func (w brittleWindow) Map(at int64, e mem.Extent) (uintptr, error) {
 // A Prepare that fails anywhere leaves the present epoch as it is, and the next one succeeds.
 func TestPrepareFails(t *testing.T) {
 	const layers, n = 2, 4
-	store, space := open(t, layers*n*2*page)
+	store, space := memtest.Host(t, layers*n*2*page)
 	all := experts(t, store, space, layers, n)
 	for fails := range layers * n {
 		left := layers * n
@@ -211,7 +186,7 @@ func TestPrepareFails(t *testing.T) {
 }
 
 func TestBadRanges(t *testing.T) {
-	_, space := open(t, 8*page)
+	_, space := memtest.Host(t, 8*page)
 	if _, err := vpage.New(space.Window, 2, 2, page+1); !errors.Is(err, mem.ErrInvalid) {
 		t.Errorf("New with a stride that is no whole pages: %v, want ErrInvalid", err)
 	}
