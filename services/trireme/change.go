@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"trireme.dev/shared/bus"
@@ -24,8 +25,8 @@ type changeFlags struct {
 	JSON     bool          `name:"json" help:"Write one JSON object when it has ended."`
 	AckWait  time.Duration `default:"30s" hidden:""` // as ackFlag's
 
-	Hold     string        `hidden:"" enum:",plan,prepare,commit,release,abort" default:"" help:"For tests: wait behind the work of this state."`
-	HoldTime time.Duration `hidden:"" default:"1m" help:"For tests: so long."`
+	Hold     []string      `hidden:"" enum:"plan,prepare,commit,release,abort" help:"For tests: wait behind the work of these states."`
+	HoldTime time.Duration `hidden:"" default:"1m" help:"For tests: so long in each, but not beyond the time limit before the commit."`
 }
 
 // rebalanceCmd places the experts of an instance anew.
@@ -80,7 +81,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	}
 	change.ID, change.Left, change.DryRun, change.Rate, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
 		int64(c.Rate), c.Spare, c.Slack
-	change.Hold, change.HoldTime = c.Hold, c.HoldTime
+	change.Hold, change.HoldTime = strings.Join(c.Hold, ","), c.HoldTime
 	last := ""
 	told := func(r *wire.ChangeReport) {
 		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -85,8 +87,12 @@ func (o *operation) run(life context.Context) {
 		if step == elastic.Settle && why != nil {
 			return // the process ends; its successor settles it
 		}
-		if o.ask.Hold != "" && holds[elastic.State(o.ask.Hold)] == step {
-			o.hold(life)
+		if o.holdsBehind(step) {
+			if o.CanStop() {
+				o.hold(ctx)
+			} else {
+				o.hold(life)
+			}
 		}
 		if step == elastic.Copy && result == elastic.OK && ctx.Err() != nil {
 			result, why = elastic.Failed, context.Cause(ctx)
@@ -224,12 +230,17 @@ func (o *operation) settle(life context.Context) (elastic.Result, error) {
 	return elastic.Lost, nil
 }
 
-// hold waits for a test.
-func (o *operation) hold(life context.Context) {
+// holdsBehind reports whether a test wants the operation to wait behind a step.
+func (o *operation) holdsBehind(step elastic.Step) bool {
+	return slices.ContainsFunc(strings.Split(o.ask.Hold, ","), func(state string) bool { return state != "" && holds[elastic.State(state)] == step })
+}
+
+// hold waits for a test, until ctx ends at the latest.
+func (o *operation) hold(ctx context.Context) {
 	o.tell(func(r *wire.ChangeReport) { r.Held = true })
 	select {
 	case <-time.After(o.ask.HoldTime):
-	case <-life.Done():
+	case <-ctx.Done():
 	}
 	o.tell(func(r *wire.ChangeReport) { r.Held = false })
 }

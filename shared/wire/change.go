@@ -97,7 +97,7 @@ type Change struct {
 	Slack    float64       // so much longer than in the best placement the busiest NPU may take, in order to move less
 	DryRun   bool          // only plan
 	Seen     uint64        // the last ChangeReport.Number that who asks has: the answer waits for a newer one, for a second
-	Hold     string        // for tests: stop behind the work of this state, for HoldTime
+	Hold     string        // for tests: stop behind the work of these states, by commas, for HoldTime each
 	HoldTime time.Duration // "
 }
 
