@@ -93,6 +93,13 @@ func (b *Bus) events(ctx context.Context, q EventQuery, f func(wire.Event) error
 	if err != nil {
 		return fmt.Errorf("reading stream %s: %w", wire.StreamEvents, err)
 	}
+	defer func() { // the server would keep it for minutes: the client does not delete what it has made
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), tryTimeout)
+		defer cancel()
+		if err := stream.DeleteConsumer(last, consumer.CachedInfo().Name); err != nil {
+			b.log.Debug("the consumer of events is not deleted; it expires", "error", err)
+		}
+	}()
 	if left := consumer.CachedInfo().NumPending; left == 0 && !q.Follow {
 		return nil
 	}

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/bus/bustest"
 	"trireme.dev/shared/wire"
@@ -73,6 +75,17 @@ func TestEvents(t *testing.T) {
 	enough := errors.New("enough")
 	if err := b.Events(t.Context(), bus.EventQuery{}, func(wire.Event) error { return enough }); !errors.Is(err, enough) {
 		t.Errorf("an error of the reader comes back as %v", err)
+	}
+	js, err := jetstream.New(b.Conn())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.Stream(t.Context(), wire.StreamEvents)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := stream.CachedInfo().State.Consumers; n != 0 {
+		t.Errorf("who has read events has left %d consumers", n)
 	}
 }
 

@@ -118,6 +118,19 @@ func (l *load) begin() {
 	}
 }
 
+// again lets them ask on that have been told to stop.
+func (l *load) again() {
+	l.stop.Store(false)
+	l.begin()
+}
+
+// count is how many answers there have been.
+func (l *load) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.answers
+}
+
 // one is one request and what is wrong with its answer.
 func (l *load) one(i int) {
 	var last time.Time
