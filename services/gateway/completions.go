@@ -158,12 +158,18 @@ func (q *query) runAll(ctx context.Context, r responder) error {
 			return err
 		}
 	}
+	for _, j := range q.jobs {
+		defer g.demand.arrived(j, &q.objective, q.began)()
+	}
 	waiting := time.Now()
 	credit, err := g.gate.Acquire(ctx, g.request(q.jobs, q.objective, q.began))
 	var refusal *admission.Refusal
 	switch {
 	case errors.As(err, &refusal):
 		g.metrics.refused.WithLabelValues(q.objective.class, string(refusal.Reason)).Inc()
+		for _, j := range q.jobs {
+			g.demand.refused(j.arrival, time.Now())
+		}
 		return overloaded(refusal, &q.objective)
 	case err != nil:
 		return causeOr(ctx, err)

@@ -54,6 +54,7 @@ type Gateway struct {
 	media     *media.Fetcher
 	gate      *admission.Gate
 	paces     paces
+	demand    *demand
 	metrics   *metrics
 	instances *bus.Instances
 	dispatch  *dispatcher
@@ -94,6 +95,7 @@ func New(ctx context.Context, cfg Config, parts Parts) (*Gateway, error) {
 	}, time.Now)
 	g.metrics = newMetrics(g.name, g.gate, slices.Sorted(maps.Keys(cfg.Classes)))
 	g.metrics.registry.MustRegister(queueMetrics{g.bus.Queues, g.log})
+	g.demand = newDemand()
 	g.memory = newMemoryLink(parts.Dial, g.log)
 	g.base, g.stop = context.WithCancelCause(context.Background())
 	if g.instances, err = g.bus.Instances(ctx); err != nil {
@@ -130,6 +132,11 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	defer unlink()
 	defer g.unsubscribe()
 	wg.Go(func() { g.dispatch.run(links) })
+	if sub, err := g.answerStats(); err != nil {
+		g.log.Error("nobody is told of this gateway's demand", "error", err)
+	} else {
+		defer sub.Unsubscribe() //nolint:errcheck // it ends with the connection at the latest
+	}
 	members := make(chan struct{}, 1)
 	wg.Go(func() { g.watchRoles(links, members) })
 	wg.Go(func() { g.sweepJoins(links) })

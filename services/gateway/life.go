@@ -163,6 +163,7 @@ func (l *life) take(e *event) {
 			l.g.paces.first(l.job, now.Sub(l.admitted))
 		}
 		l.g.metrics.ttft.Observe(now.Sub(l.began).Seconds())
+		l.g.demand.first(l.job.arrival, now)
 	} else {
 		l.g.metrics.interToken.Observe(now.Sub(l.last).Seconds())
 	}
@@ -191,6 +192,7 @@ func (l *life) measure() {
 		}
 	}
 	l.g.metrics.attained(l.objective, l.first.Sub(l.began), each)
+	l.g.demand.ended(l.objective, time.Now(), l.answer.Generated(), l.job.spec.Choices, each)
 }
 
 // growCredit takes credit for KV slabs that a choice longer than expected has come to need.

@@ -37,6 +37,7 @@ type job struct {
 	fetched  []*picture // those that were fetched from elsewhere, by URL, in the order of their first mention
 	text     string     // of the prompt, if the answer begins with it
 	expected int        // tokens of each choice that credits are taken for
+	arrival  *arrival   // what demand knows of it
 }
 
 // typicalAnswer is how many tokens an answer is expected to have whose client does not bound it. Credits for all of the

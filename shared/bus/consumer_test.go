@@ -444,3 +444,21 @@ func TestLowestLevelTakesFirst(t *testing.T) {
 		}
 	}
 }
+
+// What nobody has taken has an age of its own.
+func TestQueueTellsHowLongNobodyTakes(t *testing.T) {
+	t.Parallel()
+	b := connect(t, bustest.Run(t).URL())
+	c := consumer(t, b, bus.StagePrefill)
+	publish(t, b, bus.StagePrefill, "first", "")
+	taken := next(t, c, 1, 1, long)
+	if q := queue(t, b, bus.StagePrefill); q.Untaken != 0 || q.Oldest == 0 {
+		t.Errorf("with all taken, the oldest untaken is %v and the oldest %v", q.Untaken, q.Oldest)
+	}
+	publish(t, b, bus.StagePrefill, "second", "")
+	q := pending(t, b, bus.StagePrefill, 1)
+	if q.Pending != 1 || q.Untaken <= 0 {
+		t.Errorf("%d wait, the oldest for %v; the oldest at all is %v", q.Pending, q.Untaken, q.Oldest)
+	}
+	ack(t, taken[0])
+}

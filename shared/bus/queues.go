@@ -2,8 +2,13 @@ package bus
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"trireme.dev/shared/wire"
 )
 
 // Queue is the state of one stage's work queue.
@@ -16,6 +21,7 @@ type Queue struct {
 	Redelivered int           `json:"redelivered"` // taken and not acked, delivered more than once
 	Waiting     int           `json:"waiting"`     // pull requests that wait for a message
 	Oldest      time.Duration `json:"oldest_ns"`   // age of the oldest message on the queue, taken or not; 0 when empty
+	Untaken     time.Duration `json:"untaken_ns"`  // age of the oldest message that nobody has taken yet; 0 when there is none
 }
 
 // Queues reads the state of all stages' queues, in the order of the path.
@@ -37,6 +43,16 @@ func (b *Bus) Queues(ctx context.Context) ([]Queue, error) {
 		info := consumer.CachedInfo()
 		q.Pending, q.InWork = info.NumPending, info.NumAckPending
 		q.Redelivered, q.Waiting = info.NumRedelivered, info.NumWaiting
+		if q.Pending > 0 {
+			// The first message behind the last that was taken: one message is read, which is small.
+			m, err := stream.GetMsg(ctx, info.Delivered.Stream+1, jetstream.WithGetMsgSubject(wire.StageSubjects(s.name)))
+			switch {
+			case err == nil:
+				q.Untaken = max(0, info.TimeStamp.Sub(m.Time)) // both by the server's clock
+			case !errors.Is(err, jetstream.ErrMsgNotFound): // taken and acknowledged meanwhile
+				return nil, fmt.Errorf("reading the oldest message of stream %s: %w", s.stream, err)
+			}
+		}
 		queues = append(queues, q)
 	}
 	return queues, nil

@@ -245,6 +245,16 @@ func (c *changes) current() (placement.Layout, uint64) {
 	return c.layout, c.epoch
 }
 
+// underWay is the id of the operation that is under way, or "".
+func (c *changes) underWay() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if n := len(c.known); n > 0 && !c.known[n-1].over() {
+		return c.known[n-1].ask.ID
+	}
+	return ""
+}
+
 // enter has another layout be in force.
 func (c *changes) enter(layout placement.Layout, epoch uint64) {
 	c.mu.Lock()

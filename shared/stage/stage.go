@@ -470,6 +470,15 @@ func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) 
 		}
 		subs = append(subs, sub)
 	}
+	sub, err := s.Bus.Handle(wire.SubjectStats, func(_ []byte, respond func(any) error) {
+		if err := respond(s.stats()); err != nil {
+			s.Log.Warn("answering for stats", "error", err)
+		}
+	})
+	if err != nil {
+		return leave, fmt.Errorf("listening for questions for stats: %w", err)
+	}
+	subs = append(subs, sub)
 	groups := map[string]string{wire.SubjectOffer(s.ID): ""} // by subject
 	for _, r := range roles {
 		groups[wire.SubjectNodeOffer(s.HBM.Node(), r.Name)] = "instances"
@@ -527,6 +536,7 @@ func (s *Stage) heartbeat() wire.Instance {
 		Running: s.load.running(), Metrics: s.address, Paced: s.profile(),
 	}
 	_, beat.Epoch = s.changes.current()
+	beat.Changing = s.changes.underWay()
 	paced := s.pacing()
 	beat.Busy, beat.Behind = paced.busy.Seconds(), paced.behind.Seconds()
 	return beat

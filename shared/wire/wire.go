@@ -309,6 +309,8 @@ type Instance struct {
 	Running int    `json:"running"`           // requests or sequences in work
 	Metrics string `json:"metrics,omitempty"` // address of its /metrics, if any
 
+	Changing string `json:"changing,omitempty"` // id of the operation that is changing it (Change)
+
 	Waiting map[string]int `json:"waiting,omitempty"` // of a gateway: requests waiting for capacity, by class
 	Paced   string         `json:"paced,omitempty"`   // profile that its NPUs are slowed down to (shared/npu/pace): its figures are that one's
 

@@ -134,6 +134,7 @@ func TestRoundTripOfAny(t *testing.T) {
 	t.Run("lost", roundTrip[wire.Lost])
 	t.Run("done", roundTrip[wire.Done])
 	t.Run("gone", roundTrip[wire.Gone])
+	t.Run("stats", roundTrip[wire.Stats])
 }
 
 func roundTrip[M any](t *testing.T) { roundTripOf(t, rapid.Make[M]()) }

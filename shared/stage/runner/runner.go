@@ -6,6 +6,7 @@ package runner
 import (
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"trireme.dev/shared/engine"
@@ -52,6 +53,7 @@ type Runner struct {
 	stop    chan struct{} // closed when the goroutine shall end
 	ended   chan struct{} // closed when it has
 	took    []Observer    // of steps, by the set of sources in them
+	busy    atomic.Int64  // nanoseconds in which it has computed
 
 	mu     sync.Mutex     // guards the rest, and who replaces present
 	past   placement.Load // load of experts in epochs that are over
@@ -164,14 +166,19 @@ func (r *Runner) Wake() {
 
 func (r *Runner) run() {
 	for idle := false; r.listen(idle); {
+		start := time.Now()
 		idle = !r.compute()
 		for _, piece := range r.pieces {
 			if piece() {
 				idle = false
 			}
 		}
+		r.busy.Add(int64(time.Since(start)))
 	}
 }
+
+// Busy is how long the runner has computed so far, steps and pieces. It may be called at any time by any goroutine.
+func (r *Runner) Busy() time.Duration { return time.Duration(r.busy.Load()) }
 
 // listen runs what others have asked for; with wait it blocks until there is something. It returns false when the
 // goroutine shall end.
