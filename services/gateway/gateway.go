@@ -188,7 +188,9 @@ func (g *Gateway) watchRoles(ctx context.Context, changed chan<- struct{}) {
 		next := g.instances.Changed()
 		var now []string
 		for _, i := range g.instances.All() {
-			now = append(now, i.ID+" "+i.Role)
+			if !i.Standby {
+				now = append(now, i.ID+" "+i.Role)
+			}
 		}
 		if !slices.Equal(now, before) {
 			before = now
@@ -205,6 +207,11 @@ func (g *Gateway) watchRoles(ctx context.Context, changed chan<- struct{}) {
 	}
 }
 
+// serving are the instances that have a role and NPUs.
+func (g *Gateway) serving(role string) []wire.Instance {
+	return slices.DeleteFunc(g.instances.Role(role), func(i wire.Instance) bool { return i.Standby })
+}
+
 // refresh asks the HMM how much memory there is, and whose it is.
 func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -218,7 +225,7 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	}
 	r, c := capacities(npus, func(role string) map[string]bool {
 		has := make(map[string]bool)
-		for _, i := range g.instances.Role(role) {
+		for _, i := range g.serving(role) {
 			has[i.ID] = true
 		}
 		return has
@@ -226,7 +233,7 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 	g.rooms.Store(&r)
 	ahead := make(map[string]bool) // instances that bring requests to their first token
 	for _, role := range []string{"encode", "prefill"} {
-		for _, i := range g.instances.Role(role) {
+		for _, i := range g.serving(role) {
 			ahead[i.ID] = true
 		}
 	}

@@ -29,7 +29,7 @@ func (g *Gateway) missing() []string {
 	digest := hex.EncodeToString(g.model.Config.Digest[:])
 	for _, role := range roles {
 		ready, other := 0, 0
-		for _, i := range g.instances.Role(role) {
+		for _, i := range g.serving(role) {
 			switch {
 			case !i.Ready:
 			case i.Digest == digest:

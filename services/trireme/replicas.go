@@ -79,9 +79,14 @@ func (r *replicas) names() []string {
 	return all
 }
 
-// set does what is asked for. spare is the number of NPUs of the node that nobody has, and of those that are kept for a while for whoever
-// had them.
-func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err error)) wire.ReplicasReport {
+// grants are who has the NPUs of the node.
+type grants struct {
+	free, kept int             // that nobody has; and of those that are kept for a while for whoever had them
+	named      map[string]bool // instances that have any, or for which some are kept
+}
+
+// set does what is asked for. granted asks who has the NPUs of the node.
+func (r *replicas) set(ask wire.Replicas, granted func() (grants, error)) wire.ReplicasReport {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	no := func(format string, args ...any) wire.ReplicasReport {
@@ -93,14 +98,14 @@ func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err erro
 	if ask.Count < 0 {
 		return no("%d instances: there can be none at the least", ask.Count)
 	}
-	i := slices.IndexFunc(r.groups, func(g replicaGroup) bool { return g.Roles == ask.Roles })
+	i := slices.IndexFunc(r.groups, func(g replicaGroup) bool { return g.Roles == ask.Roles && g.NPUs > 0 })
 	if i < 0 {
 		r.groups = append(r.groups, replicaGroup{Group: conf.Group{Roles: ask.Roles, NPUs: 1}})
 		i = len(r.groups) - 1
 	}
 	var running []string
 	for _, g := range r.groups {
-		if g.Roles == ask.Roles {
+		if g.Roles == ask.Roles && g.NPUs > 0 {
 			running = append(running, g.running...)
 		}
 	}
@@ -108,25 +113,30 @@ func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err erro
 	more := ask.Count - len(running)
 	switch {
 	case more > 0:
-		free, kept, err := spare()
+		has, err := granted()
 		if err != nil {
 			return no("asking the HMM for spare NPUs: %v", err)
 		}
-		if need := more * report.NPUs; free < need {
-			if free+kept >= need {
+		if need := more * report.NPUs; has.free < need {
+			if has.free+has.kept >= need {
 				return no("%d more instances of %d NPUs need %d, and %d are spare; %d are kept for ten seconds for instances that have ended: try again then",
-					more, report.NPUs, need, free, kept)
+					more, report.NPUs, need, has.free, has.kept)
 			}
 			return no("%d more instances of %d NPUs need %d, and %d are spare: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
-				"instance have fewer", more, report.NPUs, need, free, need-free)
+				"instance have fewer", more, report.NPUs, need, has.free, need-has.free)
 		}
 	case more < 0:
-		for _, role := range r.must {
-			if strings.IndexByte(ask.Roles, role) >= 0 && r.with(role)+more < 1 {
-				return no("no instance with role %c would be left, and nothing would be answered", role)
-			}
+		has, err := granted()
+		if err != nil {
+			return no("asking the HMM which instances have NPUs: %v", err)
 		}
 		report.Stopped = running[len(running)+more:]
+		for _, role := range r.must {
+			stays := func(name string) bool { return has.named[name] && !slices.Contains(report.Stopped, name) }
+			if strings.IndexByte(ask.Roles, role) >= 0 && !slices.ContainsFunc(r.with(role), stays) {
+				return no("no instance with role %c would be left that has NPUs, and nothing would be answered", role)
+			}
+		}
 	}
 	if ask.Check {
 		report.Instances = running[:min(len(running), ask.Count)]
@@ -146,21 +156,21 @@ func (r *replicas) set(ask wire.Replicas, spare func() (free, kept int, err erro
 		})
 	}
 	for _, g := range r.groups {
-		if g.Roles == ask.Roles {
+		if g.Roles == ask.Roles && g.NPUs > 0 {
 			report.Instances = append(report.Instances, g.running...)
 		}
 	}
 	return report
 }
 
-// with is how many instances have a role. r.mu is held.
-func (r *replicas) with(role byte) (n int) {
+// with are the instances that have a role, standbys included. r.mu is held.
+func (r *replicas) with(role byte) (names []string) {
 	for _, g := range r.groups {
 		if strings.IndexByte(g.Roles, role) >= 0 {
-			n += len(g.running)
+			names = append(names, g.running...)
 		}
 	}
-	return n
+	return names
 }
 
 // serve answers operators until the returned function is called, which waits for instances that are about to end.
@@ -169,33 +179,37 @@ func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), e
 	if err != nil {
 		return nil, fmt.Errorf("connecting to NATS at %s: %w", url, err)
 	}
-	spare := func() (free, kept int, err error) {
+	granted := func() (grants, error) {
+		has := grants{named: map[string]bool{}}
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		all, err := nodes(ctx, conn)
 		if err != nil {
-			return 0, 0, err
+			return has, err
 		}
 		i := slices.IndexFunc(all, func(s hbm.Stats) bool { return s.Node == node })
 		if i < 0 {
-			return 0, 0, errors.New("it does not answer")
+			return has, errors.New("it does not answer")
 		}
 		for _, m := range all[i].Memory {
 			switch {
-			case m.NPU < 0 || m.Instance != "":
+			case m.NPU < 0:
+			case m.Instance != "":
+				has.named[m.Name] = true
 			case m.Reserved == "":
-				free++
+				has.free++
 			default:
-				kept++
+				has.kept++
+				has.named[m.Reserved] = true
 			}
 		}
-		return free, kept, nil
+		return has, nil
 	}
 	_, err = conn.Subscribe(wire.SubjectReplicas(node), func(m *nats.Msg) {
 		var ask wire.Replicas
 		report := wire.ReplicasReport{Why: "the question cannot be read"}
 		if wire.Unmarshal(m.Data, &ask) == nil {
-			report = r.set(ask, spare)
+			report = r.set(ask, granted)
 		}
 		if data, err := wire.Marshal(&report); err == nil {
 			_ = m.Respond(data) // who asked has gone: it sees heartbeats

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -21,7 +22,7 @@ func TestReplicas(t *testing.T) {
 		},
 		must: []byte("EPD"), supervisor: s, named: map[string]int{}, out: io.Discard,
 	}
-	topology, err := conf.ParseTopology("1E1P2Dx2,1EP")
+	topology, err := conf.ParseTopology("1Dx0,1E1P2Dx2,1EP")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,8 +34,14 @@ func TestReplicas(t *testing.T) {
 		}
 	}()
 	spare := 5
+	named := map[string]bool{} // who has NPUs
+	for i := range 10 {
+		for _, service := range []string{"encoder", "prefill", "decoder", "stage"} {
+			named[fmt.Sprintf("%s-%d", service, i)] = service != "decoder" || i > 0 // that one is a standby
+		}
+	}
 	ask := func(roles string, count int, check bool) wire.ReplicasReport {
-		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (int, int, error) { return spare, 0, nil })
+		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (grants, error) { return grants{free: spare, named: named}, nil })
 	}
 	for _, c := range []struct {
 		what                        string
@@ -44,13 +51,13 @@ func TestReplicas(t *testing.T) {
 		instances, started, stopped []string
 		why                         string
 	}{
-		{what: "a plan changes nothing", roles: "D", count: 1, check: true, instances: []string{"decoder-0"}, stopped: []string{"decoder-1"}},
-		{what: "as it is", roles: "D", count: 2, instances: []string{"decoder-0", "decoder-1"}},
-		{what: "two more of two NPUs", roles: "D", count: 4, instances: []string{"decoder-0", "decoder-1", "decoder-2", "decoder-3"}, started: []string{"decoder-2", "decoder-3"}},
+		{what: "a plan changes nothing", roles: "D", count: 1, check: true, instances: []string{"decoder-1"}, stopped: []string{"decoder-2"}},
+		{what: "as it is", roles: "D", count: 2, instances: []string{"decoder-1", "decoder-2"}},
+		{what: "two more of two NPUs", roles: "D", count: 4, instances: []string{"decoder-1", "decoder-2", "decoder-3", "decoder-4"}, started: []string{"decoder-3", "decoder-4"}},
 		{what: "three more need six", roles: "D", count: 7, why: "3 more instances of 2 NPUs need 6, and 5 are spare"},
-		{what: "the last ones go", roles: "D", count: 1, instances: []string{"decoder-0"}, stopped: []string{"decoder-1", "decoder-2", "decoder-3"}},
+		{what: "the last ones go", roles: "D", count: 1, instances: []string{"decoder-1"}, stopped: []string{"decoder-2", "decoder-3", "decoder-4"}},
 		{what: "nobody else decodes", roles: "D", count: 0, why: "no instance with role D would be left"},
-		{what: "names are new", roles: "D", count: 2, instances: []string{"decoder-0", "decoder-4"}, started: []string{"decoder-4"}},
+		{what: "names are new", roles: "D", count: 2, instances: []string{"decoder-1", "decoder-5"}, started: []string{"decoder-5"}},
 		{what: "another one encodes", roles: "E", count: 0, stopped: []string{"encoder-0"}},
 		{what: "now none other does", roles: "EP", count: 0, why: "no instance with role E would be left"},
 		{what: "a kind that was not there", roles: "EPD", count: 1, instances: []string{"stage-1"}, started: []string{"stage-1"}},

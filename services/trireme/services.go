@@ -53,7 +53,7 @@ type stageFlags struct {
 	connectFlags
 	Name    string `help:"Stable name of the instance, of which no other that runs has the same: its id is this and a random suffix, and the HMM keeps its NPUs for a while for the process that is started in its place. None by default." placeholder:"NAME"`
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
-	NPUs    int    `name:"npus" help:"NPUs of the instance: each has sequences of its own, experts are spread over all." default:"1"`
+	NPUs    int    `name:"npus" help:"NPUs of the instance: each has sequences of its own, experts are spread over all. 0: it is a standby, which trireme scale gives some." default:"1"`
 	Threads int    `help:"Worker threads of the instance's host NPUs together; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
 	paceFlag
@@ -83,8 +83,8 @@ var validName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
 // run opens a stage and serves it; serve gets the open stage.
 func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage.Stage) error) error {
-	if f.NPUs < 1 || f.NPUs > placement.MaxNPUs {
-		return fmt.Errorf("%w--npus %d: an instance has 1 to %d", errUsage, f.NPUs, placement.MaxNPUs)
+	if f.NPUs < 0 || f.NPUs > placement.MaxNPUs {
+		return fmt.Errorf("%w--npus %d: an instance has 0 to %d", errUsage, f.NPUs, placement.MaxNPUs)
 	}
 	if f.Name != "" && !validName.MatchString(f.Name) {
 		return fmt.Errorf("%w--name %q: letters, digits, - and _, at most 64", errUsage, f.Name)
@@ -100,9 +100,9 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
 		AckWait: f.AckWait, Replicas: f.Replicas, Lease: f.GatewayLease, Drain: cmp.Or(f.Drain, -1),
-		NPU:         npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
-		OfferWait:   cmp.Or(f.OfferWait, -1),
-		NPUs:        f.NPUs,
+		NPU:       npu.Options{Backend: f.Backend, Threads: f.Threads, Pace: f.Pace},
+		OfferWait: cmp.Or(f.OfferWait, -1),
+		NPUs:      f.NPUs, Standby: f.NPUs == 0,
 		Mixed:       f.mixed,
 		Indirection: f.Indirection,
 		OwnWeights:  f.OwnWeights, DiskRate: int64(f.DiskRate), Without: without,

@@ -150,7 +150,10 @@ func (s *status) print(w io.Writer) error {
 			npus = append(npus, npuName(i.Node, n))
 		}
 		state := "starting"
-		if i.Ready {
+		switch {
+		case i.Ready && i.Standby:
+			state = "standby"
+		case i.Ready:
 			state = "ready"
 		}
 		if i.Paced != "" {

@@ -46,7 +46,7 @@ type upCmd struct {
 	Monitor    string     `help:"Address of NATS' monitoring pages; port 0: a free one." default:"127.0.0.1:8222"`
 	NATSURL    string     `name:"nats-url" help:"An existing NATS server with JetStream, instead of the embedded one." placeholder:"URL"`
 	Model      string     `help:"Hugging Face folder of the model; by default the bundled one." type:"path" placeholder:"DIR"`
-	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; 1Dx4 a decoder of four NPUs; +2 two spare NPUs." default:"1E1P1D"`
+	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; 1Dx4 a decoder of four NPUs; 1Dx0 one that stands by without NPUs; +2 two spare NPUs." default:"1E1P1D"`
 	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
@@ -258,7 +258,7 @@ func (c *upCmd) checkWeights(p *plan) error {
 				own = vision
 			}
 			if g.Roles != "E" { // the first NPU has as many experts as any
-				layout := stage.Layout(&f.Config.Text, placement.First(g.NPUs))
+				layout := stage.Layout(&f.Config.Text, placement.First(max(1, g.NPUs)))
 				own += need(hf.Text, func(layer, expert int) bool { return layout[layer][expert].Has(0) })
 			}
 			all = max(all, own)
@@ -388,7 +388,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		if c.Threads > 0 {
 			args = append(args, "--threads", strconv.Itoa(c.Threads))
 		}
-		if g.NPUs > 1 {
+		if g.NPUs != 1 {
 			args = append(args, "--npus", strconv.Itoa(g.NPUs))
 		}
 		if c.Indirection != "" {

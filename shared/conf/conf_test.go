@@ -20,6 +20,8 @@ func TestParseTopology(t *testing.T) {
 		"1Dx4":           {Groups: []conf.Group{{1, "D", 4}}},
 		"4EPD":           {Groups: []conf.Group{{4, "EPD", 1}}},
 		"1E, 2Px2, 1Dx3": {Groups: []conf.Group{{1, "E", 1}, {2, "P", 2}, {1, "D", 3}}},
+		"1E1P1D,2Dx0+1":  {Groups: []conf.Group{{1, "E", 1}, {1, "P", 1}, {1, "D", 1}, {2, "D", 0}}, Spare: 1},
+		"1Dx0,1E":        {Groups: []conf.Group{{1, "D", 0}, {1, "E", 1}}},
 		"2E,1PDx2+3":     {Groups: []conf.Group{{2, "E", 1}, {1, "PD", 2}}, Spare: 3},
 	} {
 		got, err := conf.ParseTopology(s)
@@ -30,12 +32,12 @@ func TestParseTopology(t *testing.T) {
 			t.Errorf("%s: written as %s and read as %+v, %v", s, got, again, err)
 		}
 	}
-	for _, s := range []string{"", "E", "1X", "0E", "1Ex0", "1DE", "1EE", "+2", "2000E", "1E-1P", "99999999999999999999E"} {
+	for _, s := range []string{"", "E", "1X", "0E", "0Ex0", "1DE", "1EE", "+2", "2000E", "1E-1P", "99999999999999999999E"} {
 		if got, err := conf.ParseTopology(s); !errors.Is(err, conf.ErrTopology) {
 			t.Errorf("%q: %+v, %v", s, got, err)
 		}
 	}
-	if n := (conf.Topology{Groups: []conf.Group{{2, "EP", 3}, {1, "P", 1}}, Spare: 2}); n.NPUs() != 9 || n.Instances('P') != 3 {
+	if n := (conf.Topology{Groups: []conf.Group{{2, "EP", 3}, {1, "P", 1}, {4, "P", 0}}, Spare: 2}); n.NPUs() != 9 || n.Instances('P') != 3 {
 		t.Errorf("%v has %d NPUs and %d prefill instances", n, n.NPUs(), n.Instances('P'))
 	}
 }

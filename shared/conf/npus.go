@@ -33,8 +33,8 @@ func (c NPUCount) Of(has int) (int, error) {
 	if c.relative {
 		n += has
 	}
-	if n < 1 || n > placement.MaxNPUs {
-		return 0, fmt.Errorf("%w: an instance of %d NPUs cannot have %d: 1 to %d", ErrNPUs, has, n, placement.MaxNPUs)
+	if n < 0 || n > placement.MaxNPUs {
+		return 0, fmt.Errorf("%w: an instance of %d NPUs cannot have %d: 0 (a standby) to %d", ErrNPUs, has, n, placement.MaxNPUs)
 	}
 	return n, nil
 }

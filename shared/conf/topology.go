@@ -17,12 +17,12 @@ var ErrTopology = errors.New("invalid topology")
 type Group struct {
 	Count int    // instances
 	Roles string // letters of E, P, D in this order: "E", "EP", "EPD"
-	NPUs  int    // of each instance
+	NPUs  int    // of each instance; 0: they are standbys
 }
 
 // Topology says which instances run and how many NPUs they have, e.g. 5E2P1D (five encode, two prefill and one decode
-// instance of one NPU each), 1Dx4 (one decode instance of four NPUs), 4EPD (four instances with all roles), +2 (two
-// spare NPUs).
+// instance of one NPU each), 1Dx4 (one decode instance of four NPUs), 1Dx0 (a decode instance that stands by without NPUs), 4EPD (four
+// instances with all roles), +2 (two spare NPUs).
 type Topology struct {
 	Groups []Group
 	Spare  int // NPUs without an instance
@@ -58,8 +58,8 @@ func ParseTopology(s string) (Topology, error) {
 		if g.Count, err = number(m[1]); err == nil && m[3] != "" {
 			g.NPUs, err = number(m[3])
 		}
-		if err == nil && (g.Count < 1 || g.NPUs < 1) {
-			err = errors.New("numbers are at least 1")
+		if err == nil && g.Count < 1 {
+			err = errors.New("numbers of instances are at least 1")
 		}
 		if err == nil {
 			err = CheckRoles(g.Roles)
@@ -101,11 +101,11 @@ func (t Topology) NPUs() int {
 	return n
 }
 
-// Instances is the number of instances that have a role, 'E', 'P' or 'D'.
+// Instances is the number of instances that have a role, 'E', 'P' or 'D', and NPUs.
 func (t Topology) Instances(role byte) int {
 	n := 0
 	for _, g := range t.Groups {
-		if strings.IndexByte(g.Roles, role) >= 0 {
+		if g.NPUs > 0 && strings.IndexByte(g.Roles, role) >= 0 {
 			n += g.Count
 		}
 	}
@@ -127,11 +127,11 @@ func (t Topology) Without(role byte) Topology {
 func (t Topology) String() string {
 	var b strings.Builder
 	for i, g := range t.Groups {
-		if i > 0 && t.Groups[i-1].NPUs > 1 {
+		if i > 0 && t.Groups[i-1].NPUs != 1 {
 			b.WriteByte(',')
 		}
 		fmt.Fprintf(&b, "%d%s", g.Count, g.Roles)
-		if g.NPUs > 1 {
+		if g.NPUs != 1 {
 			fmt.Fprintf(&b, "x%d", g.NPUs)
 		}
 	}

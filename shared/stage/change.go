@@ -20,7 +20,7 @@ import (
 // instance drives itself. Who asks for one only watches.
 type changes struct {
 	stage  *Stage
-	asked  int        // NPUs that the process was started with
+	asked  int        // NPUs that the process was started with; 0: as a standby
 	failed chan error // an operation is committed that this process cannot complete
 
 	mu     sync.Mutex
@@ -118,10 +118,12 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, erro
 		return nil, fmt.Errorf("the request is malformed: %+v", *ask)
 	case c.closed || !c.stage.Ready():
 		return nil, errors.New("the instance does not take work: it starts or stops; try again when it is ready")
-	case ask.Kind == wire.ChangeScale && ask.NPUs >= 1 && ask.NPUs <= placement.MaxNPUs:
+	case ask.Kind == wire.ChangeScale && ask.NPUs >= 0 && ask.NPUs <= placement.MaxNPUs:
 		w = &scale{stage: c.stage, ask: ask}
 	case ask.Kind == wire.ChangeRebalance && !hasText(c.stage.Role):
 		return nil, fmt.Errorf("the instance has no experts: it is an %s instance, which does not run the language model", c.stage.Role)
+	case ask.Kind == wire.ChangeRebalance && c.stage.standsBy():
+		return nil, errors.New("the instance is a standby, on whose NPUs experts could be placed if it had any: give it some with `trireme scale`")
 	case ask.Kind == wire.ChangeRebalance:
 		w = &rebalance{stage: c.stage, ask: ask}
 	default:
@@ -182,9 +184,11 @@ func (c *changes) restore(ctx context.Context) (npus []int, err error) {
 
 // start takes as many NPUs as the process was asked to.
 func (c *changes) start(ctx context.Context) ([]int, error) {
-	npus, err := c.stage.HBM.JoinAny(ctx, c.asked)
 	c.layout = Layout(&c.stage.Model.Text, placement.First(c.asked))
-	return npus, err
+	if c.asked == 0 {
+		return nil, nil
+	}
+	return c.stage.HBM.JoinAny(ctx, c.asked)
 }
 
 // follow takes the NPUs of a record, or as many others, and its placement, if the process can start so.
@@ -200,10 +204,11 @@ func (c *changes) follow(ctx context.Context, l *wire.Layout) ([]int, error) {
 			slots, wanted = slots.With(slot), append(wanted, number)
 		}
 	}
-	if slots == 0 {
-		return nil, errors.New("it has no NPUs")
-	}
 	even := Layout(&s.Model.Text, slots)
+	if slots == 0 { // the process before was a standby
+		c.layout = even
+		return slices.Clone(l.NPUs), nil
+	}
 	experts := make([]int, len(even))
 	for i := range experts {
 		experts[i] = len(even[i])

@@ -19,6 +19,8 @@ var ErrBusy = errors.New("an NPU that leaves has work")
 type Epoch struct {
 	// Warm is how long the NPUs that join took to compute a first row, with every expert that they have.
 	Warm time.Duration
+	// Copied is how many bytes of weights had to come to the memory domains of the NPUs.
+	Copied int64
 
 	stage       *Stage
 	npus        []NPU // by slot
@@ -90,7 +92,7 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 	}
 	e.leave = setOf(present) &^ all
 	o.again = s.weights.less.Remap
-	if err := s.weights.prepare(ctx, e.npus, layout, o); err != nil {
+	if e.Copied, err = s.weights.prepare(ctx, e.npus, layout, o); err != nil {
 		return nil, err
 	}
 	for _, w := range s.workers {

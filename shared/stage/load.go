@@ -11,6 +11,7 @@ type load struct {
 	mu      sync.Mutex
 	work    sched.Load
 	held    map[string]bool          // see Stage.Hold
+	shut    bool                     // nothing is taken, see Stage.handOver
 	room    map[string]int           // messages of a role in work at once, at most
 	changed map[string]chan struct{} // by role, of those who ask: closed when they would ask differently
 }
@@ -113,15 +114,26 @@ func (l *load) ask(role string) (level, has, room int, changed <-chan struct{}) 
 	return l.level(role), has, room, c
 }
 
-// makeRoom sets how much of each role may be in work at once: so much for each NPU.
+// makeRoom sets how much of each role may be in work at once: so much for each NPU, and nothing while work is handed over.
 func (s *Stage) makeRoom() {
 	npus := setOf(s.NPUs()).Len()
+	takes := false
 	s.load.change(func() {
+		if s.load.shut {
+			npus = 0
+		}
+		takes = npus > 0
 		for _, r := range s.roles {
 			s.load.room[r.Name] = npus * r.Slots
 		}
 	})
+	if err := s.offers.open.listen(takes); err != nil {
+		s.Log.Warn("what others offer to anybody does not come here", "error", err)
+	}
 }
+
+// doors sets whether nothing more is taken.
+func (l *load) doors(shut bool) { l.change(func() { l.shut = shut }) }
 
 // running is the number of messages in work.
 func (l *load) running() int {

@@ -55,9 +55,9 @@ func (o *observer) Observe(seconds float64) {
 	o.Observer.Observe(seconds)
 }
 
-// newMetrics makes the metrics of a process with these roles, joined. Those of paced NPUs are labelled with the profile; "": none is
-// paced.
-func newMetrics(role, profile string, paced func() pacing) *Metrics {
+// newMetrics makes the metrics of a process with these roles, joined, which has so many NPUs. Those of paced NPUs are labelled with
+// the profile; "": none is paced.
+func newMetrics(role, profile string, paced func() pacing, npus func() int) *Metrics {
 	m := &Metrics{
 		Registry: prometheus.NewRegistry(),
 		Work: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -84,6 +84,9 @@ func newMetrics(role, profile string, paced func() pacing) *Metrics {
 				"(calls and maps), populate page tables, first_step (the first forward pass).",
 		}, []string{"phase"}),
 	}
+	m.Registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "trireme_stage_npus", ConstLabels: prometheus.Labels{"role": role}, Help: "NPUs of the instance; 0: it is a standby.",
+	}, func() float64 { return float64(npus()) }))
 	for _, r := range wire.Roles(role) { // there from the beginning, so that rates have something to start from
 		m.Rows.WithLabelValues(r)
 		m.Step.WithLabelValues(r)

@@ -82,10 +82,15 @@ func share(o npu.Options, count int) npu.Options {
 	return o
 }
 
-// openNPUs has the NPUs of these numbers, by slot, be the instance's; -1: a hole. first is the arithmetic of one of them.
+// openNPUs has the NPUs of these numbers, by slot, be the instance's; -1: a hole. first is the arithmetic of one of them, if there is any.
 func (s *Stage) openNPUs(first kernel.Compute, numbers []int) error {
 	npus := make([]NPU, len(numbers))
-	defer func() { s.setNPUs(npus) }() // Close closes them
+	defer func() { // Close closes them
+		s.setNPUs(npus)
+		if first != nil {
+			first.Close()
+		}
+	}()
 	for slot, number := range numbers {
 		if number < 0 {
 			continue

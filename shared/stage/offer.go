@@ -60,6 +60,7 @@ type offers struct {
 	mu     sync.Mutex
 	takers map[string]*taker    // by role, while it takes messages
 	silent map[string]time.Time // until when those who did not answer are offered nothing, by subject
+	open   openOffers           // those to any instance of the node
 	nodes  int                  // that answered when they were last waited for
 	waited time.Time            // when that was
 }
@@ -67,21 +68,42 @@ type offers struct {
 // taker is a role that takes messages.
 type taker struct {
 	role    Role
-	handle  func(*bus.Delivery)
+	handle  func(context.Context, *bus.Delivery)
 	worker  Worker
-	ctx     context.Context // of work
+	life    context.Context // of work
 	working *sync.WaitGroup
+
+	mu    sync.Mutex
+	shift context.Context // of the work that begins now: ends with life, or when it is to be handed over
+	end   context.CancelCauseFunc
+}
+
+// open begins another shift.
+func (t *taker) open() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.shift, t.end = context.WithCancelCause(t.life)
+}
+
+// close ends the shift: what is in work is handed back.
+func (t *taker) close(why error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.end(why)
 }
 
 // begin has a message handled, on a goroutine of its own, if there is room for it; d gives it then.
-func (t *taker) begin(s *Stage, handle func(*bus.Delivery), d func() *bus.Delivery) bool {
+func (t *taker) begin(s *Stage, handle func(context.Context, *bus.Delivery), d func() *bus.Delivery) bool {
 	if !s.load.take(t.role) {
 		return false
 	}
 	message := d()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	shift := t.shift
 	t.working.Go(func() {
 		defer s.load.drop(t.role.Name)
-		handle(message)
+		handle(shift, message)
 	})
 	return true
 }
@@ -265,7 +287,7 @@ func (s *Stage) accept(ctx context.Context, o *wire.Offer) bool {
 		return false
 	}
 	handle := bidder.Bid(o)
-	return handle != nil && t.begin(s, func(d *bus.Delivery) { handle(t.ctx, d) }, func() *bus.Delivery {
+	return handle != nil && t.begin(s, handle, func() *bus.Delivery {
 		return s.Bus.Adopt(o.Stage, o.Data, o.Reply)
 	})
 }

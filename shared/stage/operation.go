@@ -123,7 +123,7 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 	case elastic.Begin:
 		l := c.record()
 		l.Last = o.before.Last
-		l.Pending = &wire.Pending{ID: o.ask.ID, Kind: o.ask.Kind, NPUs: o.ask.NPUs, Left: o.ask.Left}
+		l.Pending = &wire.Pending{ID: o.ask.ID, Kind: o.ask.Kind, NPUs: wire.NPUCount(o.report.Plan.After), Left: o.ask.Left}
 		return o.swapRecord(ctx, l)
 	case elastic.Copy:
 		began := time.Now()

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"trireme.dev/shared/hf"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched/elastic"
 	"trireme.dev/shared/sched/placement"
@@ -21,7 +22,7 @@ type rebalance struct {
 }
 
 // plan implements task.
-func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
+func (w *rebalance) plan(ctx context.Context, p *wire.ChangePlan) (err error) {
 	s := w.stage
 	npus := s.NPUs()
 	set := setOf(npus)
@@ -35,13 +36,23 @@ func (w *rebalance) plan(_ context.Context, p *wire.ChangePlan) (err error) {
 	p.Rows, p.Was, p.Will = rows, present.Balance(load, set), w.change.Layout.Balance(load, set)
 	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
 	p.Moves = p.Copies+p.Drops > 0
-	return s.weigh(p, w.ask, present, w.change, p.After)
+	return s.weigh(ctx, p, w.ask, present, w.change, p.After)
 }
 
 // weigh notes what a change of the experts costs, from the present layout on, on NPUs of these numbers by slot.
-func (s *Stage) weigh(p *wire.ChangePlan, ask *wire.Change, present placement.Layout, change *placement.Change, next []int) (err error) {
+func (s *Stage) weigh(
+	ctx context.Context, p *wire.ChangePlan, ask *wire.Change, present placement.Layout, change *placement.Change, next []int,
+) error {
 	npus := s.NPUs()
+	there, err := s.weights.whole(ctx)
+	if err != nil {
+		return err
+	}
 	for _, c := range change.Copies {
+		if there.has(s.HBM.Domain(next[c.To]), hf.Text) {
+			p.Shared++
+			continue
+		}
 		for slot := range present[c.Layer][c.Expert].All() {
 			if s.HBM.Domain(npus[slot].Number) == s.HBM.Domain(next[c.To]) {
 				p.Shared++
@@ -49,7 +60,7 @@ func (s *Stage) weigh(p *wire.ChangePlan, ask *wire.Change, present placement.La
 			}
 		}
 	}
-	if p.Bytes, p.Memory, err = s.weights.costs(numbers(npus), present, next, change.Layout); err != nil {
+	if p.Bytes, p.Memory, err = s.weights.costs(there, numbers(npus), present, next, change.Layout); err != nil {
 		return err
 	}
 	if ask.Rate > 0 {
@@ -68,7 +79,11 @@ func attaching(ask *wire.Change, told func(func(*wire.ChangeReport))) AttachOpti
 // prepare implements task: what a memory domain has already is only mapped.
 func (w *rebalance) prepare(ctx context.Context, told func(func(*wire.ChangeReport))) error {
 	w.npus = slices.Clone(w.stage.NPUs())
-	return w.stage.weights.prepare(ctx, w.npus, w.change.Layout, attaching(w.ask, told))
+	copied, err := w.stage.weights.prepare(ctx, w.npus, w.change.Layout, attaching(w.ask, told))
+	if err == nil {
+		told(func(r *wire.ChangeReport) { r.Copied = copied })
+	}
+	return err
 }
 
 // layout implements task.

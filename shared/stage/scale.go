@@ -25,6 +25,8 @@ type scale struct {
 	taken       []int  // NPUs that have joined
 	next        *Epoch // until it is switched to
 	present     *Epoch // from then on
+	before      []int  // as numbers
+	shut        bool   // all work is handed over, and none is taken
 }
 
 // plan implements task.
@@ -33,7 +35,8 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 	npus := s.NPUs()
 	set := setOf(npus)
 	w.numbers = numbers(npus)
-	p.Before = slices.Clone(w.numbers)
+	w.before = slices.Clone(w.numbers)
+	p.Before = w.before
 	switch more := w.ask.NPUs - set.Len(); {
 	case more > 0:
 		spare, err := w.spare(ctx)
@@ -57,25 +60,38 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 	if p.Moves = w.join|w.leave != 0; !p.Moves {
 		return nil
 	}
-	return w.place(p, (set|w.join)&^w.leave)
+	slots := (set | w.join) &^ w.leave
+	if slots == 0 {
+		if err := s.survivors(ctx); err != nil {
+			return err
+		}
+	}
+	return w.place(ctx, p, slots)
 }
 
+// ends reports whether the instance has no NPUs then.
+func (w *scale) ends() bool { return wire.NPUCount(w.numbers) == 0 }
+
 // place decides where the experts are to be, on the NPUs in these slots.
-func (w *scale) place(p *wire.ChangePlan, slots placement.Set) (err error) {
+func (w *scale) place(ctx context.Context, p *wire.ChangePlan, slots placement.Set) (err error) {
 	s := w.stage
 	load, rows := s.changes.sample()
 	present, _ := s.changes.current()
-	if !hasText(s.Role) { // nobody computes with experts
+	before := setOf(s.NPUs())
+	if !hasText(s.Role) || slots == 0 { // nobody computes with experts
 		w.change = &placement.Change{Layout: Layout(&s.Model.Text, slots)}
-		return s.weigh(p, w.ask, present, w.change, w.numbers)
+		return s.weigh(ctx, p, w.ask, present, w.change, w.numbers)
 	}
 	o := placement.Options{Slots: elastic.Slots(present, slots.Len(), w.ask.Spare), Slack: w.ask.Slack}
 	if w.change, err = placement.Plan(present, load, slots, o); err != nil {
 		return err
 	}
-	p.Rows, p.Was, p.Will = rows, present.Balance(load, setOf(s.NPUs())), w.change.Layout.Balance(load, slots)
+	p.Rows, p.Will = rows, w.change.Layout.Balance(load, slots)
+	if before != 0 {
+		p.Was = present.Balance(load, before)
+	}
 	p.Copies, p.Drops = len(w.change.Copies), len(w.change.Drops)
-	return s.weigh(p, w.ask, present, w.change, w.numbers)
+	return s.weigh(ctx, p, w.ask, present, w.change, w.numbers)
 }
 
 // enter gives an NPU that joins the lowest free slot.
@@ -121,6 +137,11 @@ func (w *scale) emptiest(set placement.Set) []int {
 // prepare implements task.
 func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))) (err error) {
 	s := w.stage
+	if w.ends() { // once more, now that the record says it
+		if err := s.survivors(ctx); err != nil {
+			return err
+		}
+	}
 	if n := w.join.Len(); n > 0 {
 		if w.taken, err = s.HBM.JoinAny(ctx, n); err != nil {
 			return err
@@ -132,19 +153,32 @@ func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))
 		}
 		told(func(r *wire.ChangeReport) { r.Plan.After = slices.Clone(w.numbers) })
 	}
-	for slot := range w.leave.All() {
-		s.Leave(slot)
+	if !w.ends() { // else there is nobody for it to go to before all of it goes
+		w.vacate()
 	}
 	if w.next, err = s.Prepare(ctx, w.numbers, w.change.Layout, attaching(w.ask, told)); err != nil {
 		return err
 	}
-	told(func(r *wire.ChangeReport) { r.Warming = w.next.Warm })
+	told(func(r *wire.ChangeReport) { r.Warming, r.Copied = w.next.Warm, w.next.Copied })
+	if w.ends() {
+		err := s.handOver(ctx)
+		w.shut = err == nil
+		w.vacate()
+		return err
+	}
 	for slot := range w.leave.All() { // once all is ready to go on without them
 		if err := s.Vacate(ctx, slot); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// vacate has no new work come to the NPUs that leave.
+func (w *scale) vacate() {
+	for slot := range w.leave.All() {
+		w.stage.Leave(slot)
+	}
 }
 
 // busyWait is the time between two looks whether an NPU that is to leave is free.
@@ -167,6 +201,12 @@ func (w *scale) swap(epoch uint64) (pause time.Duration, err error) {
 	}
 	w.next, w.present = nil, w.next
 	w.stage.changes.enter(w.change.Layout, epoch)
+	if w.shut {
+		w.stage.takeAgain() // when there are NPUs again
+	}
+	if was := wire.NPUCount(w.before); was == 0 || w.ends() {
+		w.stage.tellReady()
+	}
 	return pause, nil
 }
 
@@ -208,6 +248,9 @@ func (w *scale) undo() error {
 	}
 	for slot := range w.leave.All() {
 		w.stage.Stay(slot)
+	}
+	if w.shut {
+		w.stage.takeAgain()
 	}
 	if len(w.taken) == 0 {
 		return nil

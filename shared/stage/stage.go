@@ -51,6 +51,7 @@ type Config struct {
 	Metrics  string // address that serves /metrics, for the heartbeat; "": none
 	NPU      npu.Options
 	NPUs     int           // of the instance, each opened so; they share the threads. 0: 1
+	Standby  bool          // instead of NPUs: it begins without any
 	Mixed    sched.Mixed   // bounds steps in which prompts are computed beside sequences that decode; zero: MixedDefault
 	AckWait  time.Duration // see bus.WithAckWait, the same for all services on one NATS; 0: the bus' default
 	Drain    time.Duration // a process that is to stop may finish what is short for so long; 0: DefaultDrain, below 0: not at all
@@ -171,7 +172,11 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		}
 		s.processor = prep.Digest()
 	}
-	s.npuOptions = share(cfg.NPU, cfg.NPUs)
+	asked := max(1, cfg.NPUs)
+	if cfg.Standby {
+		asked = 0
+	}
+	s.npuOptions = share(cfg.NPU, asked)
 	first, err := npu.Open(s.npuOptions)
 	if err != nil {
 		return nil, err
@@ -182,7 +187,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		s.paced = c.Profile()
 		s.Log = s.Log.With("paced", s.paced.Name)
 	}
-	s.Metrics = newMetrics(role, s.profile(), s.pacing)
+	s.Metrics = newMetrics(role, s.profile(), s.pacing, func() int { return setOf(s.NPUs()).Len() })
 	if s.Bus, err = bus.Connect(ctx, cfg.NATSURL, s.ID, s.Log, bus.WithAckWait(cfg.AckWait), bus.WithReplicas(cfg.Replicas)); err != nil {
 		return nil, err
 	}
@@ -194,7 +199,7 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, Name: s.Name}); err != nil {
 		return nil, err
 	}
-	s.changes = changes{stage: s, asked: max(1, cfg.NPUs)}
+	s.changes = changes{stage: s, asked: asked}
 	numbers, err := s.changes.restore(ctx)
 	if err != nil {
 		return nil, err
@@ -274,7 +279,6 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 		names[i] = r.Name
 	}
 	s.workers, s.roles = workers, roles
-	s.makeRoom()
 	if !slices.Equal(names, wire.Roles(s.Role)) {
 		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
 	}
@@ -341,6 +345,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 	})
 	s.weights.wait(ctx)
 	s.ready.Store(true)
+	s.makeRoom()
 	for i, r := range roles {
 		s.takeOver(ctx, r.Name)
 		notify(gone[i])
@@ -355,7 +360,7 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 			}
 		})
 	}
-	s.emit(wire.EventReady, fmt.Sprintf("serves %s on NPUs %v", s.Model.Name, s.HBM.NPUs()))
+	s.tellReady()
 	s.Log.Info("ready", "role", s.Role, "npus", s.HBM.NPUs(), "model", s.Model.Name, "kernels", s.Kernels())
 
 	failed := make(chan error, len(roles))
@@ -365,9 +370,9 @@ func (s *Stage) serve(ctx context.Context, roles []Role, workers []Worker) (err 
 			work = life
 		}
 		t := &taker{
-			role: r, worker: workers[i], ctx: work, working: &working,
-			handle: func(d *bus.Delivery) { workers[i].Handle(work, d) },
+			role: r, worker: workers[i], life: work, working: &working, handle: workers[i].Handle,
 		}
+		t.open()
 		working.Go(func() {
 			defer s.offers.take(t)()
 			if err := s.pull(ctx, queues[i], t); err != nil {
@@ -448,6 +453,7 @@ func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) 
 		for _, sub := range subs {
 			_ = sub.Unsubscribe() // it ends with the connection at the latest
 		}
+		s.offers.open.end()
 	}
 	for subject, f := range map[string]func([]byte){
 		wire.SubjectDone: s.done,
@@ -479,17 +485,21 @@ func (s *Stage) listen(ctx context.Context, roles []Role, gone []chan struct{}) 
 		return leave, fmt.Errorf("listening for questions for stats: %w", err)
 	}
 	subs = append(subs, sub)
-	groups := map[string]string{wire.SubjectOffer(s.ID): ""} // by subject
-	for _, r := range roles {
-		groups[wire.SubjectNodeOffer(s.HBM.Node(), r.Name)] = "instances"
+	offers := func(data []byte, respond func(any) error) { s.offered(ctx, data, respond) }
+	if sub, err = s.Bus.Handle(wire.SubjectOffer(s.ID), offers); err != nil {
+		return leave, fmt.Errorf("listening for offers: %w", err)
 	}
-	for subject, group := range groups {
-		sub, err := s.Bus.HandleOne(subject, group, func(data []byte, respond func(any) error) { s.offered(ctx, data, respond) })
-		if err != nil {
-			return leave, fmt.Errorf("listening for offers: %w", err)
+	subs = append(subs, sub)
+	s.offers.open.begin(func() (subs []*nats.Subscription, err error) {
+		for _, r := range roles {
+			sub, err := s.Bus.HandleOne(wire.SubjectNodeOffer(s.HBM.Node(), r.Name), "instances", offers)
+			if err != nil {
+				return subs, fmt.Errorf("listening for offers: %w", err)
+			}
+			subs = append(subs, sub)
 		}
-		subs = append(subs, sub)
-	}
+		return subs, nil
+	})
 	return leave, nil
 }
 
@@ -531,7 +541,7 @@ func (s *Stage) takeOver(ctx context.Context, role string) {
 
 func (s *Stage) heartbeat() wire.Instance {
 	beat := wire.Instance{
-		ID: s.ID, Name: s.Name, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(),
+		ID: s.ID, Name: s.Name, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(), Standby: s.standsBy(),
 		Model: s.Model.Name, Digest: hex.EncodeToString(s.Model.Digest[:]), Kernels: s.Kernels(),
 		Running: s.load.running(), Metrics: s.address, Paced: s.profile(),
 	}

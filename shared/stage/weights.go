@@ -179,23 +179,30 @@ func (w *weights) mapped() Mapped {
 	return w.ranges.mapped()
 }
 
-// prepare gives the NPUs of the next epoch their weights, as load does, populated. The instance is ready.
-func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layout, o AttachOptions) error {
+// prepare gives the NPUs of the next epoch their weights, as load does, populated, and returns how many bytes were not in their memory domains
+// before. The instance is ready.
+func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layout, o AttachOptions) (copied int64, err error) {
 	select {
 	case <-w.populated:
 	case <-ctx.Done():
-		return ctx.Err()
+		return 0, ctx.Err()
 	}
 	fresh, err := w.load(ctx, npus, layout, o)
 	if err != nil {
-		return err
+		return 0, err
+	}
+	if w.stage.standsBy() { // the files are mapped only now
+		if err := w.stage.folder.Populate(ctx); err != nil {
+			return 0, fmt.Errorf("populating weights: %w", err)
+		}
 	}
 	for _, set := range fresh {
 		if err := set.Populate(ctx); err != nil {
-			return fmt.Errorf("populating weights: %w", err)
+			return 0, fmt.Errorf("populating weights: %w", err)
 		}
+		copied += set.CopiedBytes + set.FilledBytes
 	}
-	return nil
+	return copied, nil
 }
 
 // keep unmaps what no NPU of a layout has: that of NPUs that have left, and experts that are elsewhere now. No step may use it any more.

@@ -80,6 +80,11 @@ func (l *Layout) Is(operation string) bool {
 	return l.Last != nil && l.Last.ID == operation && l.Last.Committed
 }
 
+// Empty reports whether the instance has no NPUs, or is about to give up the last ones.
+func (l *Layout) Empty() bool {
+	return NPUCount(l.NPUs) == 0 || l.Pending != nil && l.Pending.NPUs == 0
+}
+
 // Awaits reports whether an operation is pending.
 func (l *Layout) Awaits(operation string) bool { return l.Pending != nil && l.Pending.ID == operation }
 
@@ -90,7 +95,7 @@ type Change struct {
 
 	ID       string // letters and digits, made by who asks
 	Kind     string
-	NPUs     int           // to have then; ChangeScale only
+	NPUs     int           // to have then; ChangeScale only. 0: none, as a standby
 	Left     time.Duration // the operation is given up if it has not come to its commit by then
 	Rate     int64         // most bytes to copy in a second; 0: as fast as it goes
 	Spare    float64       // places for second copies of experts, as a part of those that first ones need

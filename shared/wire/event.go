@@ -13,6 +13,7 @@ const StreamEvents = "TRIREME_EVENTS"
 // Kinds of events. The part before the dot is a group that can be asked for.
 const (
 	EventReady    = "instance.ready"   // an instance takes work
+	EventStandby  = "instance.standby" // an instance has no NPUs and stands by
 	EventStopped  = "instance.stopped" // it ends because it was told to; its work is done or handed over
 	EventGone     = "instance.gone"    // its connection to its HMM has ended; without a stop before it, it has died
 	EventFailed   = "instance.failed"  // it ends by itself, because it cannot go on

@@ -301,8 +301,9 @@ type Instance struct {
 	Node    string `json:"node"`
 	PID     int    `json:"pid"`
 	NPUs    []int  `json:"npus"`
-	Epoch   uint64 `json:"epoch,omitempty"` // of its layout (Layout)
-	Ready   bool   `json:"ready"`           // takes work
+	Epoch   uint64 `json:"epoch,omitempty"`   // of its layout (Layout)
+	Ready   bool   `json:"ready"`             // takes work, or, as a standby, NPUs
+	Standby bool   `json:"standby,omitempty"` // a stage without NPUs: it takes no work
 	Model   string `json:"model,omitempty"`
 	Digest  string `json:"digest,omitempty"` // hex of model.Config.Digest
 	Kernels string `json:"kernels,omitempty"`

@@ -143,8 +143,9 @@ func TestScaleRefused(t *testing.T) {
 		want string
 	}{
 		{[]string{"decoder", "4"}, "2 more NPUs are wanted"},
-		{[]string{"decoder", "-2"}, "cannot have 0"},
-		{[]string{"decoder", "0"}, "cannot have 0"},
+		{[]string{"decoder", "-3"}, "cannot have -1"},
+		{[]string{"decoder", "-2"}, "no other instance with NPUs could decode"},
+		{[]string{"decoder", "0"}, "no other instance with NPUs could decode"},
 		{[]string{"nobody", "2"}, "no such instance"},
 		{[]string{"decoder", "3", "--timeout", "300ms", "--hold", "prepare", "--hold-time", "400ms"}, "not come to its commit in time"},
 		{[]string{"decoder", "-1", "--timeout", "300ms", "--hold", "prepare", "--hold-time", "400ms"}, "not come to its commit in time"},

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os/exec"
@@ -167,20 +166,12 @@ func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Proc
 func (c *cluster) decoder(tb testing.TB) wire.Instance {
 	tb.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		var s struct{ Instances []wire.Instance }
-		data, err := json.Marshal(c.status(tb))
-		if err == nil {
-			err = json.Unmarshal(data, &s)
-		}
-		if err != nil {
-			tb.Fatal(err)
-		}
-		s.Instances = slices.DeleteFunc(s.Instances, func(i wire.Instance) bool { return i.Role != "decode" || !i.Ready })
-		if len(s.Instances) == 1 {
-			return s.Instances[0]
+		ready := slices.DeleteFunc(c.instances(tb), func(i wire.Instance) bool { return i.Role != "decode" || !i.Ready })
+		if len(ready) == 1 {
+			return ready[0]
 		}
 		if time.Now().After(deadline) {
-			tb.Fatalf("the decoders are %+v", s.Instances)
+			tb.Fatalf("the decoders are %+v", ready)
 		}
 	}
 }

@@ -12,8 +12,11 @@ var ErrEncoded = errors.New("not an encoded placement of experts")
 const last = 0x80
 
 // Encode is the layout as bytes: for each expert of each layer the NPUs that have a copy, a byte each, the last one marked. Every
-// expert must be somewhere. 58 layers of 256 experts without second copies take 15 KB.
+// expert must be somewhere, or all nowhere: that layout, of an instance without NPUs, is no bytes. 58 layers of 256 experts without second copies take 15 KB.
 func (p Layout) Encode() []byte {
+	if p.Check(0) == nil {
+		return nil
+	}
 	var data []byte
 	for l, layer := range p {
 		for e, s := range layer {

@@ -53,19 +53,20 @@ type Change struct {
 }
 
 // Even is a layout without second copies in which each NPU has as many experts of each layer as any other, or one more.
-// experts is the number of each layer, 0 for a dense one. Who has one more differs from layer to layer.
+// experts is the number of each layer, 0 for a dense one. Who has one more differs from layer to layer. On no NPU every expert is
+// nowhere.
 func Even(experts []int, npus Set) Layout {
 	var order []int
 	for n := range npus.All() {
 		order = append(order, n)
 	}
-	if len(order) == 0 {
-		panic("BUG: a layout on no NPU")
-	}
 	layout := make(Layout, len(experts))
 	extra := 0 // NPUs before this one have had one more
 	for l, count := range experts {
 		layout[l] = make([]Set, count)
+		if npus == 0 {
+			continue
+		}
 		for e := range count {
 			layout[l][e] = Of(order[(extra+e)%len(order)])
 		}
@@ -85,11 +86,11 @@ func (p Layout) On(layer, n int) []int {
 	return experts
 }
 
-// Check returns an error unless every expert is on at least one NPU and all copies are on NPUs of the set.
+// Check returns an error unless every expert is on at least one NPU, if there are any, and all copies are on NPUs of the set.
 func (p Layout) Check(npus Set) error {
 	for l, layer := range p {
 		for e, s := range layer {
-			if s == 0 || s&^npus != 0 {
+			if s == 0 && npus != 0 || s&^npus != 0 {
 				return fmt.Errorf("expert %d of layer %d is on NPUs {%s}, the instance has {%s}", e, l, s, npus)
 			}
 		}

@@ -17,21 +17,21 @@ var ErrStopped = errors.New("the runner has been stopped")
 // epoch is what the runner computes with on one set of NPUs.
 type epoch struct {
 	npus []engine.NPU // by slot
-	text *engine.Text // nil when there are no sources
+	text *engine.Text // nil when there are no sources or no NPUs
 	step Step
 }
 
 func (r *Runner) newEpoch(npus []engine.NPU) (*epoch, error) {
-	e := &epoch{npus: npus}
-	if len(r.sources) == 0 {
+	set := Slots(npus)
+	e := &epoch{npus: npus, step: Step{Step: sched.NewStep(r.limits, set)}}
+	if len(r.sources) == 0 || set == 0 {
 		return e, nil
 	}
 	var err error
 	if e.text, err = engine.NewText(r.config, npus, engine.Limits{Rows: r.limits.Rows, Seqs: r.limits.Seqs}); err != nil {
 		return nil, err
 	}
-	set := Slots(npus)
-	e.step = Step{Step: sched.NewStep(r.limits, set), seqs: make([]engine.Seq, 0, set.Len()*r.limits.Seqs)}
+	e.step.seqs = make([]engine.Seq, 0, set.Len()*r.limits.Seqs)
 	return e, nil
 }
 
@@ -143,7 +143,7 @@ func (r *Runner) between(f func() error) error {
 }
 
 // SetExperts has steps find the experts elsewhere: see engine.Text.SetExperts. When it returns no step is under way that uses the
-// tables before. There must be sequences to compute.
+// tables before. There must be sequences to compute, and NPUs.
 func (r *Runner) SetExperts(tables [][][]model.Expert) error {
 	r.change.Lock()
 	defer r.change.Unlock()
@@ -154,18 +154,20 @@ func (r *Runner) SetExperts(tables [][][]model.Expert) error {
 }
 
 // Load is how many rows the router has sent to each expert, [layers][experts], since the runner was made, in all epochs; nil when
-// there are no sequences to compute. It may be called at any time after Start by any goroutine.
+// none could be computed so far. It may be called at any time after Start by any goroutine.
 func (r *Runner) Load() placement.Load {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.present == nil || r.present.text == nil {
+	if r.present == nil || r.present.text == nil && r.past == nil {
 		return nil
 	}
 	load := newLoad(&r.config.Text)
 	for l := range r.past {
 		copy(load[l], r.past[l])
 	}
-	r.present.text.Load(load)
+	if r.present.text != nil {
+		r.present.text.Load(load)
+	}
 	return load
 }
 
