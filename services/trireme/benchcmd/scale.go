@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"trireme.dev/services/trireme/load"
@@ -14,29 +16,32 @@ import (
 	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/obs"
 	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/wire"
 )
 
 // Scale is `trireme bench scale`.
 type Scale struct {
-	From     int        `help:"NPUs of the instance before." default:"3"`
-	To       int        `help:"NPUs after." default:"4"`
-	Strategy []string   `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, or all." default:"all" placeholder:"NAME"`
-	Pace     string     `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml; none: as fast as the host." default:"distserve-opt-13b-a100" placeholder:"NAME"`
-	Bytes    conf.Bytes `help:"Size of the experts of the made-up model." default:"4GiB" placeholder:"SIZE"`
-	Domains  string     `help:"Memory domains of the NPUs: one for each (per-npu), between which weights are copied, or one for all (node)." default:"per-npu" enum:"node,per-npu"`
-	CopyRate conf.Bytes `help:"Bytes a second that may be copied between NPUs." default:"1GiB" placeholder:"SIZE"`
-	DiskRate conf.Bytes `help:"Bytes a second that weights are read from disk; by default a fifth of --copy-rate." placeholder:"SIZE"`
+	Change   string       `help:"What is changed: the number of NPUs (scale), or the places of the experts on them (rebalance)." default:"scale" enum:"scale,rebalance"`
+	From     int          `help:"NPUs of the instance before." default:"3"`
+	To       int          `help:"NPUs after." default:"4"`
+	Strategy []string     `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, or all of these; no-remap, no-copy, no-standby, no-zero-copy, or all of these, and elastic: ablation." default:"all" placeholder:"NAME"`
+	Pace     string       `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml; none: as fast as the host." default:"distserve-opt-13b-a100" placeholder:"NAME"`
+	Bytes    conf.Bytes   `help:"Size of the experts of the made-up model." default:"4GiB" placeholder:"SIZE"`
+	Domains  string       `help:"Memory domains of the NPUs: one for each (per-npu), between which weights are copied, or one for all (node)." default:"per-npu" enum:"node,per-npu"`
+	CopyRate []conf.Bytes `help:"Bytes a second that may be copied between NPUs. With several, elastic is run at each; bars and all other ways are about the first." default:"1GiB" placeholder:"SIZE"`
+	DiskRate conf.Bytes   `help:"Bytes a second that weights are read from disk; by default a fifth of --copy-rate." placeholder:"SIZE"`
 
-	Rate    float64       `help:"Requests a second; by default half of what the profile's NPUs could do at best before the change." placeholder:"N"`
-	Words   load.Span     `help:"Words of a question." default:"8-24" placeholder:"N-M"`
-	Output  load.Span     `help:"Tokens of an answer." default:"48-96" placeholder:"N-M"`
-	Before  time.Duration `help:"Time of load before the change." default:"10s"`
-	After   time.Duration `help:"And after it." default:"10s"`
-	Longest time.Duration `help:"A change that takes longer has failed." default:"5m"`
-	Repeats int           `help:"How often each way is run, in turns." default:"1"`
-	Goodput []string      `help:"Bounds of a good request in milliseconds; by default four times what the profile says for a request alone, and a little for the rest." placeholder:"ttft:MS,tpot:MS"`
-	JSON    bool          `name:"json" help:"Write one JSON object instead of tables."`
-	Plot    string        `help:"Draw throughput and token gaps around the change, a file for each way; the ending is .svg or .png." placeholder:"FILE" type:"path"`
+	Rate     float64       `help:"Requests a second; by default half of what the profile's NPUs could do at best, before the change or after it, where they are fewer." placeholder:"N"`
+	Arrivals string        `help:"How requests arrive: constant, poisson, gamma:B or bursts:N. Throughput of short times can be compared only as far as they come evenly." default:"constant" placeholder:"KIND"`
+	Words    load.Span     `help:"Words of a question." default:"8-24" placeholder:"N-M"`
+	Output   load.Span     `help:"Tokens of an answer." default:"64" placeholder:"N-M"`
+	Window   time.Duration `help:"Shortest time that counts as the change, and as before and after it; these last as long as the change where that is foreseen to last longer. The load runs until it is steady before." default:"5s"`
+	Longest  time.Duration `help:"A change that takes longer has failed." default:"5m"`
+	Repeats  int           `help:"How often elastic is run." default:"1"`
+	Others   int           `help:"How often each of the other ways is run, in turns with elastic." default:"1"`
+	Goodput  []string      `help:"Bounds of a good request in milliseconds; by default four times what the profile says for a request alone, and a little for the rest." placeholder:"ttft:MS,tpot:MS"`
+	JSON     bool          `name:"json" help:"Write one JSON object instead of tables."`
+	Plot     string        `help:"Draw throughput and token gaps around the change, a file for each run, and with several copy rates what they cost; the ending is .svg or .png." placeholder:"FILE" type:"path"`
 }
 
 // Help is shown by `trireme bench scale --help`.
@@ -44,38 +49,53 @@ func (Scale) Help() string {
 	return `Changes the number of NPUs of an instance under an open load, in several ways, and prints what it cost those who were served:
 the tables of ElasticMoE (arXiv:2510.02613) for this system. The ways are the paper's:
 
-  elastic      trireme scale: in place, by copies between NPUs; in one memory domain experts are only mapped
-  cold         stop the instance, start one with the new number of NPUs, read the weights from disk
-  extravagant  start that one on NPUs of its own beside the old one, which is stopped when it is ready
-  colocated    the same on the old one's NPUs, so that each has half its memory for sequences; that the two share the arithmetic too is not shown
-  horizontal   start a second instance on the NPUs that are to be added; it has a copy of all weights
+  elastic       trireme scale: in place, by copies between NPUs; in one memory domain experts are only mapped
+  cold          stop the instance, start one with the new number of NPUs, read the weights from disk
+  extravagant   start that one on NPUs of its own beside the old one, which is stopped when it is ready
+  colocated     the same on the old one's NPUs, so that each has half its memory for sequences; that the two share the arithmetic too is not shown
+  horizontal    start a second instance on the NPUs that are to be added; it has a copy of all weights
 
-Only elastic uses weights that are there; for the others reading from disk is slowed down to --disk-rate. The model is made up, but its answers are
-compared with those of an instance that never changes. NPUs are paced, so that figures are the profile's as far as the host keeps up.
+and what is left of elastic when one thing after the other is taken away:
+
+  no-remap      experts that stay on an NPU are copied there, as if they had to be in one piece
+  no-copy       and those that come to an NPU are read from disk, not copied from another one
+  no-standby    and another process is started for the new layout, once the old one has left the NPUs; it maps what lies there
+  no-zero-copy  and maps nothing: each process has weights of its own, from disk; that is cold. Sequences go on from the KV that is there in all ways
+
+Reading from disk is slowed down to --disk-rate where others need not read. The model is made up, but its answers are compared with those of
+an instance that never changes. NPUs are paced, so that figures are the profile's as far as the host keeps up; then there are bars for elastic.
+With --pace none the tables are the same, without bars.
 
 Examples:
   trireme bench scale
   trireme bench scale --from 4 --to 2 --strategy elastic,cold
-  trireme bench scale --strategy elastic --copy-rate 256MiB --repeats 9 --plot gaps.svg`
+  trireme bench scale --strategy ablation
+  trireme bench scale --change rebalance --from 4 --strategy elastic --repeats 9
+  trireme bench scale --strategy elastic --copy-rate 1GiB,512MiB,256MiB --plot curve.svg`
 }
 
 // ScaleReport is what Scale writes with --json.
 type ScaleReport struct {
 	Version  string            `json:"version"`
+	Change   string            `json:"change"`
 	Paced    string            `json:"paced,omitempty"` // the profile
 	Domains  string            `json:"domains"`
-	Bytes    int64             `json:"expert_bytes"` // of the model
-	CopyRate int64             `json:"copy_bytes_per_s"`
+	Bytes    int64             `json:"expert_bytes"`     // of the model
+	CopyRate int64             `json:"copy_bytes_per_s"` // the first
 	DiskRate int64             `json:"disk_bytes_per_s"`
 	Rate     float64           `json:"requests_per_s"`
+	Arrivals string            `json:"arrivals"`
 	TTFT     float64           `json:"ttft_bound_ms,omitempty"`
 	TPOT     float64           `json:"tpot_bound_ms,omitempty"`
-	Changes  []scaling.Figures `json:"changes"`
+	Changes  []scaling.Figures `json:"changes"`        // each run
+	Ways     []scaling.Summary `json:"ways"`           // the same together
+	Bars     []scaling.Bar     `json:"bars,omitempty"` // of elastic, on paced NPUs
 }
 
 // trial is one change under load, before it is worked out.
 type trial struct {
 	way    way
+	rate   conf.Bytes // of copies
 	report *load.Report
 	event  scaling.Event
 	memory []scaling.Memory
@@ -87,7 +107,8 @@ func (c *Scale) Run(e Env) error {
 	if err != nil {
 		return err
 	}
-	next, end := progress(e.Err, len(ways)*c.Repeats+2)
+	runs := c.runs(ways)
+	next, end := progress(e.Err, len(runs)+2)
 	defer end()
 	next("making the model")
 	model, err := newModel(int64(c.Bytes))
@@ -95,41 +116,58 @@ func (c *Scale) Run(e Env) error {
 		return err
 	}
 	defer model.remove()
-	var trials []trial
-	for i := range c.Repeats {
-		for _, w := range ways {
-			next(fmt.Sprintf("%s, run %d of %d", w.name, i+1, c.Repeats))
-			t, err := c.one(e, w, model.dir)
-			if err != nil {
-				return fmt.Errorf("%s: %w", w.name, err)
-			}
-			trials = append(trials, *t)
+	for i := range runs {
+		t := &runs[i]
+		next(fmt.Sprintf("%s at %v/s, run %d of %d", t.way.name, t.rate, i+1, len(runs)))
+		if err := c.one(e, t, model.dir); err != nil {
+			return fmt.Errorf("%s: %w", t.way.name, err)
 		}
 	}
 	next("the same requests without a change")
-	answers, err := c.answers(e, model.dir, trials)
+	answers, err := c.answers(e, model.dir, runs)
 	if err != nil {
 		return fmt.Errorf("without a change: %w", err)
 	}
 	end()
 	r := &ScaleReport{
-		Version: obs.Version(), Paced: c.Pace, Domains: c.Domains, Bytes: int64(c.Bytes), CopyRate: int64(c.CopyRate), DiskRate: int64(c.DiskRate),
-		Rate: c.Rate, TTFT: goodput.TTFT, TPOT: goodput.TPOT,
+		Version: obs.Version(), Change: c.Change, Paced: c.Pace, Domains: c.Domains, Bytes: int64(c.Bytes), CopyRate: int64(c.CopyRate[0]),
+		DiskRate: int64(c.DiskRate), Rate: c.Rate, Arrivals: c.Arrivals, TTFT: goodput.TTFT, TPOT: goodput.TPOT,
 	}
-	for _, t := range trials {
+	for _, t := range runs {
 		f := scaling.Measure(t.report, t.event, goodput, t.memory, answers)
-		f.Strategy, f.From, f.To = t.way.name, c.From, c.To
+		f.Strategy, f.CopyRate, f.From, f.To = t.way.name, int64(t.rate), c.From, c.To
 		r.Changes = append(r.Changes, f)
 		for _, why := range t.report.Failures(3) {
 			fmt.Fprintf(e.Err, "%s: failed %s\n", t.way.name, why)
 		}
 	}
+	r.Ways = scaling.Summaries(r.Changes)
+	if c.Pace != "" {
+		r.Bars = scaling.Bars(r.Changes, r.CopyRate)
+	}
 	if c.Plot != "" {
-		if err := c.draw(trials); err != nil {
+		if err := c.draw(runs, r); err != nil {
 			return err
 		}
 	}
 	return write(e.Out, c.JSON, r)
+}
+
+// runs are what is to be run, in this order: the ways take turns.
+func (c *Scale) runs(ways []way) (all []trial) {
+	for i := range max(c.Repeats, c.Others) {
+		for _, w := range ways {
+			switch {
+			case w.name != scaling.Elastic && i < c.Others:
+				all = append(all, trial{way: w, rate: c.CopyRate[0]})
+			case w.name == scaling.Elastic && i < c.Repeats:
+				for _, rate := range c.CopyRate {
+					all = append(all, trial{way: w, rate: rate})
+				}
+			}
+		}
+	}
+	return all
 }
 
 // plan checks the flags and fills in what they leave open.
@@ -139,33 +177,24 @@ func (c *Scale) plan() ([]way, load.Goodput, error) {
 		return nil, none, fmt.Errorf(format+": %w", append(args, ErrUsage)...)
 	}
 	most := min(placement.MaxNPUs, 64)
-	if c.From < 1 || c.To < 1 || c.From > most || c.To > most || c.From == c.To {
+	if c.Change == wire.ChangeRebalance {
+		c.To = c.From
+	}
+	if c.From < 1 || c.To < 1 || c.From > most || c.To > most || (c.From == c.To) != (c.Change == wire.ChangeRebalance) {
 		return usage("--from %d, --to %d: two different numbers of NPUs, 1 to %d", c.From, c.To, most)
 	}
-	if c.Bytes < 64<<20 || c.CopyRate < 1<<20 || c.Repeats < 1 || c.Repeats > 100 || c.Before < time.Second || c.After < time.Second {
-		return usage("--bytes at least 64MiB, --copy-rate 1MiB, --before and --after 1s, --repeats 1 to 100")
+	if c.Change == wire.ChangeRebalance && c.From < 2 {
+		return usage("--change rebalance --from %d: on one NPU there is nothing to balance", c.From)
+	}
+	if c.Bytes < 64<<20 || slices.Min(c.CopyRate) < 1<<20 || c.Repeats < 1 || c.Repeats > 100 || c.Others < 1 || c.Others > 100 || c.Window < time.Second {
+		return usage("--bytes at least 64MiB, --copy-rate 1MiB, --window 1s, --repeats and --others 1 to 100")
 	}
 	if c.DiskRate == 0 {
-		c.DiskRate = c.CopyRate / 5
+		c.DiskRate = c.CopyRate[0] / 5
 	}
-	var ways []way
-	for _, name := range c.Strategy {
-		if name == "all" {
-			for _, w := range allWays {
-				if w.fits(c.From, c.To) {
-					ways = append(ways, w)
-				}
-			}
-			continue
-		}
-		i := slices.IndexFunc(allWays, func(w way) bool { return w.name == name })
-		if i < 0 {
-			return usage("--strategy %s: there are elastic, cold, extravagant, colocated, horizontal and all", name)
-		}
-		if !allWays[i].fits(c.From, c.To) {
-			return usage("--strategy %s: it only adds NPUs, and --to %d is below --from %d", name, c.To, c.From)
-		}
-		ways = append(ways, allWays[i])
+	ways, err := choose(c.Strategy, c.Change, c.From, c.To)
+	if err != nil {
+		return nil, none, err
 	}
 	goodput, err := load.ParseGoodput(c.Goodput)
 	if err != nil {
@@ -188,7 +217,7 @@ func (c *Scale) plan() ([]way, load.Goodput, error) {
 	step := millis(int64(p.Cost(kernel.Work{Decoding: 1})))
 	if c.Rate == 0 {
 		// Sequences share the steps of an NPU: with eight at a time it is busy, and far from full.
-		c.Rate = 0.5 * float64(c.From) * 1e3 / (prefill + mean(c.Output)*step/8)
+		c.Rate = 0.5 * float64(min(c.From, c.To)) * 1e3 / (prefill + mean(c.Output)*step/8)
 	}
 	if goodput.None() {
 		goodput = load.Goodput{TTFT: 4*(prefill+step) + hostAllowance, TPOT: 2*step + hostAllowance/25}
@@ -198,21 +227,26 @@ func (c *Scale) plan() ([]way, load.Goodput, error) {
 
 // config is the load of a run that sends until stop is closed.
 func (c *Scale) config(url string, stop <-chan struct{}) (load.Config, error) {
-	arrivals, err := load.ParseArrivals("poisson", c.Rate)
+	arrivals, err := load.ParseArrivals(c.Arrivals, c.Rate)
 	if err != nil {
-		return load.Config{}, fmt.Errorf("--rate: %w: %w", err, ErrUsage)
+		return load.Config{}, fmt.Errorf("--rate, --arrivals: %w: %w", err, ErrUsage)
 	}
-	longest := c.Before + c.Longest + c.After
+	longest := 2*c.Longest + 4*c.Window
 	return load.Config{
 		URL: url, Model: modelName, Requests: max(1, int(c.Rate*longest.Seconds())), Warmup: 2, Arrivals: arrivals, Seed: 1,
 		Shape: load.Shape{Words: c.Words, Output: c.Output}, Timeout: c.Longest, Stop: stop,
 	}, nil
 }
 
+// foreseen is how long a change takes at a copy rate, roughly.
+func (c *Scale) foreseen(rate conf.Bytes) time.Duration {
+	bytes := float64(c.Bytes) * math.Abs(float64(c.To-c.From)) / float64(max(c.From, c.To))
+	return max(c.Window, time.Duration(1.3*bytes/float64(rate)*float64(time.Second)))
+}
+
 // one runs one way once.
-func (c *Scale) one(e Env, w way, model string) (*trial, error) {
-	t := &trial{way: w}
-	err := onSite(e, c, w, model, func(s *site) (err error) {
+func (c *Scale) one(e Env, t *trial, model string) error {
+	return onSite(e, c, t.way, t.rate, model, func(s *site) (err error) {
 		stop := make(chan struct{})
 		cfg, err := c.config(s.url, stop)
 		if err != nil {
@@ -223,7 +257,9 @@ func (c *Scale) one(e Env, w way, model string) (*trial, error) {
 			err    error
 		}
 		loaded, begun := make(chan sent, 1), make(chan struct{})
+		var longest atomic.Int64 // of the answers so far
 		cfg.Begun = func() { close(begun) }
+		cfg.Ended = func(s *load.Sample) { longest.Store(max(longest.Load(), int64(s.E2EL))) }
 		go func() {
 			r, err := load.Run(s.ctx, cfg)
 			loaded <- sent{r, err}
@@ -236,18 +272,26 @@ func (c *Scale) one(e Env, w way, model string) (*trial, error) {
 				loaded <- l
 				return errors.New("the load ended before the change")
 			}
-			if err := s.sleep(c.Before); err != nil {
+			// As many requests are open as always when those are gone that came to an empty system, and those that came with them.
+			for began := time.Now(); longest.Load() == 0 || time.Since(began) < 2*time.Duration(longest.Load()); {
+				if err := s.sleep(50 * time.Millisecond); err != nil {
+					return err
+				}
+			}
+			t.event.Steady, t.event.Window = time.Now(), c.Window
+			if err := s.sleep(c.foreseen(t.rate)); err != nil {
 				return err
 			}
 			ctx, cancel := context.WithTimeout(s.ctx, c.Longest)
 			defer cancel()
 			t.event.Command = time.Now()
-			parts, err := w.change(ctx, s)
+			d, err := t.way.change(ctx, s)
 			if err != nil {
 				return fmt.Errorf("changing from %d to %d NPUs: %w", c.From, c.To, err)
 			}
-			t.event.Full, t.event.Parts = time.Now(), parts
-			return s.sleep(c.After)
+			t.event.Full = time.Now().Add(-d.release)
+			t.event.Parts, t.event.Moved, t.event.Warm = d.parts, d.moved, d.warm
+			return s.sleep(max(0, c.Window-time.Since(t.event.Command)) + c.Window)
 		}
 		err = change()
 		close(stop)
@@ -255,7 +299,6 @@ func (c *Scale) one(e Env, w way, model string) (*trial, error) {
 		t.report, t.memory = l.report, watch()
 		return errors.Join(err, l.err)
 	})
-	return t, err
 }
 
 // answers asks all that was asked an instance that stays as it is, as fast as it can.
@@ -269,7 +312,7 @@ func (c *Scale) answers(e Env, model string, trials []trial) (map[int]uint64, er
 	still := *c
 	still.Pace = ""
 	answers := map[int]uint64{}
-	err := onSite(e, &still, way{name: "none"}, model, func(s *site) error {
+	err := onSite(e, &still, way{name: "none"}, c.CopyRate[0], model, func(s *site) error {
 		cfg, err := c.config(s.url, nil)
 		if err != nil {
 			return err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -77,6 +78,7 @@ type site struct {
 	*crew
 	scale *Scale
 	way   way
+	rate  conf.Bytes // of copies
 	model string
 	url   string // of the gateway
 	nats  string
@@ -85,12 +87,11 @@ type site struct {
 
 	instance *exec.Cmd
 	name     string
-	started  int
 }
 
 // onSite starts a system with an instance of --from NPUs, and room for a change in a way, has do use it, and ends it.
-func onSite(e Env, c *Scale, w way, model string, do func(*site) error) error {
-	s := &site{scale: c, way: w, model: filepath.Join(model, modelName)}
+func onSite(e Env, c *Scale, w way, rate conf.Bytes, model string, do func(*site) error) error {
+	s := &site{scale: c, way: w, rate: rate, name: "first", model: filepath.Join(model, modelName)}
 	return onThread(func() (err error) {
 		if s.crew, err = newCrew(e.Context); err != nil {
 			return err
@@ -133,12 +134,20 @@ func (s *site) open() error {
 	if c.Domains == "node" {
 		sets = 2
 	}
-	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--socket", s.hmm, "--npus", strconv.Itoa(c.From+c.To),
+	npus := max(c.From, c.To)
+	if s.way.apart {
+		npus = c.From + c.To
+	}
+	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
 		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
 		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"); err != nil {
 		return err
 	}
-	if s.instance, s.name, err = s.begin(c.From, false); err != nil {
+	flags := s.way.unlike
+	if s.way.disk {
+		flags = append(slices.Clone(flags), "--disk-rate", c.DiskRate.String())
+	}
+	if s.instance, err = s.begin(s.name, c.From, flags...); err != nil {
 		return err
 	}
 	if err := s.ready(s.ctx, s.name, c.From); err != nil {
@@ -159,20 +168,14 @@ func (s *site) open() error {
 // npuMemory is an NPU's memory for sequences.
 const npuMemory = conf.Bytes(256 << 20)
 
-// begin starts an instance of so many NPUs; own: that reads its weights from disk, whoever has them, at the disk's rate.
-func (s *site) begin(npus int, own bool) (*exec.Cmd, string, error) {
-	s.started++
-	name := fmt.Sprintf("instance-%d", s.started)
+// begin starts an instance of so many NPUs.
+func (s *site) begin(name string, npus int, flags ...string) (*exec.Cmd, error) {
 	args := []string{"stage", "--roles=PD", "--name", name, "--npus", strconv.Itoa(npus), "--threads", strconv.Itoa(npus),
 		"--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"}
 	if p := s.scale.Pace; p != "" {
 		args = append(args, "--pace", p)
 	}
-	if own {
-		args = append(args, "--own-weights", "--disk-rate", s.scale.DiskRate.String())
-	}
-	cmd, err := s.start(name, nil, nil, nil, args...)
-	return cmd, name, err
+	return s.start("instance "+name, nil, nil, nil, append(args, flags...)...)
 }
 
 // ready waits until an instance serves on so many NPUs.

@@ -29,6 +29,7 @@ type Config struct {
 	Seed        uint64            // of arrivals and requests
 	Timeout     time.Duration     // of one request; 0: 10 minutes
 	Progress    func(ended int)   // if not nil, called after each request that counts, not concurrently
+	Ended       func(*Sample)     // if not nil, called after each request that counts, with what came of it, not concurrently
 	Header      map[string]string // sent with each request
 	Begun       func()            // if not nil, called when all is ready and warm, and the clock starts
 	Stop        <-chan struct{}   // if not nil, nothing more is sent once it is closed
@@ -140,6 +141,9 @@ func (r *run) send(ctx context.Context, begin time.Time, bodies [][]byte, offset
 			r.samples = append(r.samples, s)
 			if r.cfg.Progress != nil {
 				r.cfg.Progress(len(r.samples))
+			}
+			if r.cfg.Ended != nil {
+				r.cfg.Ended(&s)
 			}
 		})
 	}

@@ -13,8 +13,12 @@ import (
 
 // Event is a change as its driver saw it.
 type Event struct {
+	Steady  time.Time // when the load was, before it
 	Command time.Time // when it was asked for
 	Full    time.Time // when all of the new capacity served
+	Window  time.Duration
+	Moved   int64         // bytes of weights that were copied or read for it
+	Warm    time.Duration // of it: a first step on the NPUs that joined
 	// Parts are figures that only some ways have: how long each state took in seconds, and bytes that were copied.
 	Parts map[string]float64
 }
@@ -37,55 +41,55 @@ type Part struct {
 // Figures are what one change has cost.
 type Figures struct {
 	Strategy string             `json:"strategy"`
+	CopyRate int64              `json:"copy_bytes_per_s"`
 	From     int                `json:"from_npus"`
 	To       int                `json:"to_npus"`
-	Latency  float64            `json:"latency_s"`  // from the command to full capacity
-	Downtime float64            `json:"downtime_s"` // longest time in which nobody had a token although somebody waited for one
-	Before   Part               `json:"before"`
-	During   Part               `json:"during"`
-	After    Part               `json:"after"`
-	Held     int64              `json:"held_bytes"`  // just before the command
+	Latency  float64            `json:"latency_s"`   // from the command to full capacity
+	Downtime float64            `json:"downtime_s"`  // longest time in which nobody had a token although somebody waited for one
+	Before   Part               `json:"before"`      // equally long, as far as the load was steady
+	During   Part               `json:"during"`      // from the command to full capacity, or for the window if that is longer
+	After    Part               `json:"after"`       // equally long, as far as the load went on
+	Held     int64              `json:"held_bytes"`  // most, before the command
 	Peak     int64              `json:"peak_bytes"`  // most, from the command to full capacity
-	Settled  int64              `json:"after_bytes"` // at the end
+	Settled  int64              `json:"after_bytes"` // at the end of After
+	Moved    int64              `json:"moved_bytes"` // weights that were copied or read for it
+	Warm     float64            `json:"warm_s"`      // a first step on the NPUs that joined
 	Sent     int                `json:"requests"`
 	Failed   int                `json:"failed"`
 	Changed  int                `json:"changed"` // answers other than without a change
 	Parts    map[string]float64 `json:"parts,omitempty"`
 }
 
-// Least is the shortest part that rates are told of: a change may be over before a token has come.
-const Least = 2 * time.Second
-
 // Measure works out what an event cost. answers are those of a run of the same requests without a change, by their number: Sample.Said, 0
 // for one without text, which has not failed then.
 func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers map[int]uint64) Figures {
-	end := r.Began.Add(r.Duration)
-	changed := e.Full
-	if changed.Sub(e.Command) < Least {
-		changed = e.Command.Add(Least)
-	}
+	changed := later(e.Full, e.Command.Add(e.Window)) // a change may be over before a token has come
+	length := changed.Sub(e.Command)
 	last := r.Began // after the last was sent the load ends
 	for i := range r.Samples {
 		last = later(last, r.Samples[i].Sent)
 	}
-	before := later(r.Began, e.Command.Add(-changed.Sub(e.Command))) // as long as the change: as many gaps to compare with
+	before := earlier(e.Command, later(e.Steady, e.Command.Add(-length)))
+	after := later(changed, earlier(last, changed.Add(length)))
 	f := Figures{
-		Parts: e.Parts, Latency: e.Full.Sub(e.Command).Seconds(),
+		Parts: e.Parts, Latency: e.Full.Sub(e.Command).Seconds(), Moved: e.Moved, Warm: e.Warm.Seconds(),
 		During:   part(r.Between(e.Command, changed, g)),
-		After:    part(r.Between(changed, later(changed, last), g)),
+		After:    part(r.Between(changed, after, g)),
 		Downtime: Silence(r, e.Command, e.Full).Seconds(),
 		Sent:     len(r.Samples), Failed: r.Failed,
 	}
-	quiet := r.Between(earlier(before, e.Command), e.Command, g)
+	quiet := r.Between(before, e.Command, g)
 	f.Before = part(quiet)
 	f.Before.Gap = quiet.Closed.Seconds() // a gap that is still open then is the change's
 	for _, m := range memory {
 		switch {
 		case m.At.Before(e.Command):
-			f.Held = m.Bytes
+			if !m.At.Before(before) {
+				f.Held = max(f.Held, m.Bytes)
+			}
 		case !m.At.After(e.Full):
 			f.Peak = max(f.Peak, m.Bytes)
-		case m.At.Before(end):
+		case !m.At.Before(changed) && m.At.Before(after):
 			f.Settled = m.Bytes
 		}
 	}
