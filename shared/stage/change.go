@@ -134,7 +134,7 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, erro
 	}
 	o := newOperation(c, ask, w)
 	if c.known = append(c.known, o); len(c.known) > knownMost {
-		c.known = c.known[1:]
+		c.known = slices.Delete(c.known, 0, 1)
 	}
 	c.running.Go(func() { o.run(ctx) })
 	return o, nil

@@ -35,7 +35,7 @@ type operation struct {
 	elastic.Operation // of that goroutine
 	changes           *changes
 	ask               wire.Change
-	task              task
+	task              task // nil when it has ended: it knows a whole language model
 	began             time.Time
 	before            *wire.Layout // the record without the operation
 	revision          uint64       // of the record that is to be replaced
@@ -73,6 +73,7 @@ func (o *operation) run(life context.Context) {
 		}
 		step := o.Next()
 		if step == elastic.End {
+			o.task = nil
 			return
 		}
 		if step == elastic.Restart {
