@@ -66,6 +66,7 @@ var holds = map[elastic.State]elastic.Step{
 func (o *operation) run(life context.Context) {
 	ctx, cancel := context.WithTimeoutCause(life, o.ask.Left, errLate)
 	defer cancel()
+	defer func() { o.task = nil }() // which has all of an epoch, while what is told of an operation is kept for long
 	for told := elastic.State(""); ; {
 		if now := o.State(); now != told {
 			told = now

@@ -155,6 +155,10 @@ func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Proc
 		r, _, err := b.Layout(t.Context(), wire.LayoutKey(now.Node, now.Name))
 		return err == nil && r.Epoch == want && r.Pending == nil && r.Instance == now.ID && r.Last != nil && r.Last.Committed == x.committed
 	}, said.String)
+	if x.victim == "command" { // nobody waits for the end of what is held behind its commit
+		id := regexp.MustCompile(args[0] + ` ([a-z0-9]+):`).FindStringSubmatch(said.String())[1]
+		c.await(t, "operation "+id+" ends", func() bool { return slices.Contains(c.kinds(t, id), wire.EventScaleDone) }, said.String)
+	}
 	if x.victim != "command" && (failed == nil) != x.committed {
 		t.Errorf("the command ended with %v:\n%s", failed, said.String())
 	}
