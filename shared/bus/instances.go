@@ -121,6 +121,13 @@ func (b *Bus) view(ctx context.Context, keys string) (*Instances, error) {
 			return nil, fmt.Errorf("watching heartbeats: %w", context.Cause(ctx))
 		case <-b.ctx.Done():
 			return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
+		case <-epoch.Done(): // what the server before has not sent will not come
+			epoch = b.connection()
+			w.Stop() //nolint:errcheck // the server it watched is gone
+			if w, err = b.watch(ctx, keys); err != nil {
+				return nil, fmt.Errorf("watching heartbeats: %w", err)
+			}
+			continue
 		}
 		break
 	}
