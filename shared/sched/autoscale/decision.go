@@ -70,8 +70,9 @@ type StageInputs struct {
 	Backlog  float64 `json:"backlog"`  // units that wait
 	Batch    int     `json:"batch"`    // of decode: most sequences of an NPU with which the target of TPOT is kept; 0: not known
 	Need     float64 `json:"need"`     // NPUs: for the demand, and to do away with the backlog in the policy's time
-	Grow     float64 `json:"grow"`     // the least Need of the window for growing
-	Shrink   float64 `json:"shrink"`   // the greatest Need of the window for shrinking
+	Unknown  bool    `json:"unknown"`  // there is work and no capacity was measured yet: Need is 0, and nothing of the stage is taken away
+	Grow     float64 `json:"grow"`     // the least Need of the window for growing, a standard error of the demand less
+	Shrink   float64 `json:"shrink"`   // the greatest Need of the window for shrinking, a standard error more
 	NPUs     int     `json:"npus"`     // that have the role
 }
 

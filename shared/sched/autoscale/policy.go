@@ -71,7 +71,7 @@ func Default() Policy {
 		Band:        0.15,
 		Drain:       5 * time.Second,
 		Grow:        Direction{Window: 2 * time.Second, Cooldown: 2 * time.Second},
-		Shrink:      Direction{Window: time.Minute, Cooldown: time.Minute},
+		Shrink:      Direction{Window: time.Minute, Cooldown: 15 * time.Second},
 		Stale:       1500 * time.Millisecond, // signals come once a second, and half as long on their way
 		Retry:       time.Minute,
 		Weights:     Weights{NPU: 1, Late: 10, Change: 0.05},

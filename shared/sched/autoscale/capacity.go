@@ -1,0 +1,156 @@
+package autoscale
+
+import (
+	"maps"
+	"math"
+	"slices"
+	"time"
+)
+
+// capacity is what an NPU can do, as measured. What was measured once holds until something else is.
+type capacity struct {
+	rate    [Stages]float64 // units in a second of computing; 0: not known
+	steps   map[int]step    // how long decoding steps take, by batch
+	visual  float64         // multimodal tokens of a picture
+	prompt  float64         // tokens of a prompt
+	kvBatch float64         // sequences for which an NPU has KV memory; 0: not known
+}
+
+type step struct {
+	took time.Duration // the average of the last few
+	at   time.Duration // when one was seen last
+}
+
+// stepMemory is how long a step's time counts: contexts grow and shrink, and step times with them.
+const stepMemory = 2 * time.Minute
+
+// least is the busy share from which on a rate is a measurement, and not what two pictures happened to take.
+const least = 0.02
+
+func (c *capacity) see(v *View, arriving amounts) {
+	if c.steps == nil {
+		c.steps = map[int]step{}
+	}
+	var sum, weight [Stages]float64
+	var sequences, full float64
+	for k := range v.Instances {
+		i := &v.Instances[k]
+		for s := range Stages {
+			if w := i.Busy * float64(len(i.NPUs)); i.Rate[s] > 0 && i.Busy >= least && i.Has(Stage(s)) {
+				sum[s] += w * i.Rate[s]
+				weight[s] += w
+			}
+		}
+		for _, st := range i.Steps {
+			if st.Batch < 1 || st.Took <= 0 {
+				continue
+			}
+			old, ok := c.steps[st.Batch]
+			if took := st.Took; ok && v.Now-old.at < stepMemory {
+				old.took += (took - old.took) / 4
+			} else {
+				old.took = took
+			}
+			old.at = v.Now
+			c.steps[st.Batch] = old
+		}
+		if i.Has(Decode) && i.Batch >= 4 && i.KV > 0.05 { // less says nothing about how many would fit
+			sequences += float64(i.Batch)
+			full += i.KV * float64(len(i.NPUs))
+		}
+	}
+	for s := range Stages {
+		if weight[s] > 0 {
+			c.rate[s] = sum[s] / weight[s]
+		}
+	}
+	if full > 0 {
+		c.kvBatch = sequences / full
+	}
+	for batch, st := range c.steps {
+		if v.Now-st.at > stepMemory && len(c.steps) > 1 {
+			delete(c.steps, batch)
+		}
+	}
+	if arriving[pictures] > 0 {
+		c.visual = arriving[visual] / arriving[pictures]
+	}
+	if arriving[requests] > 0 {
+		c.prompt = arriving[prompt] / arriving[requests]
+	}
+}
+
+// reach is how many times the largest batch that was seen a larger one may be predicted from.
+const reach = 4
+
+// batch is the largest number of sequences on an NPU with which steps take no longer than the target, and for which there is KV
+// memory, and how long such a step takes; 0 when not enough is known. Step times are taken as affine in the batch (as DistServe's
+// simulator has it, simdistserve); where only one batch was seen and it takes too long, as proportional to it, which is never too few
+// NPUs.
+func (c *capacity) batch(target time.Duration) (batch float64, took time.Duration) {
+	if len(c.steps) == 0 {
+		return 0, 0
+	}
+	var n, x, y, xx, xy, largest float64
+	for _, b := range slices.Sorted(maps.Keys(c.steps)) { // in order: sums of floats depend on it
+		bx, by := float64(b), c.steps[b].took.Seconds()
+		n, x, y, xx, xy = n+1, x+bx, y+by, xx+bx*bx, xy+bx*by
+		largest = max(largest, bx)
+	}
+	x, y = x/n, y/n
+	at0, slope := 0.0, y/x
+	if spread := xx/n - x*x; spread > 1e-9*(1+x*x) {
+		slope = max(0, (xy/n-x*y)/spread)
+		if at0 = y - slope*x; at0 < 0 { // the best line through 0
+			at0, slope = 0, xy/xx
+		}
+	} else if y <= target.Seconds() {
+		return 0, 0
+	}
+	batch = reach * max(largest, 2)
+	if slope > 0 {
+		batch = min(batch, (target.Seconds()-at0)/slope)
+	}
+	if c.kvBatch > 0 {
+		batch = min(batch, 0.9*c.kvBatch) // the last tenth is for those that grow
+	}
+	batch = max(1, math.Floor(batch))
+	return batch, time.Duration((at0 + slope*batch) * float64(time.Second))
+}
+
+// need is how many NPUs each stage needs, by what arrives and by what waits.
+func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [Stages]StageInputs {
+	var in [Stages]StageInputs
+	for s := range Stages {
+		in[s].NPUs = has[s]
+	}
+	waiting := func(s Stage) float64 { return float64(v.Queues[s].Pending + v.Queues[s].Waiting) }
+	for s, each := range [...]float64{Encode: c.visual, Prefill: c.prompt} {
+		i := &in[s]
+		i.Demand = arriving[[...]int{Encode: visual, Prefill: prompt}[s]]
+		i.Backlog = waiting(Stage(s)) * each
+		rate := c.rate[s]
+		if rate <= 0 {
+			i.Unknown = i.Demand+i.Backlog > 0
+			continue
+		}
+		i.Capacity = rate * p.Utilisation[s]
+		// A queue is no backlog as long as it is short beside the target: with arrivals by chance there is always one now and then.
+		allowed := rate * float64(has[s]) * p.Targets.TTFT.Seconds() / 4
+		i.Need = i.Demand/i.Capacity + max(0, i.Backlog-allowed)/(rate*p.Drain.Seconds())
+	}
+	i := &in[Decode]
+	i.Demand = arriving[output]
+	sequences := float64(v.Queues[Decode].InWork) + waiting(Decode)
+	i.Backlog = waiting(Decode)
+	batch, took := c.batch(p.Targets.TPOT)
+	if batch == 0 {
+		i.Unknown = i.Demand+sequences > 0
+		return in
+	}
+	i.Batch = int(batch)
+	i.Capacity = p.Utilisation[Decode] * batch / took.Seconds()
+	// By what arrives (Little's law), and by what is there: those sequences stay for the length of an answer.
+	i.Need = max(i.Demand/i.Capacity, sequences/batch)
+	return in
+}
