@@ -74,7 +74,6 @@ func (o *operation) run(life context.Context) {
 		}
 		step := o.Next()
 		if step == elastic.End {
-			o.task = nil
 			return
 		}
 		if step == elastic.Restart {

@@ -1,0 +1,259 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/wire"
+)
+
+// anything is an operation on an instance, and what happens meanwhile.
+type anything struct {
+	who    string
+	args   []string
+	victim string // who is killed; "": nobody
+	after  time.Duration
+}
+
+// draw makes an operation that may be impossible, too short of time, or nothing to do.
+func draw(rng *rand.Rand) anything {
+	pick := func(of ...string) string { return of[rng.IntN(len(of))] }
+	x := anything{who: pick("decoder", "decoder", "decoder", "prefill")}
+	switch rng.IntN(4) {
+	case 0:
+		x.args = []string{"scale", x.who, fmt.Sprint(1 + rng.IntN(6))}
+	case 1:
+		x.args = []string{"scale", x.who, fmt.Sprintf("+%d", 1+rng.IntN(3))}
+	case 2:
+		x.args = []string{"scale", x.who, fmt.Sprintf("-%d", 1+rng.IntN(3))}
+	case 3:
+		x.args = []string{"rebalance", x.who}
+	}
+	x.args = append(x.args, "--spare", pick("0", "0.25", "0.6"), "--slack", pick("0", "0.05"), "--copy-rate", pick("0", "100MiB", "20MiB"))
+	switch rng.IntN(10) {
+	case 0:
+		x.args = append(x.args, "--dry-run")
+	case 1, 2:
+		x.args = append(x.args, "--timeout", fmt.Sprintf("%dms", 1+rng.IntN(400)))
+	default:
+		x.args = append(x.args, "--timeout", "2m")
+	}
+	if rng.IntN(5) < 2 {
+		x.victim = pick("decoder", "prefill", "hmm", "nats", "command")
+		x.after = time.Duration(rng.IntN(700)) * time.Millisecond
+	}
+	return x
+}
+
+// heartbeat is that of the one instance of a role, waited for.
+func heartbeat(tb testing.TB, view *bus.Instances, role string) wire.Instance {
+	tb.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		all := slices.DeleteFunc(view.All(), func(i wire.Instance) bool { return i.Role != role || !i.Ready })
+		if len(all) == 1 {
+			return all[0]
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("the ready instances with role %s are %+v", role, all)
+		}
+	}
+}
+
+// Whatever is asked for, to scale or rebalance decoder or prefill, possible or not, in time or not, and whoever is killed meanwhile, the decoder, prefill, the HMM, NATS or the
+// command: each operation ends, as its record says; NPUs belong to whom it says they do; no request is lost, refused or changed, and
+// at the end nothing is left in the HMM. It is short by default; the full form is
+//
+//	TRIREME_CHAOS=200 go test ./services/trireme/e2e -run TestChaosOfAnything -v -timeout 120m
+//
+// where the number is that of operations. TRIREME_CHAOS_SEED draws others.
+func TestChaosOfAnything(t *testing.T) {
+	seed := chaosSeed(t)
+	for i, domains := range []string{"node", "per-npu"} {
+		t.Run(domains, func(t *testing.T) {
+			n, _ := disturbances(t, 6, 1)
+			t.Logf("%d operations drawn with TRIREME_CHAOS_SEED=%d", n, seed)
+			chaosOfAnything(t, domains, rand.New(rand.NewPCG(seed, uint64(100+i))), n)
+		})
+	}
+}
+
+func chaosOfAnything(t *testing.T, domains string, rng *rand.Rand, n int) {
+	server := bustest.RunProcess(t)
+	c := start(t, "--topology", "1E1P1Dx2+4", "--threads", "1", "--domains", domains, "--nats-url", server.URL())
+	c.nats = strings.TrimPrefix(server.URL(), "nats://")
+	l := newLoad(t, c)
+	b, err := bus.Connect(t.Context(), server.URL(), "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	view, err := b.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.begin()
+	defer l.stop.Store(true)
+	ends, kills := map[string]int{}, map[string]int{}
+	for i := range n {
+		x := draw(rng)
+		if x.victim != "" {
+			kills[x.victim]++
+		}
+		end := x.happen(t, c, b, view, server)
+		ends[x.args[0]+" "+end]++
+		t.Logf("%s: operation %d: trireme %s; %s killed after %v: %s", time.Now().Format("15:04:05"), i, strings.Join(x.args, " "),
+			x.victim, x.after, end)
+		if x.victim == "hmm" {
+			l.waitOpen(t) // a request has three attempts
+		}
+		l.mu.Lock()
+		troubles := len(l.troubles)
+		l.mu.Unlock()
+		if troubles > 0 || t.Failed() {
+			t.Errorf("stopped behind operation %d", i)
+			break
+		}
+	}
+	l.end(t)
+	c.waitReady(t)
+	c.expectNoMemory(t)
+	t.Logf("%v; kills: %v; %d answers, %d attempts started again", ends, kills, l.answers, c.metric(t, "trireme_request_restarts_total"))
+}
+
+// happen has it happen, and returns how the operation has ended.
+func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances, server *bustest.Process) string {
+	t.Helper()
+	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	role := map[string]string{"decoder": "decode", "prefill": "prefill"}[x.who]
+	before := heartbeat(t, view, role)
+	var out, said bytes.Buffer
+	cmd := exec.Command(path, append(x.args, "--json", "--nats-url", "nats://"+c.nats)...)
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(x.after)
+	switch x.victim {
+	case "nats":
+		server.Kill()
+		time.Sleep(time.Second)
+		server.Start()
+	case "hmm":
+		children := c.children()
+		kill(t, c.pid(t, "hmm"))
+		for _, p := range children {
+			if p.role == "decoder" || p.role == "prefill" || p.role == "encoder" {
+				c.waitExit(t, p)
+			}
+		}
+	case "decoder", "prefill":
+		p := process{c.pid(t, x.victim), x.victim}
+		kill(t, p.pid)
+		c.waitExit(t, p)
+	case "command":
+		_ = cmd.Process.Kill()
+	}
+	failed := cmd.Wait()
+	if x.victim == "command" { // what it has begun goes on, and only one operation can be under way
+		c.await(t, "nothing is under way", func() bool {
+			_, err := c.change(t, "rebalance", x.who, "--dry-run")
+			return err == nil || !strings.Contains(err.Error(), "is under way")
+		}, func() string { return strings.Join(x.args, " ") })
+	}
+	end := strings.TrimSpace(said.String())
+	var r wire.ChangeReport
+	if len(out.Bytes()) > 0 {
+		if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+			t.Errorf("%v wrote no JSON: %v\n%s", x.args, err, out.Bytes())
+		}
+	}
+	if x.victim == "nats" { // who asks then sees no instance before its next heartbeat
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		if view, err = b.Instances(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now, record := x.settled(t, c, b, view, role)
+	if known := r.Number > 0 && !slices.Contains(x.args, "--dry-run"); known && r.Committed != (now.Epoch == before.Epoch+1) || now.Epoch > before.Epoch+1 {
+		t.Errorf("%v, %v: from epoch %d to %d, the command says committed %v, the record %+v\n%s", x.args, failed, before.Epoch, now.Epoch, r.Committed, record, end)
+	}
+	if r.Committed && !slices.Equal(npusOf(r.Plan.After), npusOf(record.NPUs)) && x.victim == "" {
+		t.Errorf("%v: NPUs %v, the record has %v", x.args, r.Plan.After, record.NPUs)
+	}
+	switch {
+	case now.Epoch == before.Epoch+1:
+		return "done"
+	case r.Number > 0 && failed == nil:
+		return "nothing"
+	case x.victim == "" && failed == nil:
+		t.Errorf("%v ended well, and in epoch %d as before: %+v", x.args, now.Epoch, r)
+	case x.victim == "" && !strings.Contains(end, "not come to its commit in time") && !strings.Contains(end, "more NPUs are wanted") &&
+		!strings.Contains(end, "cannot have") && !strings.Contains(end, "has not ended, and goes on"):
+		t.Errorf("%v: %s", x.args, end)
+	}
+	return "given up"
+}
+
+// npusOf are the numbers in slots.
+func npusOf(slots []int) []int {
+	npus := slices.DeleteFunc(slices.Clone(slots), func(n int) bool { return n < 0 })
+	slices.Sort(npus)
+	return npus
+}
+
+// settled waits until nothing is under way, and all agree on which NPUs the instance has, and which are spare.
+func (x anything) settled(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances, role string) (now wire.Instance, record *wire.Layout) {
+	t.Helper()
+	c.waitReady(t)
+	state := ""
+	c.await(t, "record, heartbeat and HMM say the same", func() bool {
+		heartbeat(t, view, "encode")
+		others := map[string]string{"decode": "prefill", "prefill": "decode"}[role]
+		all := map[string][]int{}
+		other := heartbeat(t, view, others)
+		now = heartbeat(t, view, role)
+		for _, i := range []wire.Instance{now, other} { // the dead have one for a while, and NPUs until the HMM has noticed
+			if !slices.ContainsFunc(c.children(), func(p process) bool { return p.pid == i.PID }) {
+				return false
+			}
+		}
+		var err error
+		record, _, err = b.Layout(t.Context(), now.Record())
+		stats := c.memory(t)
+		had := 0
+		for _, m := range stats.Memory {
+			if m.NPU >= 0 {
+				all[m.Instance] = append(all[m.Instance], m.NPU)
+				if m.Instance == "" && m.Reserved != "" {
+					had++
+				}
+			}
+		}
+		state = fmt.Sprintf("record %+v, %v; instances %+v and %+v; the HMM %v, %d reserved", record, err, now, other, all, had)
+		if errors.Is(err, bus.ErrNoLayout) {
+			record = &wire.Layout{NPUs: now.NPUs, Epoch: now.Epoch}
+			err = nil
+		} else if err == nil && (record.Instance != now.ID || record.Pending != nil) {
+			return false
+		}
+		return err == nil && had == 0 && record.Epoch == now.Epoch && slices.Equal(npusOf(record.NPUs), npusOf(now.NPUs)) &&
+			slices.Equal(npusOf(now.NPUs), all[now.ID]) && slices.Equal(npusOf(other.NPUs), all[other.ID])
+	}, func() string { return state })
+	return now, record
+}
