@@ -59,7 +59,8 @@ and what is left of elastic when one thing after the other is taken away:
 
   no-remap      experts that stay on an NPU are copied there, as if they had to be in one piece
   no-copy       and those that come to an NPU are read from disk, not copied from another one
-  no-standby    and another process is started for the new layout, once the old one has left the NPUs; it maps what lies there
+  no-standby    and another process is started for the new layout, once the old one has left the NPUs; it maps what lies there, and
+                reads the rest, which is most: it begins in the layout of any process that starts
   no-zero-copy  and maps nothing: each process has weights of its own, from disk; that is cold. Sequences go on from the KV that is there in all ways
 
 Reading from disk is slowed down to --disk-rate where others need not read. The model is made up, but its answers are compared with those of
