@@ -26,6 +26,7 @@ import (
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/npu/pace"
 	"trireme.dev/shared/obs"
+	"trireme.dev/shared/sched/autoscale"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
@@ -52,6 +53,7 @@ type cli struct {
 	Dead      deadCmd      `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
 	Scale     scaleCmd     `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
 	Rebalance rebalanceCmd `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
+	Scaler    scalerCmd    `cmd:"" help:"Check what decides about NPUs by itself." group:"Use"`
 	Model     modelCmd     `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
 	Bench     benchCmd     `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 
@@ -69,6 +71,10 @@ type cli struct {
 type modelCmd struct {
 	Verify   modelcmd.Verify   `cmd:"" help:"Run reference cases through the engine and compare."`
 	Tokenize modelcmd.Tokenize `cmd:"" help:"Token ids of JSON strings, one a line."`
+}
+
+type scalerCmd struct {
+	Check scalerCheckCmd `cmd:"" help:"Say what a policy file of the scaler means, or what is wrong with it."`
 }
 
 type benchCmd struct {
@@ -207,7 +213,7 @@ func report(w io.Writer, command string, err error) int {
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
 	for _, e := range []error{
 		errUsage, benchcmd.ErrUsage, bus.ErrNoInstance, conf.ErrNPUs, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
-		pace.ErrProfile,
+		pace.ErrProfile, autoscale.ErrPolicy,
 	} {
 		if errors.Is(err, e) {
 			return exitUsage
