@@ -9,13 +9,14 @@ import (
 type epoch struct {
 	e     *encoder
 	npus  []bench // by slot
+	stay  []bool  // by slot: it has its bench already
 	made  []*engine.Encoder
 	count int
 }
 
 // Prepare implements stage.EpochWorker.
 func (e *encoder) Prepare(npus []stage.NPU) (stage.WorkerEpoch, error) {
-	c := &epoch{e: e, npus: make([]bench, len(npus))}
+	c := &epoch{e: e, npus: make([]bench, len(npus)), stay: make([]bool, len(npus))}
 	present := e.NPUs()
 	for slot, n := range npus {
 		if n.Compute == nil {
@@ -23,7 +24,8 @@ func (e *encoder) Prepare(npus []stage.NPU) (stage.WorkerEpoch, error) {
 		}
 		c.count++
 		if slot < len(e.line.npus) && present[slot].Compute == n.Compute {
-			continue // it has its bench
+			c.stay[slot] = true
+			continue
 		}
 		v := e.Model.Vision
 		engine, err := engine.NewEncoder(e.Model, n.Weights, n.Compute, e.prep.MaxPixels/(v.Patch*v.Patch))
@@ -42,7 +44,7 @@ func (c *epoch) Switch() {
 	l := &c.e.line
 	present := l.npus
 	for slot := range c.npus {
-		if c.npus[slot].engine == nil && slot < len(present) {
+		if c.stay[slot] {
 			c.npus[slot], present[slot].engine = present[slot], nil
 		}
 	}
