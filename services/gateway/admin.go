@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strconv"
 	"time"
 
 	"trireme.dev/shared/bus"
@@ -20,9 +21,10 @@ import (
 //	GET  /admin/instances                     heartbeats
 //	POST /admin/instances/{who}/scale         adminChange; npus: 4, "+1" or "-2"
 //	POST /admin/instances/{who}/rebalance     adminChange
+//	POST /admin/npus/{node}/{index}/role      adminRole: the NPU goes over to an instance of a role
 //
 // who is decoder, prefill or encoder, where one runs, or an instance's id or name. The answer to POST comes when the operation has ended: a
-// wire.ChangeReport, with 200 if it is in force or there was nothing to do, 409 if it was refused or given up, 504 if it goes on.
+// wire.ChangeReport, of a role a bus.RoleReport, with 200 if it is in force or there was nothing to do, 409 if it was refused or given up, 504 if it goes on.
 
 // adminChange is the body of a POST; what is left out is as with the commands.
 type adminChange struct {
@@ -32,6 +34,13 @@ type adminChange struct {
 	Rate    int64           `json:"copy_rate"` // bytes a second
 	Spare   *float64        `json:"spare"`
 	Slack   *float64        `json:"slack"`
+}
+
+// adminRole is the body of a POST that has an NPU go over to an instance of a role.
+type adminRole struct {
+	Role     string `json:"role"`     // encoder, prefill, decoder, or letters such as EP
+	Instance string `json:"instance"` // which one, by id or name; else that with the fewest NPUs
+	adminChange
 }
 
 // adminAnswer is a report, or why there is none.
@@ -52,6 +61,17 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 	mux.HandleFunc("POST /admin/instances/{who}/{kind}", func(w http.ResponseWriter, r *http.Request) {
 		report, err := g.adminChange(w, r)
 		answer, status := adminAnswer{ChangeReport: report}, http.StatusOK
+		if err != nil {
+			answer.Error, status = err.Error(), adminStatus(err)
+		}
+		writeAdmin(w, status, answer)
+	})
+	mux.HandleFunc("POST /admin/npus/{node}/{npu}/role", func(w http.ResponseWriter, r *http.Request) {
+		report, err := g.adminRole(w, r)
+		answer, status := struct {
+			*bus.RoleReport
+			Error string `json:"error,omitempty"`
+		}{RoleReport: report}, http.StatusOK
 		if err != nil {
 			answer.Error, status = err.Error(), adminStatus(err)
 		}
@@ -113,6 +133,30 @@ func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.Cha
 	ctx, cancel := context.WithTimeout(r.Context(), change.Left+time.Minute)
 	defer cancel()
 	return g.bus.Change(ctx, i.ID, i.Record(), change, nil)
+}
+
+// adminRole has an NPU go over to an instance of a role, and waits for that.
+func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleReport, error) {
+	var body adminRole
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, adminBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&body); err != nil {
+		return nil, fmt.Errorf("%w: %w", errAdmin, err)
+	}
+	q := bus.RoleSwitch{Node: r.PathValue("node"), Instance: body.Instance}
+	var err error
+	if q.NPU, err = strconv.Atoi(r.PathValue("npu")); err != nil || body.NPUs != nil {
+		return nil, fmt.Errorf("%w: the path names an NPU, as /admin/npus/NODE/3/role, and no number of NPUs is given", errAdmin)
+	}
+	if q.Role, err = bus.RoleNamed(body.Role); err != nil {
+		return nil, err
+	}
+	if q.Change, err = body.change(wire.ChangeRole, 0); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), q.Change.Left+time.Minute)
+	defer cancel()
+	return g.bus.SwitchRole(ctx, g.instances.All(), q, nil)
 }
 
 // change is what the body asks an instance of so many NPUs for.

@@ -97,8 +97,8 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 			return l.Join(now, s.id, j)
 		})
 	case protocol.OpPart:
-		return with(s, body, func(l *ledger.Ledger, _ time.Time, npus []int) (any, error) {
-			return nil, l.Part(s.id, npus)
+		return with(s, body, func(l *ledger.Ledger, now time.Time, p protocol.Parting) (any, error) {
+			return nil, l.Part(now, s.id, p)
 		})
 	case protocol.OpStats:
 		return s.d.Stats(), nil

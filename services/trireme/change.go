@@ -51,13 +51,21 @@ func (c *rebalanceCmd) Run(e *env) error {
 	return c.run(e, c.Who, func(*wire.Instance) (wire.Change, error) { return wire.Change{Kind: wire.ChangeRebalance}, nil })
 }
 
-// run has an instance change, as of says of the one that is meant.
-func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Change, error)) error {
+// check says what is wrong with the flags.
+func (c *changeFlags) check() error {
 	switch {
 	case c.Timeout <= 0:
 		return fmt.Errorf("%w--timeout %v must be above 0", errUsage, c.Timeout)
 	case c.Spare < 0 || c.Slack < 0:
 		return fmt.Errorf("%w--spare %g and --slack %g cannot be negative", errUsage, c.Spare, c.Slack)
+	}
+	return nil
+}
+
+// run has an instance change, as of says of the one that is meant.
+func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Change, error)) error {
+	if err := c.check(); err != nil {
+		return err
 	}
 	// Behind its commit an operation needs a while to be complete, and an instance that dies to be started again.
 	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout+time.Minute)
@@ -79,18 +87,9 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err != nil {
 		return err
 	}
-	change.ID, change.Left, change.DryRun, change.Rate, change.Spare, change.Slack = bus.NewChangeID(), c.Timeout, c.DryRun,
-		int64(c.Rate), c.Spare, c.Slack
-	change.Hold, change.HoldTime = strings.Join(c.Hold, ","), c.HoldTime
-	last := ""
-	told := func(r *wire.ChangeReport) {
-		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
-		if line != last && !c.JSON { // figures change more often than what is said of them
-			fmt.Fprint(e.err, line)
-			last = line
-		}
-	}
-	r, err := b.Change(ctx, i.ID, i.Record(), change, told)
+	c.apply(&change)
+	change.ID = bus.NewChangeID()
+	r, err := b.Change(ctx, i.ID, i.Record(), change, c.teller(e))
 	if c.JSON && r.Number > 0 {
 		return errors.Join(err, writeJSON(e.out, r))
 	}
@@ -98,6 +97,24 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 		return err
 	}
 	return printChange(e.out, r, c.DryRun)
+}
+
+// apply says in a change what the flags say.
+func (c *changeFlags) apply(change *wire.Change) {
+	change.Left, change.DryRun, change.Rate, change.Spare, change.Slack = c.Timeout, c.DryRun, int64(c.Rate), c.Spare, c.Slack
+	change.Hold, change.HoldTime = strings.Join(c.Hold, ","), c.HoldTime
+}
+
+// teller writes each line of progress once.
+func (c *changeFlags) teller(e *env) func(*wire.ChangeReport) {
+	last := ""
+	return func(r *wire.ChangeReport) {
+		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
+		if line != last && !c.JSON { // figures change more often than what is said of them
+			fmt.Fprint(e.err, line)
+			last = line
+		}
+	}
 }
 
 // printChange writes what an operation has done, or would do.

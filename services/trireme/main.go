@@ -52,6 +52,7 @@ type cli struct {
 	Events    eventsCmd    `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
 	Dead      deadCmd      `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
 	Scale     scaleCmd     `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
+	Role      roleCmd      `cmd:"" help:"Have an NPU go over to an instance of another role." group:"Use"`
 	Rebalance rebalanceCmd `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
 	Scaler    scalerCmd    `cmd:"" help:"Check what decides about NPUs by itself." group:"Use"`
 	Model     modelCmd     `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`

@@ -30,7 +30,7 @@ func (c *Client) JoinAny(ctx context.Context, n int) ([]int, error) {
 func (c *Client) join(ctx context.Context, j protocol.Join) ([]int, error) {
 	var npus []int
 	if err := c.acquire(ctx, protocol.OpJoin, j, &npus, func() {
-		_ = c.call(context.Background(), protocol.OpPart, npus, nil)
+		_ = c.call(context.Background(), protocol.OpPart, protocol.Parting{NPUs: npus}, nil)
 	}); err != nil {
 		return nil, err
 	}
@@ -43,7 +43,12 @@ func (c *Client) join(ctx context.Context, j protocol.Join) ([]int, error) {
 // Part gives NPUs up, all or none: they are spare from then on. mem.ErrInvalid, which says what it is, when this connection holds
 // something there that no request and no cache keeps: memory booked to the NPU, or weights in a domain where no NPU is left to it.
 func (c *Client) Part(ctx context.Context, numbers ...int) error {
-	if err := c.call(ctx, protocol.OpPart, numbers, nil); err != nil {
+	return c.PartFor(ctx, "", numbers...)
+}
+
+// PartFor is Part for NPUs that an instance of a name is to have next: they stay reserved for it as if it had ended. "": for nobody.
+func (c *Client) PartFor(ctx context.Context, name string, numbers ...int) error {
+	if err := c.call(ctx, protocol.OpPart, protocol.Parting{NPUs: numbers, For: name}, nil); err != nil {
 		return err
 	}
 	c.mu.Lock()

@@ -38,6 +38,10 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 	w.before = slices.Clone(w.numbers)
 	p.Before = w.before
 	switch more := w.ask.NPUs - set.Len(); {
+	case len(w.ask.Join)+len(w.ask.Leave) > 0:
+		if err := w.named(ctx); err != nil {
+			return err
+		}
 	case more > 0:
 		spare, err := w.spare(ctx)
 		if err != nil {
@@ -67,6 +71,30 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 		}
 	}
 	return w.place(ctx, p, slots)
+}
+
+// named plans for the NPUs that are named. A dry run does not ask whether those that are to join can be had: they may be another
+// instance's, which is to give them up first.
+func (w *scale) named(ctx context.Context) error {
+	s := w.stage
+	for _, n := range w.ask.Leave {
+		slot := slices.Index(w.numbers, n)
+		if n < 0 || slot < 0 {
+			return fmt.Errorf("NPU %d is to leave, and the instance has %v", n, w.before)
+		}
+		w.leave, w.numbers[slot] = w.leave.With(slot), -1
+	}
+	spare, err := w.spare(ctx)
+	if err != nil {
+		return err
+	}
+	for _, n := range w.ask.Join {
+		if slices.Contains(w.numbers, n) || s.HBM.Domain(n) < 0 || !slices.Contains(spare, n) && !w.ask.DryRun {
+			return fmt.Errorf("NPU %d of node %s is to join, and %v are spare", n, s.HBM.Node(), spare)
+		}
+		w.enter(n)
+	}
+	return nil
 }
 
 // ends reports whether the instance has no NPUs then.
@@ -143,7 +171,13 @@ func (w *scale) prepare(ctx context.Context, told func(func(*wire.ChangeReport))
 		}
 	}
 	if n := w.join.Len(); n > 0 {
-		if w.taken, err = s.HBM.JoinAny(ctx, n); err != nil {
+		if len(w.ask.Join) > 0 {
+			w.taken, err = slices.Clone(w.ask.Join), s.HBM.Join(ctx, w.ask.Join...)
+		} else {
+			w.taken, err = s.HBM.JoinAny(ctx, n)
+		}
+		if err != nil {
+			w.taken = nil
 			return err
 		}
 		i := 0
@@ -220,15 +254,15 @@ func (w *scale) drop() error {
 	}
 	kept := w.numbers
 	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })
-	return w.part(leaving)
+	return w.part(leaving, w.ask.For)
 }
 
-// part gives NPUs back to the HMM.
-func (w *scale) part(npus []int) error {
+// part gives NPUs back to the HMM, to be kept for a while for an instance of a name; "": for nobody.
+func (w *scale) part(npus []int, name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), partWait)
 	defer cancel()
 	for {
-		err := w.stage.HBM.Part(ctx, npus...)
+		err := w.stage.HBM.PartFor(ctx, name, npus...)
 		if !errors.Is(err, mem.ErrInvalid) || ctx.Err() != nil {
 			return err
 		}
@@ -255,5 +289,5 @@ func (w *scale) undo() error {
 	if len(w.taken) == 0 {
 		return nil
 	}
-	return w.part(w.taken)
+	return w.part(w.taken, "")
 }

@@ -15,6 +15,7 @@ const BucketLayouts = "trireme_layouts"
 const (
 	ChangeScale     = "scale"     // it gets another number of NPUs
 	ChangeRebalance = "rebalance" // its experts are placed anew on the NPUs that it has
+	ChangeRole      = "role"      // what operators call two scales, of which the first gives up an NPU that the second takes
 )
 
 // What Change.Spare and Change.Slack are where nobody says something else.
@@ -104,6 +105,11 @@ type Change struct {
 	Seen     uint64        // the last ChangeReport.Number that who asks has: the answer waits for a newer one, for a second
 	Hold     string        // for tests: stop behind the work of these states, by commas, for HoldTime each
 	HoldTime time.Duration // "
+
+	// Of ChangeScale, instead of NPUs: those of the node, by number, that are to join and to leave; and the name of the instance that those
+	// that leave are kept for, for as long as the HMM keeps NPUs of instances that have ended.
+	Join, Leave []int
+	For         string
 }
 
 // ChangeReport is how far an operation is.

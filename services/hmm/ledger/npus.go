@@ -27,11 +27,11 @@ func (l *Ledger) Join(now time.Time, id Conn, j protocol.Join) ([]int, error) {
 	return npus, nil
 }
 
-// Part takes NPUs from a client that has them, all or none; they are spare from then on. ErrInvalid when the client has one of them
+// Part takes NPUs from a client that has them, all or none; they are spare from then on, or reserved for a name. ErrInvalid when the client has one of them
 // not, or holds something on one that nobody else keeps: memory booked there that no request and no cache has, or weights in
 // a domain in which no NPU is left to it.
-func (l *Ledger) Part(id Conn, npus []int) error {
-	c := l.conn(id)
+func (l *Ledger) Part(now time.Time, id Conn, p protocol.Parting) error {
+	c, npus := l.conn(id), p.NPUs
 	for i, n := range npus {
 		if !slices.Contains(c.npus, n) || slices.Contains(npus[:i], n) {
 			return fmt.Errorf("parting with NPU %d, %q has %v: %w", n, c.instance, c.npus, mem.ErrInvalid)
@@ -44,7 +44,7 @@ func (l *Ledger) Part(id Conn, npus []int) error {
 		}
 	}
 	for _, n := range npus {
-		l.budgets[n+1].owner = nil
+		l.keepFor(now, n, p.For)
 	}
 	c.npus = rest
 	return nil
@@ -140,12 +140,17 @@ func (l *Ledger) grant(c *conn, npus []int) {
 // reserve takes the NPUs of a client that has gone, and keeps them for its name.
 func (l *Ledger) reserve(now time.Time, c *conn) {
 	for _, n := range c.npus {
-		b := l.budgets[n+1]
-		b.owner = nil
-		if c.name != "" && l.cfg.Reserve > 0 {
-			b.reserved, b.until = c.name, now.Add(l.cfg.Reserve)
-			l.reserved = append(l.reserved, b)
-		}
+		l.keepFor(now, n, c.name)
+	}
+}
+
+// keepFor takes an NPU from whoever has it, and keeps it for a name; "": for nobody.
+func (l *Ledger) keepFor(now time.Time, npu int, name string) {
+	b := l.budgets[npu+1]
+	b.owner = nil
+	if name != "" && l.cfg.Reserve > 0 {
+		b.reserved, b.until = name, now.Add(l.cfg.Reserve)
+		l.reserved = append(l.reserved, b)
 	}
 }
 

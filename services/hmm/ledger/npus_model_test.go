@@ -171,7 +171,8 @@ func TestNPUsAgainstModel(t *testing.T) {
 			"part": func(t *rapid.T) {
 				m := anyMember(t, false)
 				npus := rapid.SliceOfN(rapid.IntRange(0, 5), 1, 2).Draw(t, "npus")
-				err := p.l.Part(m.conn, npus)
+				kept := rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "kept for")
+				err := p.l.Part(p.now, m.conn, protocol.Parting{NPUs: npus, For: kept})
 				bad := len(npus) == 2 && npus[0] == npus[1]
 				for _, n := range npus {
 					bad = bad || p.npus[n].owner != m || slices.ContainsFunc(p.objects, func(o booked) bool {
@@ -189,6 +190,9 @@ func TestNPUsAgainstModel(t *testing.T) {
 				}
 				for _, n := range npus {
 					p.npus[n] = place{}
+					if kept != "" {
+						p.npus[n] = place{name: kept, until: p.now.Add(reserve)}
+					}
 					m.npus = slices.DeleteFunc(m.npus, func(x int) bool { return x == n })
 				}
 			},
@@ -272,11 +276,11 @@ func TestPartWithWeights(t *testing.T) {
 	must(t, err)
 	placed, _, err := l.Weights(c, protocol.Weights{Key: protocol.Key{1}, NPU: npus[0], Numbers: []int{7}, Sizes: []int64{page}, Most: page})
 	must(t, err)
-	wantErr(t, l.Part(c, npus), mem.ErrInvalid)
-	must(t, l.Part(c, npus[:1]))
-	wantErr(t, l.Part(c, npus[1:]), mem.ErrInvalid)
+	wantErr(t, l.Part(start, c, protocol.Parting{NPUs: npus}), mem.ErrInvalid)
+	must(t, l.Part(start, c, protocol.Parting{NPUs: npus[:1]}))
+	wantErr(t, l.Part(start, c, protocol.Parting{NPUs: npus[1:]}), mem.ErrInvalid)
 	must(t, l.Free(c, []protocol.Object{name(placed[0].Grant.Handle)}))
-	must(t, l.Part(c, npus[1:]))
+	must(t, l.Part(start, c, protocol.Parting{NPUs: npus[1:]}))
 	if s := l.Stats(); s.Memory[1].Instance != "" || s.Memory[2].Instance != "" {
 		t.Errorf("NPUs given up are somebody's: %+v", s.Memory)
 	}

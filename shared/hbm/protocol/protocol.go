@@ -11,7 +11,7 @@ import (
 
 // Version is the version of the protocol. Both sides refuse another one; it is raised by every change that an older peer
 // would misread.
-const Version = 3
+const Version = 4
 
 // Op names a request.
 type Op uint8
@@ -50,7 +50,7 @@ const (
 // The requests about NPUs.
 const (
 	OpJoin Op = iota + 32 // Join, []int: the NPUs granted
-	OpPart                // []int (NPUs), nothing
+	OpPart                // Parting, nothing
 )
 
 // More requests about the caches.
@@ -84,6 +84,12 @@ type Hello struct {
 type Join struct {
 	NPUs int
 	Want []int
+}
+
+// Parting gives NPUs up.
+type Parting struct {
+	NPUs []int
+	For  string // name of the instance that they stay reserved for; "": none
 }
 
 // Welcome answers Hello. Descriptors travel with it (SCM_RIGHTS): first the claim table's, then one a space.
