@@ -22,13 +22,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	stagetest.Child(func(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
-		s, err := stage.Open(ctx, stage.Decode, cfg, log)
-		if err != nil {
-			return err
-		}
-		defer s.Close()
-		if cfg.NPUs == 2 {
+	stagetest.Child(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
+		if len(s.NPUs()) == 2 {
 			go shuttle(ctx, s)
 		}
 		return decoder.Serve(ctx, s, decoder.Config{})

@@ -25,7 +25,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	stagetest.Child(encoder.Run)
+	stagetest.Child(stage.Encode, encoder.Serve)
 	goleak.VerifyTestMain(m)
 }
 

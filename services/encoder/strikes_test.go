@@ -41,3 +41,27 @@ func TestStrikes(t *testing.T) {
 	r.Done(bad.ID, -1)
 	r.NoMemory()
 }
+
+// An encoder that is killed in the middle of a picture leaves it no strike the first time, as it got somewhere, and one each time that
+// the next gets no further. It is encoded in the end, as it is without deaths.
+func TestKilledInTheMiddleOfAPicture(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	c := stagetest.Cases(t)[3]
+	req, messages := r.request(&c)
+	r.publish(messages...)
+	part := hbm.Part{Request: req.ID, Attempt: 1, Stage: stage.Encode, Left: req.Left}
+	for round, x := range []struct{ piece, strikes int }{{3, 0}, {3, 1}, {2, 2}, {4, 0}, {4, 1}} {
+		r.KillInTheMiddle(stage.Encode, 1, stagetest.Middle{Piece: x.piece})
+		if n := r.Left(stage.Encode, part)[0].Strikes(); n != x.strikes {
+			t.Errorf("round %d, in piece %d: %d strikes, want %d", round, x.piece, n, x.strikes)
+		}
+	}
+	r.encoder()
+	m := r.joined(req)
+	if len(m.MM) != 1 || !slices.Equal(r.embeddings(m.MM[0]), r.Model.Embed(r.Model.Picture(c.Images[0]), grid(c.Grids[0]))) {
+		t.Error("the picture is another")
+	}
+	r.Done(req.ID, -1)
+	r.gateway.NothingLost()
+	r.NoMemory()
+}

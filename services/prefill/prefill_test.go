@@ -30,12 +30,12 @@ import (
 const childRows = "PREFILL_TEST_ROWS"
 
 func TestMain(m *testing.M) {
-	stagetest.Child(func(ctx context.Context, cfg stage.Config, log *slog.Logger) error {
+	stagetest.Child(stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
 		rows, err := strconv.Atoi(cmp.Or(os.Getenv(childRows), "1"))
 		if err != nil {
 			return err
 		}
-		return prefill.Run(ctx, prefill.Config{Stage: cfg, Rows: rows}, log)
+		return prefill.Serve(ctx, s, prefill.Config{Rows: rows})
 	})
 	goleak.VerifyTestMain(m)
 }

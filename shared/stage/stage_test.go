@@ -24,7 +24,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	stagetest.Child(nil)
+	stagetest.Child("", nil)
 	goleak.VerifyTestMain(m)
 }
 

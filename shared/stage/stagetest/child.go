@@ -3,6 +3,7 @@ package stagetest
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -20,11 +21,12 @@ const (
 	childHMM  = "STAGETEST_HMM"
 	childAck  = "STAGETEST_ACK_WAIT"
 	childNPUs = "STAGETEST_NPUS"
+	childHold = "STAGETEST_HOLD" // JSON of a Middle
 )
 
-// Child makes the test binary a stage process of its own if Rig.Process has started it, or a victim of Rig.Strike, and does not
-// return then. TestMain calls it first; run may be nil where no Process is started.
-func Child(run func(context.Context, stage.Config, *slog.Logger) error) {
+// Child makes the test binary a stage process of a role if Rig.Process has started it, or a victim of Rig.Strike, and does not
+// return then. TestMain calls it first; serve may be nil where no Process is started.
+func Child(role string, serve func(context.Context, *stage.Stage) error) {
 	if part := os.Getenv(childStrike); part != "" {
 		fmt.Fprintln(os.Stderr, "child:", runToDeath(part))
 		os.Exit(1)
@@ -41,32 +43,67 @@ func Child(run func(context.Context, stage.Config, *slog.Logger) error) {
 	if err != nil {
 		panic(err)
 	}
-	err = run(context.Background(), stage.Config{
+	fmt.Fprintln(os.Stderr, "child:", runChild(role, stage.Config{
 		NPUs: npus, NATSURL: url, HMM: os.Getenv(childHMM), Model: Root("models/shapes-vl-moe"), Instance: "child", AckWait: ackWait,
 		NPU: npu.Options{Threads: 1},
-	}, slog.New(slog.DiscardHandler))
-	fmt.Fprintln(os.Stderr, "child:", err)
+	}, serve))
 	os.Exit(1)
+}
+
+func runChild(role string, cfg stage.Config, serve func(context.Context, *stage.Stage) error) error {
+	ctx := context.Background()
+	s, err := stage.Open(ctx, role, cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if text := os.Getenv(childHold); text != "" {
+		n := &s.NPUs()[0]
+		if n.Compute, err = newHolder(n.Compute, text); err != nil {
+			return err
+		}
+	}
+	return serve(ctx, s)
 }
 
 // Process is a stage process of its own.
 type Process struct {
-	r   *Rig
-	cmd *exec.Cmd
+	r    *Rig
+	cmd  *exec.Cmd
+	held chan struct{} // closed when it holds, or has ended
 }
 
 // Process starts a stage process (see Child). It is killed when the test ends at the latest.
 func (r *Rig) Process() *Process {
 	r.tb.Helper()
+	return r.process(nil)
+}
+
+// process starts a stage process that holds in the middle of what m says, if that is not nil.
+func (r *Rig) process(m *Middle) *Process {
+	r.tb.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		r.tb.Fatal(err)
 	}
-	p := &Process{r: r, cmd: exec.Command(exe)}
+	p := &Process{r: r, cmd: exec.Command(exe), held: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), childURL+"="+r.Stage.NATSURL, childHMM+"="+r.Stage.HMM, childAck+"="+r.Stage.AckWait.String(), childNPUs+"="+strconv.Itoa(r.Stage.NPUs))
 	p.cmd.Stderr = os.Stderr
+	var out io.Reader
+	if m != nil {
+		p.cmd.Env = append(p.cmd.Env, childHold+"="+m.text())
+		if out, err = p.cmd.StdoutPipe(); err != nil {
+			r.tb.Fatal(err)
+		}
+	}
 	if err := p.cmd.Start(); err != nil {
 		r.tb.Fatal(err)
+	}
+	if m != nil {
+		go func() {
+			defer close(p.held)
+			_, _ = out.Read(make([]byte, 1)) // an end is seen by whoever kills it
+		}()
 	}
 	r.tb.Cleanup(p.Kill)
 	return p
