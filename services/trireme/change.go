@@ -127,8 +127,10 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	if before, after := wire.NPUCount(p.Before), wire.NPUCount(p.After); before != after {
 		fmt.Fprintf(w, "NPUs      %d, before %d; of the node %v, before %v (by slot, -1: empty)\n", after, before, p.After, p.Before)
 	}
-	fmt.Fprintf(w, "experts   %d copies made, of which %d are in the same memory already, %d dropped\n", p.Copies, p.Shared, p.Drops)
-	fmt.Fprintf(w, "balance   %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
+	if p.HasExperts() {
+		fmt.Fprintf(w, "experts   %d copies made, of which %d are in the same memory already, %d dropped\n", p.Copies, p.Shared, p.Drops)
+		fmt.Fprintf(w, "balance   %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
+	}
 	if dry {
 		_, err := fmt.Fprintf(w, "to copy   %d bytes, in %v at --copy-rate; %d bytes of memory beside what is in use\n", p.Bytes, p.Expect, p.Memory)
 		return err

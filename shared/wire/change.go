@@ -167,10 +167,12 @@ type ChangePlan struct {
 func (r *ChangeReport) Sentence() string {
 	p := &r.Plan
 	head := r.Kind + " " + r.ID + ": "
-	what := fmt.Sprintf("%d experts to other NPUs, %d copies dropped, %.3g MB to copy, balance %.2f to %.2f",
-		p.Copies, p.Drops, float64(p.Bytes)/1e6, p.Was, p.Will)
+	what := fmt.Sprintf("%.3g MB to copy", float64(p.Bytes)/1e6)
+	if p.HasExperts() {
+		what = fmt.Sprintf("%d experts to other NPUs, %d copies dropped, %s, balance %.2f to %.2f", p.Copies, p.Drops, what, p.Was, p.Will)
+	}
 	if before, after := NPUCount(p.Before), NPUCount(p.After); before != after {
-		what = fmt.Sprintf("%d NPUs to %d, ", before, after) + what
+		what = fmt.Sprintf("from %d to %d NPUs, ", before, after) + what
 	}
 	switch {
 	case r.Why != "" && r.Committed:
@@ -186,6 +188,9 @@ func (r *ChangeReport) Sentence() string {
 	}
 	return head + what
 }
+
+// HasExperts reports whether the instance computes with experts, before or after.
+func (p *ChangePlan) HasExperts() bool { return p.Was > 0 || p.Will > 0 }
 
 // NPUCount is the number of NPUs in slots.
 func NPUCount(slots []int) int {
