@@ -28,7 +28,8 @@ import (
 
 func TestMain(m *testing.M) {
 	// nats-server's file store has a goroutine that outlives its shutdown by a moment.
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/nats-io/nats-server/v2/server.(*fileStore).flushLoop"))
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/nats-io/nats-server/v2/server.(*fileStore).flushLoop"),
+		goleak.IgnoreTopFunction("github.com/nats-io/nats.go/jetstream.(*jetStream).resetPendingAcksOnReconnect")) // see shared/bus
 }
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
