@@ -37,7 +37,7 @@ func BenchmarkTokens(b *testing.B) {
 	gate := admission.New(admission.Limits{Requests: streams}, time.Now)
 	g := &Gateway{
 		cfg: Config{Instance: "g"}.withDefaults(), name: "m", model: model, gate: gate, metrics: newMetrics("m", gate, nil),
-		dispatch: &dispatcher{gateway: "g", boxes: make(map[string]*mailbox)},
+		dispatch: &dispatcher{gateway: "g", boxes: make(map[string]*mailbox)}, demand: newDemand(),
 	}
 	var lives []*life
 	var out sink
@@ -48,6 +48,7 @@ func BenchmarkTokens(b *testing.B) {
 		j := &job{expected: 1 << 30}
 		j.spec.Choices = 1
 		q := &query{g: g, params: &openai.Params{N: 1, Logprobs: -1}, jobs: []*job{j}, id: id, began: time.Now()}
+		defer g.demand.arrived(j, &q.objective, q.began)()
 		s := newStream(q, &out, true, "chatcmpl-"+id)
 		l := g.newLife(j, q.params, id, time.Now(), time.Now(), s.output(j, 0))
 		if l.credit, err = gate.Acquire(b.Context(), admission.Request{N: 1}); err != nil {
