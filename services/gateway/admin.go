@@ -116,7 +116,7 @@ func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.Cha
 	if kind != wire.ChangeScale && kind != wire.ChangeRebalance {
 		return nil, fmt.Errorf("%w: instances can %s or %s, not %s", errAdmin, wire.ChangeScale, wire.ChangeRebalance, kind)
 	}
-	i, err := bus.Meant(g.instances.All(), r.PathValue("who"), "")
+	i, err := bus.Meant(g.instances.Named(), r.PathValue("who"), "")
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +156,7 @@ func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleRe
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), q.Change.Left+time.Minute)
 	defer cancel()
-	return g.bus.SwitchRole(ctx, g.instances.All(), q, nil)
+	return g.bus.SwitchRole(ctx, g.instances.Named(), q, nil)
 }
 
 // change is what the body asks an instance of so many NPUs for.

@@ -67,7 +67,31 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err := c.check(); err != nil {
 		return err
 	}
-	// Behind its commit an operation needs a while to be complete, and an instance that dies to be started again.
+	return c.among(e, func(ctx context.Context, b *bus.Bus, all []wire.Instance) error {
+		i, err := bus.Meant(all, who, c.Instance)
+		if err != nil {
+			return err
+		}
+		change, err := of(i)
+		if err != nil {
+			return err
+		}
+		c.apply(&change)
+		change.ID = bus.NewChangeID()
+		r, err := b.Change(ctx, i.ID, i.Record(), change, c.teller(e))
+		if c.JSON && r.Number > 0 {
+			return errors.Join(err, writeJSON(e.out, r))
+		}
+		if err != nil {
+			return err
+		}
+		return printChange(e.out, r, c.DryRun)
+	})
+}
+
+// among calls f with the instances that there are, each name once, and with the time that --timeout leaves. Behind its commit an operation needs a
+// while to be complete, and an instance that dies to be started again.
+func (c *changeFlags) among(e *env, f func(ctx context.Context, b *bus.Bus, all []wire.Instance) error) error {
 	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout+time.Minute)
 	defer cancel()
 	b, err := look(ctx, c.NATSURL, "change", ackFlag{AckWait: c.AckWait})
@@ -79,24 +103,7 @@ func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Chan
 	if err != nil {
 		return fmt.Errorf("reading heartbeats: %w", err)
 	}
-	i, err := bus.Meant(view.All(), who, c.Instance)
-	if err != nil {
-		return err
-	}
-	change, err := of(i)
-	if err != nil {
-		return err
-	}
-	c.apply(&change)
-	change.ID = bus.NewChangeID()
-	r, err := b.Change(ctx, i.ID, i.Record(), change, c.teller(e))
-	if c.JSON && r.Number > 0 {
-		return errors.Join(err, writeJSON(e.out, r))
-	}
-	if err != nil {
-		return err
-	}
-	return printChange(e.out, r, c.DryRun)
+	return f(ctx, b, view.Named())
 }
 
 // apply says in a change what the flags say.

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
-	"time"
 
 	"trireme.dev/shared/bus"
+	"trireme.dev/shared/wire"
 )
 
 // roleCmd has an NPU go over to an instance of another role.
@@ -45,34 +46,30 @@ func (c *roleCmd) Run(e *env) error {
 	if q.Role, err = bus.RoleNamed(c.To); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout+time.Minute) // see run
-	defer cancel()
-	b, err := look(ctx, c.NATSURL, "role", ackFlag{AckWait: c.AckWait})
-	if err != nil {
-		return err
-	}
-	defer b.Close()
-	view, err := b.Instances(ctx)
-	if err != nil {
-		return fmt.Errorf("reading heartbeats: %w", err)
-	}
-	r, err := b.SwitchRole(ctx, view.All(), q, c.teller(e))
-	if c.JSON && (err == nil || r.Moves) {
-		return errors.Join(err, writeJSON(e.out, r))
-	}
-	if err != nil {
-		return err
-	}
+	return c.among(e, func(ctx context.Context, b *bus.Bus, all []wire.Instance) error {
+		r, err := b.SwitchRole(ctx, all, q, c.teller(e))
+		if c.JSON && (err == nil || r.Moves) {
+			return errors.Join(err, writeJSON(e.out, r))
+		}
+		if err != nil {
+			return err
+		}
+		return c.print(e.out, r)
+	})
+}
+
+// print writes what has become of the NPU, or would.
+func (c *roleCmd) print(w io.Writer, r *bus.RoleReport) error {
 	if !r.Moves {
-		_, err := fmt.Fprintln(e.out, "nothing to do: it is so already")
+		_, err := fmt.Fprintln(w, "nothing to do: it is so already")
 		return err
 	}
 	if r.Leave != nil {
-		fmt.Fprintf(e.out, "%s leaves %s\n", r.NPU, r.Leave.Instance)
-		if err := printChange(e.out, r.Leave, c.DryRun); err != nil {
+		fmt.Fprintf(w, "%s leaves %s\n", r.NPU, r.Leave.Instance)
+		if err := printChange(w, r.Leave, c.DryRun); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintf(e.out, "%s joins %s\n", r.NPU, r.Join.Instance)
-	return printChange(e.out, r.Join, c.DryRun)
+	fmt.Fprintf(w, "%s joins %s\n", r.NPU, r.Join.Instance)
+	return printChange(w, r.Join, c.DryRun)
 }

@@ -89,6 +89,7 @@ type Instances struct {
 type sighting struct {
 	instance wire.Instance
 	at       time.Time // of this process's monotonic clock
+	revision uint64    // rises from heartbeat to heartbeat of all
 }
 
 // Instances watches the heartbeats until ctx ends or the Bus is closed. It returns once all that are there have been
@@ -215,7 +216,7 @@ func (v *Instances) take(e jetstream.KeyValueEntry) {
 	if json.Unmarshal(e.Value(), &i) != nil || wire.InstanceKey(&i) != e.Key() {
 		return // not a heartbeat of this program
 	}
-	v.seen[i.ID] = sighting{i, time.Now()}
+	v.seen[i.ID] = sighting{i, time.Now(), e.Revision()}
 	if !known || !reflect.DeepEqual(old.instance, i) {
 		v.announce()
 	}
@@ -260,6 +261,19 @@ func (v *Instances) All() []wire.Instance {
 		return cmp.Or(cmp.Compare(a.Role, b.Role), cmp.Compare(a.ID, b.ID))
 	})
 	return all
+}
+
+// Named returns them without those that have a successor: of several with a node and a name the one that was heard of last, as the heartbeat
+// of one that was killed stays for a while. It is for operators, who mean an instance by its name.
+func (v *Instances) Named() []wire.Instance {
+	all := v.All()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	last := map[string]uint64{} // by key of the layout record, which the processes of a name have in common
+	for _, s := range v.seen {
+		last[s.instance.Record()] = max(last[s.instance.Record()], s.revision)
+	}
+	return slices.DeleteFunc(all, func(i wire.Instance) bool { return v.seen[i.ID].revision < last[i.Record()] })
 }
 
 // Alive reports whether an instance is alive.

@@ -3,6 +3,7 @@ package bus_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -145,5 +146,34 @@ func TestCloseEndsHeartbeat(t *testing.T) {
 	waitFor(t, view, func(all []wire.Instance) bool { return len(all) == 0 })
 	if err := b.Announce(t.Context(), func() wire.Instance { return wire.Instance{ID: "d0"} }); !errors.Is(err, bus.ErrClosed) {
 		t.Errorf("announcing on a closed Bus: %v", err)
+	}
+}
+
+// The heartbeat of a process that was killed stays for a while beside that of the one that was started in its place: the name means the latter.
+func TestNameOfASuccessor(t *testing.T) {
+	t.Parallel()
+	url := bustest.Run(t).URL()
+	slow := bus.WithInstanceTTL(10 * time.Minute) // who has announced itself once does not again
+	view, err := connect(t, url, slow).Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n, i := range []wire.Instance{
+		{ID: "decoder-0-b", Name: "decoder-0", Node: "n", Role: "decode"},
+		{ID: "decoder-0-c", Name: "decoder-0", Node: "m", Role: "decode"},
+		{ID: "decode-d", Node: "n", Role: "decode"},
+		{ID: "decode-e", Node: "n", Role: "decode"},
+		{ID: "decoder-0-a", Name: "decoder-0", Node: "n", Role: "decode"},
+	} {
+		b := connect(t, url, slow)
+		go func() { _ = b.Announce(t.Context(), func() wire.Instance { return i }) }()
+		waitFor(t, view, func(all []wire.Instance) bool { return len(all) == n+1 })
+	}
+	var named []string
+	for _, i := range view.Named() {
+		named = append(named, i.ID)
+	}
+	if want := []string{"decode-d", "decode-e", "decoder-0-a", "decoder-0-c"}; !slices.Equal(named, want) {
+		t.Errorf("by name there are %v, want %v", named, want)
 	}
 }

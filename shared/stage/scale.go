@@ -249,12 +249,13 @@ const partWait = 30 * time.Second
 
 // drop implements task.
 func (w *scale) drop() error {
-	if err := w.present.Release(); err != nil || w.leave == 0 {
+	err := w.present.Release()
+	if w.leave == 0 {
 		return err
 	}
 	kept := w.numbers
 	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })
-	return w.part(leaving, w.ask.For)
+	return errors.Join(err, w.part(leaving, w.ask.For)) // weights are not booked to NPUs
 }
 
 // part gives NPUs back to the HMM, to be kept for a while for an instance of a name; "": for nobody.

@@ -58,17 +58,14 @@ func draw(rng *rand.Rand) anything {
 }
 
 // heartbeat is that of the one instance of a role, waited for.
-func heartbeat(tb testing.TB, view *bus.Instances, role string) wire.Instance {
+func (c *cluster) heartbeat(tb testing.TB, view *bus.Instances, role string) wire.Instance {
 	tb.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		all := slices.DeleteFunc(view.All(), func(i wire.Instance) bool { return i.Role != role || !i.Ready })
-		if len(all) == 1 {
-			return all[0]
-		}
-		if time.Now().After(deadline) {
-			tb.Fatalf("the ready instances with role %s are %+v", role, all)
-		}
-	}
+	var all []wire.Instance
+	c.await(tb, "one instance is ready for "+role, func() bool {
+		all = slices.DeleteFunc(view.All(), func(i wire.Instance) bool { return i.Role != role || !i.Ready })
+		return len(all) == 1
+	}, func() string { return fmt.Sprintf("%+v", all) })
+	return all[0]
 }
 
 // Whatever is asked for, to scale or rebalance decoder or prefill, possible or not, in time or not, and whoever is killed meanwhile, the decoder, prefill, the HMM, NATS or the
@@ -140,20 +137,18 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 		t.Fatal(err)
 	}
 	role := map[string]string{"decoder": "decode", "prefill": "prefill"}[x.who]
-	before := heartbeat(t, view, role)
+	before := c.heartbeat(t, view, role)
 	var out, said bytes.Buffer
-	args := slices.Clone(x.args)
-	args[1] = before.ID // the heartbeat of one that has died stays for seconds, and a command cannot know which of them is meant
-	cmd := exec.Command(path, append(args, "--json", "--nats-url", "nats://"+c.nats)...)
+	cmd := exec.Command(path, append(slices.Clone(x.args), "--json", "--nats-url", "nats://"+c.nats)...)
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(x.after)
+	time.Sleep(x.after) // drawn: any moment will do
 	switch x.victim {
 	case "nats":
 		server.Kill()
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) // long enough for whoever asks NATS something to notice
 		server.Start()
 	case "hmm":
 		children := c.children()
@@ -225,11 +220,11 @@ func (x anything) settled(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instan
 	c.waitReady(t)
 	state := ""
 	c.await(t, "record, heartbeat and HMM say the same", func() bool {
-		heartbeat(t, view, "encode")
+		c.heartbeat(t, view, "encode")
 		others := map[string]string{"decode": "prefill", "prefill": "decode"}[role]
 		all := map[string][]int{}
-		other := heartbeat(t, view, others)
-		now = heartbeat(t, view, role)
+		other := c.heartbeat(t, view, others)
+		now = c.heartbeat(t, view, role)
 		for _, i := range []wire.Instance{now, other} { // the dead have one for a while, and NPUs until the HMM has noticed
 			if !slices.ContainsFunc(c.children(), func(p process) bool { return p.pid == i.PID }) {
 				return false

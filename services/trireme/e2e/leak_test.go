@@ -31,7 +31,22 @@ type inventory struct {
 	Running, Waiting                  int    // requests, as the gateway sees them
 }
 
-// take looks at everything. metrics is the HMM's address for them.
+// jetstream is a connection of the test's own to the system's NATS, for as long as the test runs.
+func (c *cluster) jetstream(tb testing.TB) jetstream.JetStream {
+	tb.Helper()
+	nc, err := nats.Connect("nats://" + c.nats)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return js
+}
+
+// inventory looks at everything. metrics is the HMM's address for them.
 func (c *cluster) inventory(tb testing.TB, js jetstream.JetStream, metrics string) inventory {
 	tb.Helper()
 	http.DefaultTransport.(*http.Transport).CloseIdleConnections() // they are the test's
@@ -106,21 +121,15 @@ func TestNothingLeaks(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := start(t, "--topology", "2E2P2D", "--threads", "1", "--config", settings)
-	nc, err := nats.Connect("nats://" + c.nats)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := c.jetstream(t)
 	const kinds = 40
 	want := make([]streamed, kinds)
 	for i := range want {
-		if want[i], err = c.stream(t.Context(), mixed(t, i), nil); err != nil {
+		got, err := c.stream(t.Context(), mixed(t, i), nil)
+		if err != nil {
 			t.Fatal(err)
 		}
+		want[i] = got
 	}
 	c.expectNoMemory(t)
 	begin := c.inventory(t, js, metrics)

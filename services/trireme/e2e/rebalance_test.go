@@ -19,19 +19,25 @@ func (c *cluster) change(tb testing.TB, args ...string) (r wire.ChangeReport, er
 	if err != nil {
 		tb.Fatal(err)
 	}
+	err = reported(tb, exec.Command(path, append(args, "--json", "--nats-url", "nats://"+c.nats)...), &r)
+	return r, err
+}
+
+// reported runs a command that writes a report as JSON, if it comes to that. The error says that it has failed, and how.
+func reported(tb testing.TB, cmd *exec.Cmd, report any) error {
+	tb.Helper()
 	var said bytes.Buffer
-	cmd := exec.Command(path, append(args, "--json", "--nats-url", "nats://"+c.nats)...)
 	cmd.Stderr = &said
 	out, err := cmd.Output()
 	if len(out) > 0 {
-		if err := json.Unmarshal(out, &r); err != nil {
-			tb.Fatalf("%v wrote no JSON: %v\n%s", args, err, out)
+		if err := json.Unmarshal(out, report); err != nil {
+			tb.Fatalf("%v wrote no JSON: %v\n%s", cmd.Args[1:], err, out)
 		}
 	}
 	if err != nil {
-		err = errors.New(strings.TrimSpace(said.String()))
+		return errors.New(strings.TrimSpace(said.String()))
 	}
-	return r, err
+	return nil
 }
 
 // kinds are the kinds of the events about an operation.

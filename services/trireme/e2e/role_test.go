@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"os/exec"
@@ -22,29 +21,17 @@ const hbmReserve = time.Minute
 // role runs `trireme role` with --json. err says that it has failed, and how.
 func (c *cluster) role(tb testing.TB, args ...string) (r bus.RoleReport, err error) {
 	tb.Helper()
-	cmd, said := c.roleCommand(tb, args...)
-	out, err := cmd.Output()
-	if len(out) > 0 {
-		if err := json.Unmarshal(out, &r); err != nil {
-			tb.Fatalf("role %v wrote no JSON: %v\n%s", args, err, out)
-		}
-	}
-	if err != nil {
-		err = errors.New(strings.TrimSpace(said.String()))
-	}
+	err = reported(tb, c.roleCommand(tb, args...), &r)
 	return r, err
 }
 
-func (c *cluster) roleCommand(tb testing.TB, args ...string) (*exec.Cmd, *bytes.Buffer) {
+func (c *cluster) roleCommand(tb testing.TB, args ...string) *exec.Cmd {
 	tb.Helper()
 	path, err := binary()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	said := new(bytes.Buffer)
-	cmd := exec.Command(path, append([]string{"role", "--json", "--timeout", "2m", "--nats-url", "nats://" + c.nats}, args...)...)
-	cmd.Stderr = said
-	return cmd, said
+	return exec.Command(path, append([]string{"role", "--json", "--timeout", "2m", "--nats-url", "nats://" + c.nats}, args...)...)
 }
 
 // npuOf is one of the NPUs of the instance of a name, as status names it, the last one.
@@ -126,7 +113,9 @@ func TestRoleSwitchCutOff(t *testing.T) {
 	c.expectNPUs(t, "decoder-0 2", "decoder-1 0", "prefill-0 1")
 
 	// The command is killed while the first operation goes on, which ends by itself; the NPU is kept for the taker, then for anybody.
-	cmd, said := c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "1s")
+	var said bytes.Buffer
+	cmd := c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "1s")
+	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -139,14 +128,16 @@ func TestRoleSwitchCutOff(t *testing.T) {
 	c.expectWithin(t, hbmReserve, "the NPU is spare", func(s hbm.Stats) bool { return spares(s) == 1 })
 
 	// The taker is killed before its commit.
-	cmd, said = c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "1m")
+	said.Reset()
+	cmd = c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "1m")
+	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	c.await(t, "the NPU is about to join", func() bool { return len(c.events(t, "--kind", "scale.prepare")) > 1 }, said.String)
 	kill(t, c.pid(t, "prefill"))
 	if err := cmd.Wait(); err == nil || !strings.Contains(said.String(), "is spare") {
-		t.Errorf("the taker was killed: %v, %s", err, said)
+		t.Errorf("the taker was killed: %v, %s", err, said.String())
 	}
 	c.waitReady(t)
 	c.expectNPUs(t, "decoder-0 1", "prefill-0 1")

@@ -10,9 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
-
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/wire"
 )
@@ -66,15 +63,7 @@ func scaleUnderLoad(t *testing.T, domains string) {
 	}
 	c := start(t, "--topology", "1E1P1Dx2+4", "--threads", "1", "--domains", domains, "--config", file)
 	metrics["gateway"] = strings.TrimPrefix(c.url, "http://")
-	nc, err := nats.Connect("nats://" + c.nats)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := c.jetstream(t)
 	l := newLoad(t, c)
 	l.begin()
 	defer l.stop.Store(true)

@@ -52,20 +52,14 @@ func (f *fleet) all() int {
 }
 
 // with is the NPUs that have a role.
-func (f *fleet) with(s Stage) int {
-	n := 0
-	for roles, k := range f.npus {
-		if stages(roles)&of(s) != 0 {
-			n += k
-		}
-	}
-	return n
-}
+func (f *fleet) with(s Stage) int { return serving(f.npus[:], s) }
 
 // instances is how many serve a stage.
-func (f *fleet) instances(s Stage) int {
-	n := 0
-	for roles, k := range f.served {
+func (f *fleet) instances(s Stage) int { return serving(f.served[:], s) }
+
+// serving is the sum, of what is counted by set of roles, over those with a stage.
+func serving(count []int, s Stage) (n int) {
+	for roles, k := range count {
 		if stages(roles)&of(s) != 0 {
 			n += k
 		}
