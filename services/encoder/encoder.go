@@ -106,10 +106,7 @@ func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim, 
 	began := time.Now()
 	key := wire.JoinKey(m.Request.ID, m.Request.Attempt)
 	join, err := e.Bus.Join(ctx, key)
-	if errors.Is(err, bus.ErrNoJoin) {
-		return fmt.Errorf("join record %s is gone: %w", key, mem.ErrEnded)
-	}
-	if err != nil {
+	if err != nil { // ErrNoJoin too: most likely the request has ended, and its gateway says so when it is told that the attempt is lost
 		return err
 	}
 	if m.Part < 0 || m.Part >= len(join.Have) {
@@ -124,9 +121,6 @@ func (e *encoder) encode(ctx context.Context, m *wire.Encode, claim *hbm.Claim, 
 			return mem.ErrFenced
 		}
 		join, err = e.Bus.MarkJoin(ctx, key, m.Part, handle, hit)
-		if errors.Is(err, bus.ErrNoJoin) {
-			return fmt.Errorf("join record %s is gone: %w", key, mem.ErrEnded)
-		}
 		if err != nil {
 			return err
 		}

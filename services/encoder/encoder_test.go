@@ -285,7 +285,7 @@ func TestFaults(t *testing.T) {
 		"damaged":       {0, func(m *wire.Encode) { m.Pixels = r.Spoiled(m.Request, mem.KindPixels, data) }},
 		"freed":         {0, func(m *wire.Encode) { m.Pixels.Generation-- }},
 		"part":          {0, func(m *wire.Encode) { m.Part = 1 }},
-		"no join": {-1, func(m *wire.Encode) {
+		"no join": {0, func(m *wire.Encode) {
 			if err := r.Bus.DeleteJoin(t.Context(), wire.JoinKey(m.Request.ID, 1)); err != nil {
 				t.Fatal(err)
 			}
@@ -318,6 +318,24 @@ func TestFaults(t *testing.T) {
 		t.Errorf("%d prefill messages, %d attempts lost of %d", waiting, r.Outcomes(s, "lost"), n)
 	}
 	r.NoMemory()
+}
+
+// A message may outlive its request and the HMM that remembered the request's end: the claim makes it known to the HMM once
+// more, and who has claimed it tells the HMM that it has ended, as the gateway says.
+func TestMessageOfAnEndedRequest(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s, _ := r.encoder()
+	c := stagetest.Cases(t)[3]
+	r.gateway.Set(func() { r.gateway.Without = true })
+	req, messages := r.request(&c)
+	if err := r.Bus.DeleteJoin(t.Context(), wire.JoinKey(req.ID, 1)); err != nil {
+		t.Fatal(err)
+	}
+	r.publish(messages[0])
+	r.Until("the message is settled", func() bool { return r.Outcomes(s, "lost") == 1 })
+	r.NoRequest()
+	r.NoMemory()
+	r.Empty(stage.Encode)
 }
 
 // A stage for a model without vision says so.

@@ -131,8 +131,6 @@ func (s *Stage) tellLost(ctx context.Context, stage string, req wire.Request, er
 	} else if errors.Is(err, ErrNoRoom) || errors.Is(err, mem.ErrExhausted) {
 		m.NoRoom = true
 		s.Log.Info("no room for a request for now", "request", req.ID, "attempt", req.Attempt, "error", err)
-	} else {
-		s.Log.Warn("attempt is lost", "request", req.ID, "attempt", req.Attempt, "error", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, tellLimit)
 	defer cancel()
@@ -142,13 +140,16 @@ func (s *Stage) tellLost(ctx context.Context, stage string, req wire.Request, er
 		err := s.Bus.Ask(try, wire.SubjectLost(req.Gateway), &m, &c)
 		cancel()
 		if err == nil {
-			if c.Ended {
+			switch {
+			case c.Ended:
 				s.Over(req)
+			case !m.Final && !m.NoRoom:
+				s.Log.Warn("attempt is lost", "request", req.ID, "attempt", req.Attempt, "error", m.Why)
 			}
 			return true
 		}
 		if pause(ctx, tellWait) != nil {
-			s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "error", err)
+			s.Log.Warn("telling the gateway of a lost attempt", "request", req.ID, "lost", m.Why, "error", err)
 			return false
 		}
 	}

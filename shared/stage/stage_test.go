@@ -221,6 +221,27 @@ func TestLostIsHeard(t *testing.T) {
 	r.Empty(stage.Decode)
 }
 
+// Nobody works once more on what has ended since: a message that comes again is for a request that its gateway still has. An HMM
+// that has started since does not learn of the request by it.
+func TestEndedBeforeItComesAgain(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	var tries atomic.Int32
+	s, _ := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error {
+		if tries.Add(1) == 1 {
+			return mem.ErrFenced // it comes again, to somebody
+		}
+		r.gateway.Set(func() { r.gateway.Without = true })
+		return mem.ErrFenced
+	})
+	r.publish()
+	r.Until("it is settled", func() bool { return r.Outcomes(s, "ended") == 1 })
+	r.Empty(stage.Decode)
+	if tries.Load() != 2 {
+		t.Errorf("worked on %d times, want twice", tries.Load())
+	}
+	r.NoRequest()
+}
+
 // A stage that is told to stop waits for its handlers and hands back what they have not finished.
 func TestServeStopsInOrder(t *testing.T) {
 	r := newRig(t, stagetest.Long)

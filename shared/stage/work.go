@@ -59,12 +59,30 @@ func (s *Stage) begin(ctx context.Context, d *bus.Delivery, req wire.Request, pa
 	if s.Ended(req, choice) {
 		return nil, mem.ErrEnded
 	}
+	if d.Count > 1 && s.endedSince(ctx, req) {
+		return nil, mem.ErrEnded
+	}
 	if err := s.gateways.admit(ctx, req); err != nil {
 		return nil, err
 	}
 	return s.claim(ctx, hbm.Part{
 		Request: req.ID, Attempt: req.Attempt, Left: req.Left, Stage: d.Stage, Part: part,
 	}, d.Reply)
+}
+
+// endedSince asks the gateway of a message that comes once more whether it still has the request. Whoever had the message before may
+// have done all with it but the acknowledgement, and an HMM that has started since has not heard of the end: what is claimed or computed
+// there for the request would stay until its deadline. An answer that does not come says nothing: see admit.
+func (s *Stage) endedSince(ctx context.Context, req wire.Request) bool {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	var c wire.Confirmed
+	err := s.Bus.Ask(ctx, wire.SubjectConfirm(req.Gateway), &wire.Confirm{Instance: s.ID, Request: req.ID, Attempt: req.Attempt, Choice: -1}, &c)
+	if err != nil || !c.Ended {
+		return false
+	}
+	s.Over(req)
+	return true
 }
 
 // works is what a process has in work, so that the end of a request reaches all that is done for it.

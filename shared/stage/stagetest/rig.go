@@ -228,6 +228,12 @@ func (r *Rig) NoMemory() {
 	})
 }
 
+// NoRequest waits until the HMM knows of no request that has not ended.
+func (r *Rig) NoRequest() {
+	r.tb.Helper()
+	r.Until("no request is known", func() bool { return r.Stats().Requests == 0 })
+}
+
 // Stats asks the HMM.
 func (r *Rig) Stats() hbm.Stats {
 	r.tb.Helper()
