@@ -22,6 +22,14 @@ const (
 	EventHMMReady = "hmm.ready"        // a node's device memory can be used; what was in it before is lost
 )
 
+// Kinds of events of the scaler. Their data is in services/scaler/explain.
+const (
+	EventScalerDecision = "scaler.decision" // a change of the fleet was chosen, to be made or as advice
+	EventScalerOutcome  = "scaler.outcome"  // what became of one that was to be made
+	EventScalerPolicy   = "scaler.policy"   // another policy is in force, or one that cannot be used was refused
+	EventScalerLead     = "scaler.lead"     // of several scalers this one acts now
+)
+
 // Event is something that has happened to the system. Events are for people and for tools that explain what was done; nothing
 // that serves requests depends on one. They are sent without waiting and may be lost.
 type Event struct {

@@ -63,6 +63,7 @@ func (s *State) Decide(v *View) Decision {
 	w := s.window(v.Now, &d.Inputs,
 		s.capacity.need(v, &s.policy, arriving.plus(-1, within), has), s.capacity.need(v, &s.policy, arriving.plus(1, within), has))
 	d.Inputs.NPUs = o.now.all()
+	d.Inputs.Utilisation = o.now.utilisation(d.Inputs.needs())
 	for _, n := range v.Spare {
 		d.Inputs.Spare += len(n)
 	}
@@ -75,6 +76,7 @@ func (s *State) Decide(v *View) Decision {
 	case s.grow(&d, o, w, missed), s.shrink(&d, o, w, missed), s.rebalance(&d, o):
 		s.changed, s.last = true, v.Now
 	}
+	d.LeftOut = max(0, len(o.listed)-told)
 	return d
 }
 

@@ -52,6 +52,7 @@ type Decision struct {
 
 	Inputs       Inputs        `json:"inputs"`
 	Alternatives []Alternative `json:"alternatives,omitempty"` // the choice first, what was refused last
+	LeftOut      int           `json:"alternatives_left_out,omitempty"`
 }
 
 // Inputs is what a Decision was made from, as seen.
@@ -61,6 +62,15 @@ type Inputs struct {
 	Spare  int                 `json:"spare"`    //
 	TTFT   float64             `json:"ttft_met"` // part of requests; -1: not known
 	TPOT   float64             `json:"tpot_met"` // "
+	// Utilisation is Effect's, of the fleet as it is and Need as it is now.
+	Utilisation [Stages]float64 `json:"utilisation"`
+}
+
+func (in *Inputs) needs() (need [Stages]float64) {
+	for s := range need {
+		need[s] = in.Stages[s].Need
+	}
+	return need
 }
 
 // StageInputs is what is known of a stage.
