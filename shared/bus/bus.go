@@ -312,6 +312,7 @@ func (b *Bus) ensure(ctx context.Context) error {
 		{Name: wire.BucketJoin, Description: "which pictures of a request are encoded", MaxAge: joinTTL, Storage: jetstream.FileStorage},
 		{Name: wire.BucketInstances, Description: "heartbeats of all instances", MaxAge: b.instanceTTL, Storage: jetstream.MemoryStorage},
 		{Name: wire.BucketLayouts, Description: "NPUs and placement of experts of instances that were changed", Storage: jetstream.FileStorage},
+		{Name: wire.BucketScaler, Description: "which scaler leads, and what it has under way", Storage: jetstream.FileStorage},
 	} {
 		if err := b.ensureBucket(ctx, bucket); err != nil {
 			return fmt.Errorf("bucket %s: %w", bucket.Name, err)

@@ -21,6 +21,7 @@ const (
 const (
 	BucketJoin      = "trireme_join"      // join records by JoinKey
 	BucketInstances = "trireme_instances" // heartbeats (Instance as JSON) by InstanceKey; bucket TTL InstanceTTL
+	BucketScaler    = "trireme_scaler"    // which scaler leads, and what it has under way (services/scaler/lead)
 )
 
 // Partitions is the number of partitions of each stage's subjects; a request's partition is a hash of its id.
