@@ -15,15 +15,20 @@ const (
 	LevelMost = 9
 )
 
-// queued are the levels of instances by what a new picture or prompt would have before it, in halves of a picture or prompt:
+// queued are the levels of instances by what a new picture or prompt would have before it, in thirds of a picture or prompt:
 // each is the most that counts as this level. So few levels tell one from two, and need not tell ten from eleven.
-var queued = [LevelMost]int{0, 1, 2, 3, 4, 6, 8, 12, 20}
+var queued = [LevelMost]int{0, 1, 2, 4, 5, 8, 11, 17, 29}
 
 // LevelToCompute is the level at which an instance asks for pictures and prompts. Those that it has already go before a new one;
-// sequences that decode only make it slower, a little, and one more or less of them does not matter.
-func (l Load) LevelToCompute() int {
-	ahead := 2 * (l.Pictures + l.Prompts)
+// sequences that decode only make it slower, a little, and one more or less of them does not matter. onward says that the instance
+// does the next stage of a request, too: of idle ones it goes first, as what it makes of a picture or a prompt need not travel
+// then. While it has anything else in work, one for this stage alone that is idle goes before it.
+func (l Load) LevelToCompute(onward bool) int {
+	ahead := 3 * (l.Pictures + l.Prompts)
 	if l.Sequences > 0 {
+		ahead += 2
+	}
+	if !onward {
 		ahead++
 	}
 	for level, most := range queued {

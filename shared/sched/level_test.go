@@ -8,30 +8,33 @@ import (
 
 func TestLevels(t *testing.T) {
 	for _, x := range []struct {
-		load            sched.Load
-		compute, decode int
+		load                    sched.Load
+		onward, compute, decode int
 	}{
-		{sched.Load{}, 0, 0},
-		{sched.Load{Sequences: 1}, 1, 1},
-		{sched.Load{Sequences: 200}, 1, 8},
-		{sched.Load{Sequences: 1000}, 1, 9},
-		{sched.Load{Pictures: 1}, 2, 3},
-		{sched.Load{Prompts: 1}, 2, 3},
-		{sched.Load{Prompts: 1, Sequences: 9}, 3, 4},
-		{sched.Load{Pictures: 1, Prompts: 1}, 4, 4},
-		{sched.Load{Prompts: 3}, 5, 4},
-		{sched.Load{Prompts: 10}, 8, 6},
-		{sched.Load{Prompts: 32}, 9, 8},
+		{sched.Load{}, 0, 1, 0},
+		{sched.Load{Sequences: 1}, 2, 3, 1},
+		{sched.Load{Sequences: 200}, 2, 3, 8},
+		{sched.Load{Sequences: 1000}, 2, 3, 9},
+		{sched.Load{Pictures: 1}, 3, 3, 3},
+		{sched.Load{Prompts: 1}, 3, 3, 3},
+		{sched.Load{Prompts: 1, Sequences: 9}, 4, 5, 4},
+		{sched.Load{Pictures: 1, Prompts: 1}, 5, 5, 4},
+		{sched.Load{Prompts: 3}, 6, 6, 4},
+		{sched.Load{Prompts: 9}, 8, 8, 6},
+		{sched.Load{Prompts: 32}, 9, 9, 8},
 	} {
-		if c, d := x.load.LevelToCompute(), x.load.LevelToDecode(); c != x.compute || d != x.decode {
-			t.Errorf("%+v asks for prompts at level %d and for sequences at %d, want %d and %d", x.load, c, d, x.compute, x.decode)
+		on, c, d := x.load.LevelToCompute(true), x.load.LevelToCompute(false), x.load.LevelToDecode()
+		if on != x.onward || c != x.compute || d != x.decode {
+			t.Errorf("%+v asks for prompts at level %d, if it goes on with them itself, or %d, and for sequences at %d, want %d, %d and %d",
+				x.load, on, c, d, x.onward, x.compute, x.decode)
 		}
 	}
 	// More work never makes an instance go before one with less, whatever it asks for.
 	for _, less := range loads() {
 		for _, more := range loads() {
 			if less.Pictures <= more.Pictures && less.Prompts <= more.Prompts && less.Sequences <= more.Sequences &&
-				(less.LevelToCompute() > more.LevelToCompute() || less.LevelToDecode() > more.LevelToDecode()) {
+				(less.LevelToCompute(true) > more.LevelToCompute(true) || less.LevelToCompute(false) > more.LevelToCompute(false) ||
+					less.LevelToDecode() > more.LevelToDecode()) {
 				t.Fatalf("%+v asks after %+v", less, more)
 			}
 		}

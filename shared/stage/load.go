@@ -10,6 +10,7 @@ import (
 type load struct {
 	mu      sync.Mutex
 	work    sched.Load
+	onward  map[string]bool          // roles whose results the process goes on with itself
 	held    map[string]bool          // see Stage.Hold
 	shut    bool                     // nothing is taken, see Stage.handOver
 	room    map[string]int           // messages of a role in work at once, at most
@@ -75,7 +76,7 @@ func (l *load) level(role string) int {
 	if role == Decode {
 		return l.work.LevelToDecode()
 	}
-	return l.work.LevelToCompute()
+	return l.work.LevelToCompute(l.onward[role])
 }
 
 // waits reports whether a role does not ask: it has something and wants no more, or has no room.

@@ -3,6 +3,7 @@ package stage_test
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -25,12 +26,16 @@ func newTakers(t *testing.T) *takers {
 	return &takers{rig: newRig(t, stagetest.Long), taken: map[string]int{}, goOn: map[string]chan struct{}{}}
 }
 
-// start starts a stage that has the role.
-func (k *takers) start(name string, r stage.Role) (*stage.Stage, func()) {
+// start starts a stage that has the roles.
+func (k *takers) start(name string, roles ...stage.Role) (*stage.Stage, func()) {
 	goOn := make(chan struct{})
 	k.goOn[name] = goOn
-	return k.Open(r.Name, func(ctx context.Context, s *stage.Stage) error {
-		r.Start = func(s *stage.Stage) (stage.Worker, error) {
+	var names []string
+	for _, r := range roles {
+		names = append(names, r.Name)
+	}
+	return k.Open(strings.Join(names, "+"), func(ctx context.Context, s *stage.Stage) error {
+		start := func(s *stage.Stage) (stage.Worker, error) {
 			return worker(func(ctx context.Context, d *bus.Delivery) {
 				var m wire.Prefill // on all queues here
 				if err := wire.Unmarshal(d.Data, &m); err != nil {
@@ -49,8 +54,20 @@ func (k *takers) start(name string, r stage.Role) (*stage.Stage, func()) {
 				})
 			}), nil
 		}
-		return s.Serve(ctx, r)
+		for i := range roles {
+			roles[i].Start = start
+		}
+		return s.Serve(ctx, roles...)
 	})
+}
+
+func (k *takers) all() (n int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, taken := range k.taken {
+		n += taken
+	}
+	return n
 }
 
 func (k *takers) of(name string) int {
@@ -68,10 +85,10 @@ func (k *takers) publish(queue string, n int) {
 			i := slices.IndexFunc(all, func(q bus.Queue) bool { return q.Stage == queue })
 			return err == nil && all[i].Waiting >= len(k.goOn)
 		})
-		before := k.of("a") + k.of("b")
+		before := k.all()
 		req := k.Request(k.gateway.ID)
 		k.Publish(queue, req.ID, &wire.Prefill{Request: req})
-		k.Until("it is taken", func() bool { return k.of("a")+k.of("b") == before+1 })
+		k.Until("it is taken", func() bool { return k.all() == before+1 })
 	}
 }
 
@@ -96,6 +113,31 @@ func TestIdleTakesFirst(t *testing.T) {
 		t.Errorf("%d of 24 prompts went to an instance that was busy while another one was idle", a)
 	}
 	close(k.goOn["a"])
+}
+
+// Of idle instances the one that does the next stage, too, is given a picture or a prompt: nothing has to travel. When it has anything
+// in work, one for the stage alone is.
+func TestOnwardTakesFirst(t *testing.T) {
+	for _, queue := range []string{stage.Encode, stage.Prefill} {
+		k := newTakers(t)
+		role := func(name string) stage.Role { return stage.Role{Name: name, Slots: 2} }
+		_, stopA := k.start("alone", role(queue))
+		_, stopB := k.start("whole", role(stage.Encode), role(stage.Prefill), role(stage.Decode))
+		k.publish(queue, 1)
+		if k.of("whole") != 1 {
+			t.Errorf("a message for %s went to an instance that does nothing else with it", queue)
+		}
+		k.publish(queue, 1)
+		if k.of("alone") != 1 {
+			t.Errorf("the second message for %s went to the busy one", queue)
+		}
+		for _, c := range k.goOn {
+			close(c)
+		}
+		k.Empty(queue)
+		stopA()
+		stopB()
+	}
 }
 
 // A role that is held takes nothing beside what it has, however much room there is, and goes on when it is held no more.

@@ -279,6 +279,7 @@ func (s *Stage) Serve(ctx context.Context, roles ...Role) error {
 		names[i] = r.Name
 	}
 	s.workers, s.roles = workers, roles
+	s.load.onward = map[string]bool{Encode: slices.Contains(names, Prefill), Prefill: slices.Contains(names, Decode)}
 	if !slices.Equal(names, wire.Roles(s.Role)) {
 		panic(fmt.Sprintf("BUG: a stage opened as %s serves as %v", s.Role, names))
 	}
