@@ -3,6 +3,7 @@ package stagetest
 import (
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kernel"
@@ -92,9 +93,16 @@ func newHolder(c kernel.Compute, text string) (*holder, error) {
 // layer is where steps are held: in the attention of a layer that is neither the first nor the last.
 const layer = 1
 
+// smallStep is how much longer steps are that have too few sequences.
+const smallStep = 20 * time.Millisecond
+
 // Attention implements kernel.Compute.
 func (h *holder) Attention(l int, shape kernel.AttnShape, out, q []float32, seqs []kernel.Seq) {
-	if h.at.Piece == 0 && l == layer && len(seqs) >= h.at.Seqs {
+	switch {
+	case h.at.Piece > 0 || l != layer:
+	case len(seqs) < h.at.Seqs: // who is there must not be done before the others have come, on however few cores
+		time.Sleep(smallStep)
+	default:
 		if h.steps++; h.steps > h.at.After {
 			h.hold()
 		}
