@@ -76,3 +76,28 @@ func TestKillerIsQuarantined(t *testing.T) {
 		}
 	}
 }
+
+// A prefill that is killed in the middle of a chunk leaves the prompt a strike if nobody's chunks had got further than before, and
+// none, and takes back those that there were, if they had. The next process begins the prompt again, and gets what it is without deaths.
+func TestKilledInTheMiddleOfAChunk(t *testing.T) {
+	t.Setenv(childRows, "64")
+	r := newRig(t, stagetest.Long)
+	spec := r.Model.Greedy(slices.Repeat(stagetest.Cases(t)[1].Input, 20), 5) // nine chunks
+	m := r.start(spec)
+	part := hbm.Part{Request: m.Request.ID, Attempt: 1, Stage: stage.Prefill}
+	for round, x := range []struct{ chunks, strikes int }{{3, 0}, {0, 1}, {3, 2}, {5, 0}, {5, 1}} {
+		r.KillInTheMiddle(stage.Prefill, 1, stagetest.Middle{Seqs: 1, After: x.chunks})
+		if got := r.Left(stage.Prefill, part)[0].Strikes(); got != x.strikes {
+			t.Errorf("round %d: killed behind %d chunks: %d strikes, want %d", round, x.chunks, got, x.strikes)
+		}
+	}
+	r.prefill(prefill.Config{})
+	r.Empty(stage.Prefill)
+	for _, d := range r.decodes(1) {
+		if id, want := r.token(r.open(d).log, 0), r.Model.Answer(spec, 0).IDs[0]; id != want {
+			t.Errorf("the answer begins with %d, without deaths with %d", id, want)
+		}
+	}
+	r.gateway.NothingLost()
+	r.Done(m.Request.ID, -1)
+}
