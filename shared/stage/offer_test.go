@@ -216,6 +216,49 @@ func TestOffersWithoutAnAnswer(t *testing.T) {
 	}
 }
 
+// If whoever accepts claims only when the taker has waited in vain, and has looked for a claim too early, both work: the taker is fenced,
+// and leaves the message to the other one, which settles it.
+func TestBothClaim(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	offers := make(chan wire.Offer, 1)
+	sub, err := r.Bus.Handle(wire.SubjectOffer("other"), func(data []byte, _ func(any) error) {
+		var o wire.Offer
+		if err := wire.Unmarshal(data, &o); err != nil {
+			t.Error(err)
+		}
+		offers <- o
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Unsubscribe() //nolint:errcheck // it ends with the connection
+	w := &trader{to: "other", begun: make(chan struct{})}
+	s, stop := r.trade(2, w)
+	defer stop()
+	req := r.publish()
+	o := <-offers
+	r.Until("the taker has claimed it", func() bool { return r.Stats().Claims == 1 })
+	claim, err := r.HBM.Claim(t.Context(), part(req), o.Reply)
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(w.begun)
+	r.Until("the taker leaves it", func() bool { return r.Outcomes(s, "taken over") == 1 })
+	if _, taken := r.Queue(stage.Decode); taken != 1 || !claim.Held() {
+		t.Errorf("%d messages in work, the claim of the one who accepted is held: %v", taken, claim.Held())
+	}
+	if err := r.HBM.Unclaim(t.Context(), claim); err != nil {
+		t.Error(err)
+	}
+	if err := r.Bus.Adopt(stage.Decode, o.Data, o.Reply).Ack(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.Empty(stage.Decode)
+	r.gateway.NothingLost()
+	r.Done(req.ID, -1)
+	r.NoMemory()
+}
+
 // An offer that is read late is refused: whoever has made it works by now.
 func TestOldOffersAreRefused(t *testing.T) {
 	r := newRig(t, stagetest.Long)
