@@ -84,8 +84,12 @@ func (l *lease) next(op *Operation, raise bool, above uint64) record {
 // stored takes note of a write of this process that stands as revision; sent is from before it was first tried.
 func (l *lease) stored(sent time.Duration, rec record, revision uint64) {
 	l.read, l.rec, l.revision, l.since = true, rec, revision, sent
-	l.until = max(l.until, sent+l.length-l.length/8)
 	l.fence = max(l.fence, rec.Fence)
+	if rec.Leader != l.me {
+		l.lost() // given up in order
+		return
+	}
+	l.until = max(l.until, sent+l.length-l.length/8)
 }
 
 // conflicted takes note of what stands where a write of this process was refused, and says what that means: the write itself has been
