@@ -88,8 +88,8 @@ func (t *Term) Raise(ctx context.Context, above uint64) error {
 }
 
 // write has the leader write, and ends the term when it cannot.
-func (t *Term) write(ctx context.Context, what string, make func(*lease) record) error {
-	err := t.leader.write(ctx, t, make)
+func (t *Term) write(ctx context.Context, what string, next func(*lease) record) error {
+	err := t.leader.write(ctx, t, next)
 	if err != nil {
 		err = fmt.Errorf("%s in the scalers' record: %w", what, err)
 	}
@@ -245,14 +245,14 @@ func (h *leader) try(ctx context.Context, sent time.Duration, rec record) error 
 }
 
 // write writes a record of a term, trying until it is stored, ctx ends, or the term does.
-func (h *leader) write(ctx context.Context, t *Term, make func(*lease) record) error {
+func (h *leader) write(ctx context.Context, t *Term, next func(*lease) record) error {
 	select {
 	case <-h.mu:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	defer func() { h.mu <- struct{}{} }()
-	sent, rec := h.now(), make(&h.lease)
+	sent, rec := h.now(), next(&h.lease)
 	for {
 		if h.term != t || !h.lease.acts(h.now()) {
 			return ErrDeposed
@@ -266,7 +266,7 @@ func (h *leader) write(ctx context.Context, t *Term, make func(*lease) record) e
 		case errors.Is(err, ErrDeposed):
 			return err
 		case errors.Is(err, errAgain):
-			sent, rec = h.now(), make(&h.lease)
+			sent, rec = h.now(), next(&h.lease)
 			continue
 		}
 		select {
