@@ -94,7 +94,7 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	}
 	j.rope, j.delta = engine.Positions(prompt, grids, p.Model.Vision)
 
-	err = p.Seat(-1, kv.Slabs(len(prompt))+j.spec.Choices-1, func(seat *stage.Seat) error {
+	err = p.Seat(p.near(ctx, j.spec, mm), kv.Slabs(len(prompt))+j.spec.Choices-1, func(seat *stage.Seat) error {
 		p.Free(ctx, append(j.mm, j.memory...)...) // there was no room on the NPU before
 		j.mm, j.memory, j.visual, j.seat = nil, nil, nil, seat
 		return p.room(ctx, j, mm, spans)

@@ -80,6 +80,62 @@ func (n *needs) at(node string, blocks int) time.Duration {
 
 func (n *needs) left(blocks int) int { return n.tokens - blocks*model.BlockTokens }
 
+// needs is what a prompt could begin with; blocks are not known yet, and keys are those of the blocks that may be cached.
+func (p *prefill) needs(spec *wire.Spec, mm []mem.Handle) (n *needs, keys []hbm.Key) {
+	keys = p.BlockKeys(spec, spec.Prompt)
+	keys = keys[:min(len(keys), stage.Reusable(spec))]
+	n = &needs{prefill: p, tokens: len(spec.Prompt)}
+	for i, h := range mm {
+		if h.Kind != 0 {
+			pic := &spec.Pictures[i]
+			n.mm, n.ends = append(n.mm, h), append(n.ends, pic.Offset+p.Tokens(pic.Grid))
+		}
+	}
+	return n, keys
+}
+
+// most is how many bytes would have to be copied if all of it were cached in one place, elsewhere.
+func (n *needs) most(keys int) int64 {
+	bytes := int64(keys) * n.BlockBytes()
+	for _, h := range n.mm {
+		bytes += h.Bytes
+	}
+	return bytes
+}
+
+// near is the NPU of the instance, by its number, where a prompt has to wait least for copies, if that is worth looking for and no other
+// NPU has less in work; -1: none. That way a beginning that many prompts have comes to several NPUs when one is not enough.
+func (p *prefill) near(ctx context.Context, spec *wire.Spec, mm []mem.Handle) int {
+	if !p.Travels() || len(p.NPUs()) < 2 {
+		return -1
+	}
+	n, keys := p.needs(spec, mm)
+	if p.CopyTime(n.most(len(keys))) < p.Routing().Least {
+		return -1
+	}
+	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, n.mm...)
+	if err != nil {
+		return -1
+	}
+	n.blocks = at.Blocks
+	npu, least, most := -1, sched.Never, time.Duration(0)
+	for i := range at.Sites {
+		site := &at.Sites[i]
+		if site.Instance != p.ID {
+			continue
+		}
+		r := n.on(site)
+		if r < least {
+			npu, least = site.NPU, r
+		}
+		most = max(most, r)
+	}
+	if npu < 0 || most-least < p.Routing().Least || !p.Idlest(npu) {
+		return -1
+	}
+	return npu
+}
+
 // offered offers a prompt to an instance that has its cached beginning, or its MM objects, in its memory domain or on its node, if
 // that is worth the wait there, and reports whether that one has taken it. What is wrong with the message, whoever works on it will
 // say.
@@ -94,18 +150,8 @@ func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill)
 	if err != nil || len(m.MM) != len(spec.Pictures) {
 		return false
 	}
-	keys := p.BlockKeys(spec, spec.Prompt)
-	keys = keys[:min(len(keys), stage.Reusable(spec))]
-	n := &needs{prefill: p, tokens: len(spec.Prompt)}
-	most := int64(len(keys)) * p.BlockBytes()
-	for i, h := range m.MM {
-		if h.Kind != 0 {
-			pic := &spec.Pictures[i]
-			n.mm, n.ends = append(n.mm, h), append(n.ends, pic.Offset+p.Tokens(pic.Grid))
-			most += h.Bytes
-		}
-	}
-	if p.CopyTime(most) < p.Routing().Least && p.pace.at(n.tokens) < askLeast {
+	n, keys := p.needs(spec, m.MM)
+	if p.CopyTime(n.most(len(keys))) < p.Routing().Least && p.pace.at(n.tokens) < askLeast {
 		return false
 	}
 	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, n.mm...)

@@ -108,6 +108,70 @@ func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
 	r.gateway.NothingLost()
 }
 
+// Of an instance's own NPUs the one that has a prompt's beginning computes the rest, while it has no more in work than another one:
+// then the beginning is copied there.
+func TestPromptsGoToTheNPUOfTheirBeginning(t *testing.T) {
+	r := apart(t)
+	r.Stage.NPUs = 2
+	s, meter := r.metered(prefill.Config{})
+	on := func(m *wire.Decode) int { return int(m.Log.NPU) }
+	npus := []int{s.NPUs()[0].Number, s.NPUs()[1].Number}
+	salted := func(salt string, i int) *wire.Spec {
+		spec := r.ending(i)
+		spec.Salt = salt
+		return spec
+	}
+	r.compute(r.ending(0))
+	// Two that come at once are computed one on each; what began on the second NPU goes on there.
+	meter.Hold(meter.Begun())
+	first := r.start(salted("a", 0))
+	meter.Await()
+	second := r.start(salted("b", 0))
+	r.Until("the second has a place", func() bool { return s.Held(1).Seqs == 1 })
+	meter.Release()
+	d := r.decodes(2)
+	if a, b := on(d[first.Request.ID+"/0"]), on(d[second.Request.ID+"/0"]); a != npus[0] || b != npus[1] {
+		t.Fatalf("prompts were computed on the NPUs %d and %d, want %v", a, b, npus)
+	}
+	r.Done(first.Request.ID, -1)
+	r.Done(second.Request.ID, -1)
+	slow(s)
+	before := r.Copied(s, stage.Prefill)
+	free := func() {
+		t.Helper()
+		r.Until("places are free", func() bool { return s.Held(0).Seqs+s.Held(1).Seqs == 0 })
+	}
+	for i := range 3 {
+		free()
+		m := r.start(salted("b", i+1))
+		d := r.decodes(1)[m.Request.ID+"/0"]
+		if got, want := r.token(r.open(d).log, 0), r.Model.Answer(salted("b", i+1), 0).IDs[0]; got != want {
+			t.Errorf("first token %d, want %d", got, want)
+		}
+		if on(d) != npus[1] {
+			t.Errorf("computed on NPU %d, its beginning is on %d", on(d), npus[1])
+		}
+		r.Done(m.Request.ID, -1)
+	}
+	if n := r.Copied(s, stage.Prefill) - before; n != 0 {
+		t.Errorf("%d bytes were copied", n)
+	}
+	free()
+	// Of two at once whose beginning is on the first NPU the second comes to the other NPU.
+	meter.Hold(meter.Begun())
+	first = r.start(salted("a", 5))
+	meter.Await()
+	second = r.start(salted("a", 6))
+	r.Until("the second has a place", func() bool { return s.Held(1).Seqs == 1 })
+	meter.Release()
+	d = r.decodes(2)
+	if a, b := on(d[first.Request.ID+"/0"]), on(d[second.Request.ID+"/0"]); a != npus[0] || b != npus[1] {
+		t.Errorf("prompts were computed on the NPUs %d and %d, want %v", a, b, npus)
+	}
+	r.Empty(stage.Prefill)
+	r.gateway.NothingLost()
+}
+
 // elsewhere starts the HMM of another node, which serves none: stages that are opened from now on are there.
 func (r *rig) elsewhere() {
 	r.Helper()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -234,6 +235,22 @@ func (s *Stage) Held(slot int) sched.Held {
 		return sched.Held{}
 	}
 	return s.seats.held[slot]
+}
+
+// Idlest reports whether no NPU that takes new work has fewer sequences than the one with a number on the node, which takes some, too.
+func (s *Stage) Idlest(number int) bool {
+	s.seats.mu.Lock()
+	defer s.seats.mu.Unlock()
+	npus := s.NPUs()
+	has, fewest := -1, math.MaxInt
+	for npu := range s.seats.open.All() {
+		seqs := s.seats.held[npu].Seqs
+		fewest = min(fewest, seqs)
+		if npus[npu].Number == number {
+			has = seqs
+		}
+	}
+	return has >= 0 && has == fewest
 }
 
 // Seat is a sequence's, or a picture's, place on one of the NPUs.
