@@ -84,7 +84,7 @@ func (b *Bus) changeEnded(ctx context.Context, r *wire.ChangeReport) (*wire.Chan
 		case err == nil && l.Awaits(r.ID): // until the successor has come
 		case err == nil || errors.Is(err, ErrNoLayout):
 			r.State, r.Why = "aborted", gone
-			return r, fmt.Errorf("%s of %s %w: it is gone", r.Kind, r.Instance, ErrGivenUp)
+			return r, fmt.Errorf("%s of %s %w: the instance is gone; once `trireme status` shows it again, or another one, ask again", r.Kind, r.Instance, ErrGivenUp)
 		case ctx.Err() == nil:
 			return r, err
 		}
@@ -118,7 +118,7 @@ func Meant(all []wire.Instance, who, which string) (*wire.Instance, error) {
 	case len(found) == 1:
 		return &found[0], nil
 	case len(found) == 0:
-		return nil, fmt.Errorf("%w: %s; `trireme status` shows those that run", ErrNoInstance, strings.TrimSpace(who+" "+which))
+		return nil, fmt.Errorf("%w: %s; `trireme status` shows those that run; one that is just starting, or NATS with it, is there in a moment", ErrNoInstance, strings.TrimSpace(who+" "+which))
 	}
 	return nil, fmt.Errorf("%w: %d instances are a %s, say which: %s", ErrNoInstance, len(found), who, strings.Join(names, ", "))
 }
