@@ -38,7 +38,7 @@ type Compare struct {
 	Send       time.Duration `help:"Time that each run sends for; by default what --time allows." placeholder:"DURATION"`
 	Goodput    []string      `help:"Bounds of a good request in milliseconds; by default twice what the profile says for a request alone, and a little for the rest." placeholder:"ttft:MS,tpot:MS"`
 	JSON       bool          `name:"json" help:"Write one JSON object instead of tables."`
-	CSV        string        `name:"csv" help:"Write all runs to a file besides." placeholder:"FILE" type:"path"`
+	CSV        string        `name:"csv" help:"Write all runs to a file besides, after each topology." placeholder:"FILE" type:"path"`
 	Plot       string        `help:"Draw attainment against rate, a file for each workload; the ending is .svg or .png." placeholder:"FILE" type:"path"`
 }
 
@@ -113,6 +113,9 @@ func (c *Compare) Run(e Env) error {
 		}
 		for _, t := range topologies {
 			k, err := c.fleet(e, s, t, repeat, next)
+			if c.CSV != "" && len(s.Runs) > 0 { // after each topology: it takes long, and may be stopped
+				err = errors.Join(err, s.WriteCSV(c.CSV))
+			}
 			if err != nil {
 				return fmt.Errorf("%s: %w", t, err)
 			}
@@ -342,9 +345,6 @@ func (c *Compare) report(e Env, s *comparison, kept float64) error {
 		r.Rates[w.Pictures] = s.Capacities(i)
 	}
 	var errs []error
-	if c.CSV != "" {
-		errs = append(errs, s.WriteCSV(c.CSV))
-	}
 	if c.Plot != "" {
 		ext := filepath.Ext(c.Plot)
 		for i, w := range s.Workloads {
