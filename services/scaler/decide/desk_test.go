@@ -96,7 +96,7 @@ func TestAutoDecidesAndMeasures(t *testing.T) {
 			t.Fatalf("a steady load that is borne: %+v", turn.Events)
 		}
 	}
-	f.load = 20 // 2000 tokens a second, of which an NPU is to do 700
+	f.load = 10 // 1000 tokens a second, of which an NPU is to do 700
 	turn := until(t, d, f, able)
 	told := read[explain.Decision](t, turn.Events[0], wire.EventScalerDecision)
 	if c := told.Decision.Change; turn.Do != told.ID || c.Action != autoscale.Widen || c.Instance != "P" || told.Advice != "" {
