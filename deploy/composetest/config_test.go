@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"gopkg.in/yaml.v3"
+
+	"trireme.dev/shared/sched/autoscale"
 )
 
 // service is a part of an entry of compose.yaml.
@@ -92,5 +94,16 @@ func TestEveryServiceIsScraped(t *testing.T) {
 		if want := strings.HasPrefix(s.Image, "trireme:"); scraped[name] != want {
 			t.Errorf("%s: scraped %v, want %v", name, scraped[name], want)
 		}
+	}
+}
+
+// The policy that the scaler's container gets can be used.
+func TestScalerPolicy(t *testing.T) {
+	data, err := os.ReadFile(root + "/deploy/scaler/scaler.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := autoscale.Parse(data); err != nil {
+		t.Error(err)
 	}
 }

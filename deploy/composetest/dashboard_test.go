@@ -23,7 +23,7 @@ func TestDashboardAsksForMetricsThatExist(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Names are written in two parts: a prefix for all of a service, and the rest.
-	prefixes := []string{"trireme_hmm_", "trireme_stage_", "trireme_"}
+	prefixes := []string{"trireme_hmm_", "trireme_stage_", "trireme_scaler_", "trireme_"}
 	asked := map[string]bool{}
 	for _, e := range expressions(t) {
 		for _, name := range regexp.MustCompile(`trireme_[a-z0-9_]+`).FindAllString(e, -1) {

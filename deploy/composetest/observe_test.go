@@ -17,7 +17,7 @@ func (s *stack) observed(t *testing.T) {
 	s.compose(t, "--profile", "observe", "up", "-d", "--no-build", "--no-recreate", "--no-deps", "prometheus")
 	await(t, "Prometheus finds all containers", time.Minute, func() bool {
 		up := s.targetsUp(t)
-		return up["gateway"] == 1 && up["encoder"] == 2 && up["prefill"] == 1 && up["decoder"] == 1 && up["hmm"] == 1
+		return up["gateway"] == 1 && up["encoder"] == 2 && up["prefill"] == 1 && up["decoder"] == 1 && up["hmm"] == 1 && up["scaler"] == 1
 	})
 	l := s.start(t, 4)
 	asked := 0

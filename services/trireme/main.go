@@ -19,6 +19,8 @@ import (
 	"github.com/alecthomas/kong"
 
 	"trireme.dev/services/hmm"
+	"trireme.dev/services/scaler/explain"
+	"trireme.dev/services/scaler/record"
 	"trireme.dev/services/trireme/benchcmd"
 	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/bus"
@@ -54,7 +56,7 @@ type cli struct {
 	Scale     scaleCmd     `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
 	Role      roleCmd      `cmd:"" help:"Have an NPU go over to an instance of another role." group:"Use"`
 	Rebalance rebalanceCmd `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
-	Scaler    scalerCmd    `cmd:"" help:"Check what decides about NPUs by itself." group:"Use"`
+	Explain   explainCmd   `cmd:"" help:"Say why the scaler has decided something, and what came of it." group:"Use"`
 	Model     modelCmd     `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
 	Bench     benchCmd     `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 
@@ -65,6 +67,8 @@ type cli struct {
 	Stage   stageCmd   `cmd:"" help:"Run an instance with several of these roles on one NPU." group:"Services"`
 	Hmm     hmmCmd     `cmd:"" help:"Run the HBM daemon of a node, which owns its device memory." group:"Services"`
 
+	Scaler scalerCmd `cmd:"" help:"Run what decides about NPUs by itself, or look into it: run, status, check, replay." group:"Services"`
+
 	Healthcheck healthcheckCmd `cmd:"" help:"Exit with 0 if a URL answers 200: for containers, which have no curl." group:"Use"`
 	Version     versionCmd     `cmd:"" help:"Print the version." group:"Use"`
 }
@@ -72,10 +76,6 @@ type cli struct {
 type modelCmd struct {
 	Verify   modelcmd.Verify   `cmd:"" help:"Run reference cases through the engine and compare."`
 	Tokenize modelcmd.Tokenize `cmd:"" help:"Token ids of JSON strings, one a line."`
-}
-
-type scalerCmd struct {
-	Check scalerCheckCmd `cmd:"" help:"Say what a policy file of the scaler means, or what is wrong with it."`
 }
 
 type benchCmd struct {
@@ -213,7 +213,7 @@ func report(w io.Writer, command string, err error) int {
 	command, _, _ = strings.Cut(command, " <")
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)
 	for _, e := range []error{
-		errUsage, benchcmd.ErrUsage, bus.ErrNoInstance, conf.ErrNPUs, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
+		errUsage, benchcmd.ErrUsage, bus.ErrNoInstance, explain.ErrUnknown, record.ErrRecord, conf.ErrNPUs, hf.ErrUnsupported, hf.ErrConfig, hf.ErrDamaged, hf.ErrMissing, hf.ErrDType, conf.ErrTopology,
 		pace.ErrProfile, autoscale.ErrPolicy,
 	} {
 		if errors.Is(err, e) {

@@ -3,9 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"os"
-
-	"trireme.dev/shared/sched/autoscale"
 )
 
 // scalerCheckCmd says what a policy file means, or what is wrong with it.
@@ -27,13 +24,9 @@ Examples:
 
 // Run checks and prints.
 func (c *scalerCheckCmd) Run(e *env) error {
-	data, err := os.ReadFile(c.File)
+	p, err := readPolicy(c.File)
 	if err != nil {
-		return fmt.Errorf("%wreading the policy: %w", errUsage, err)
-	}
-	p, err := autoscale.Parse(data)
-	if err != nil {
-		return fmt.Errorf("%s: %w", c.File, err)
+		return err
 	}
 	if c.JSON {
 		return json.NewEncoder(e.out).Encode(p)

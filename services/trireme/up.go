@@ -57,6 +57,7 @@ type upCmd struct {
 	cacheFlags
 	orderFlags
 	weightsFlags
+	scalerFlags
 
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 	Grace          time.Duration `help:"Time for open requests to end after Ctrl-C or SIGTERM." default:"5s"`
@@ -74,6 +75,7 @@ func (upCmd) Help() string {
   trireme up --topology 5E2P1D --pace epd-minicpm-a100
                                                       eight NPUs, each as slow as an A100 with another model
   trireme up --slo ttft:2s,tpot:100ms --late refuse   429 for what would come later than that
+  trireme up --topology 1E1P1D+3 --scaler auto        stages get spare NPUs, and one another's, as the load wants it
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
@@ -90,6 +92,9 @@ func (c *upCmd) Run(e *env) error {
 		return err
 	}
 	if err := c.apply(&gateway.Config{}); err != nil { // or the gateway would say it again and again
+		return err
+	}
+	if err := c.scalerFlags.check(); err != nil {
 		return err
 	}
 	unlock, err := lockData(c.Data)
@@ -360,6 +365,7 @@ func (c *upCmd) startNATS(e *env) (*embedded.Server, error) {
 // children are the processes of a plan.
 type children struct {
 	gateway, hmm supervise.Child
+	scaler       *supervise.Child                                // nil: there is none
 	stage        func(g conf.Group, name string) supervise.Child // one of a group
 }
 
@@ -413,7 +419,10 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	if c.WeightsMemory != 0 {
 		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
 	}
-	return children{gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage}
+	return children{
+		gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage,
+		scaler: c.scaler(p.natsURL, child),
+	}
 }
 
 // serve runs the children until the context ends.
@@ -437,6 +446,9 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	stages := &replicas{make: all.stage, must: p.must, supervisor: s, named: map[string]int{}, out: e.err}
 	stages.begin(p.topology)
 	s.Start(all.gateway)
+	if all.scaler != nil {
+		s.Start(*all.scaler)
+	}
 	leave, err := stages.serve(ctx, p.natsURL, nodeName())
 	if err != nil {
 		return errors.Join(err, c.stop(e.err, s, stages.names()))
@@ -467,13 +479,16 @@ func failure(ctx, user context.Context) error {
 	return context.Cause(ctx)
 }
 
-// stop ends the processes layer by layer, gateway first.
+// stop ends the processes layer by layer: who changes them first, then the gateway.
 func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, stages []string) error {
 	var errs []error
 	for _, layer := range []struct {
 		names []string
 		grace time.Duration
-	}{{[]string{"gateway"}, stopGrace + c.Grace}, {stages, stopGrace}, {[]string{"hmm"}, stopGrace}} {
+	}{{c.scalerNames(), stopGrace}, {[]string{"gateway"}, stopGrace + c.Grace}, {stages, stopGrace}, {[]string{"hmm"}, stopGrace}} {
+		if len(layer.names) == 0 {
+			continue
+		}
 		fmt.Fprintf(w, "stopping  %s\n", strings.Join(layer.names, ", "))
 		errs = append(errs, s.Stop(layer.grace, layer.names...))
 	}

@@ -34,6 +34,8 @@ const (
 	SubjectHMM  = "trireme.hmm.stats"    // request/reply, every HMM answers with hbm stats as JSON
 
 	SubjectReach = "trireme.hmm.reach" // Reach, every HMM answers with Reached
+
+	SubjectScaler = "trireme.scaler.status" // request/reply, every scaler answers with its status as JSON (services/scaler/explain)
 )
 
 // StageSubject is the work subject of a stage ("encode", "prefill", "decode") for a request: trireme.encode.p07.

@@ -97,27 +97,10 @@ func (b *writer) line(format string, args ...any) {
 func (b *writer) decision(s *Story, d *Decision) {
 	in := &d.Decision.Inputs
 	b.line("Decision %s, event %d, %s, by %s in mode %s", d.ID, s.Sequence, s.Time.Local().Format("2006-01-02 15:04:05"), d.Scaler, d.Mode)
-	b.line("\nWhat was seen: %d NPUs with instances, %d spare; %s of requests met the target of TTFT lately, %s that of TPOT.", in.NPUs, in.Spare,
-		share(in.TTFT), share(in.TPOT))
-	t := b.table("STAGE\tNPUS\tNEED\tASKED OF IT\tBUSY\tARRIVES\tAN NPU DOES\tWAITS")
-	units := [autoscale.Stages]string{"visual tokens/s", "prompt tokens/s", "tokens/s"}
-	waits := [autoscale.Stages]string{"visual tokens", "prompt tokens", "sequences"}
-	for _, k := range stages {
-		x := &in.Stages[k]
-		does, need := "not known", "not known"
-		if x.Capacity > 0 {
-			does = fmt.Sprintf("%.4g", x.Capacity)
-		}
-		if !x.Unknown {
-			need = fmt.Sprintf("%.2f", x.Need)
-		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*d.Before.Busy[k], x.Demand, units[k],
-			does, x.Backlog, waits[k])
-	}
-	t.Flush() //nolint:errcheck // into memory
-
+	b.line("")
+	b.seen(in, &d.Before)
 	b.line("\nWhat was thought about, the best first (of less score), what cannot be last:")
-	t = b.table("SCORE\tCHANGE\tASKED OF STAGES THEN\tNPUS\tTAKES\tREFUSED BECAUSE")
+	t := b.table("SCORE\tCHANGE\tASKED OF STAGES THEN\tNPUS\tTAKES\tREFUSED BECAUSE")
 	for i := range d.Decision.Alternatives {
 		a := &d.Decision.Alternatives[i]
 		fmt.Fprintf(t, "%.3g\t%s\t%s\t%d\t%v\t%s\n", a.Score, a.Change.Sentence(), utilisations(a.Effect.Utilisation), a.Effect.NPUs,
@@ -131,6 +114,28 @@ func (b *writer) decision(s *Story, d *Decision) {
 	if d.Advice != "" {
 		b.line("It is advice. To do it: %s", d.Advice)
 	}
+}
+
+// seen is what a decision was made from.
+func (b *writer) seen(in *autoscale.Inputs, m *Measured) {
+	b.line("What was seen: %d NPUs with instances, %d spare; %s of requests met the target of TTFT lately, %s that of TPOT.", in.NPUs, in.Spare,
+		share(in.TTFT), share(in.TPOT))
+	t := b.table("STAGE\tNPUS\tNEED\tASKED OF IT\tBUSY\tARRIVES\tAN NPU DOES\tWAITS")
+	units := [autoscale.Stages]string{"visual tokens/s", "prompt tokens/s", "tokens/s"}
+	waits := [autoscale.Stages]string{"visual tokens", "prompt tokens", "sequences"}
+	for _, k := range stages {
+		x := &in.Stages[k]
+		does, need := "not known", "not known"
+		if x.Capacity > 0 {
+			does = fmt.Sprintf("%.4g", x.Capacity)
+		}
+		if !x.Unknown {
+			need = fmt.Sprintf("%.2f", x.Need)
+		}
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], x.Demand, units[k],
+			does, x.Backlog, waits[k])
+	}
+	t.Flush() //nolint:errcheck // into memory
 }
 
 func (b *writer) table(head string) *tabwriter.Writer {

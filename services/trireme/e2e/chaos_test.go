@@ -90,11 +90,17 @@ func disturbed(tb testing.TB, i int) openai.ChatCompletionNewParams {
 // newLoad asks everything once, undisturbed.
 func newLoad(tb testing.TB, c *cluster) *load {
 	tb.Helper()
+	return newLoadOf(tb, c, disturbed)
+}
+
+// newLoadOf is newLoad with the requests of the clients.
+func newLoadOf(tb testing.TB, c *cluster, ask func(tb testing.TB, client int) openai.ChatCompletionNewParams) *load {
+	tb.Helper()
 	l := &load{c: c, want: make([]streamed, clients)}
 	errs := make([]error, clients)
 	var wg sync.WaitGroup
 	for i := range clients {
-		l.ask = append(l.ask, disturbed(tb, i))
+		l.ask = append(l.ask, ask(tb, i))
 		wg.Go(func() { l.want[i], errs[i] = c.stream(context.Background(), l.ask[i], nil) })
 	}
 	wg.Wait()
