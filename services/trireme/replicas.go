@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ type replicas struct {
 	supervisor *supervise.Supervisor
 	groups     []replicaGroup
 	named      map[string]int // instances so far, by service: a name is not used twice
+	fence      wire.Fence
+	done       []doneReplicas // the latest ones
 	out        io.Writer
 	stopping   sync.WaitGroup
 }
@@ -37,6 +40,15 @@ type replicaGroup struct {
 	conf.Group
 	running []string // names, in the order in which they were started
 }
+
+// doneReplicas is what was done under an id.
+type doneReplicas struct {
+	id     string
+	report wire.ReplicasReport
+}
+
+// doneMost is how many of them are known.
+const doneMost = 64
 
 // serviceOf is the command that runs instances with certain roles.
 func serviceOf(roles string) string {
@@ -85,32 +97,63 @@ type grants struct {
 	named      map[string]bool // instances that have any, or for which some are kept
 }
 
-// set does what is asked for. granted asks who has the NPUs of the node.
+// set does what is asked for, once. granted asks who has the NPUs of the node.
 func (r *replicas) set(ask wire.Replicas, granted func() (grants, error)) wire.ReplicasReport {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	late := r.fence.Refuses(ask.Fence)
+	if i := slices.IndexFunc(r.done, func(d doneReplicas) bool { return ask.ID != "" && d.id == ask.ID }); i >= 0 {
+		report := r.done[i].report
+		report.Again = true
+		return report
+	}
+	if late {
+		return wire.ReplicasReport{
+			Why:   fmt.Sprintf("the scaler that asks has fence %d, and one with %d has asked since", ask.Fence, r.fence),
+			Fence: uint64(r.fence),
+		}
+	}
+	report := r.apply(ask, granted)
+	if ask.ID != "" && !ask.Check && report.Why == "" {
+		if r.done = append(r.done, doneReplicas{ask.ID, report}); len(r.done) > doneMost {
+			r.done = slices.Delete(r.done, 0, 1)
+		}
+	}
+	return report
+}
+
+// apply does what is asked for. r.mu is held.
+func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire.ReplicasReport {
 	no := func(format string, args ...any) wire.ReplicasReport {
 		return wire.ReplicasReport{Why: fmt.Sprintf(format, args...)}
 	}
 	if err := conf.CheckRoles(ask.Roles); err != nil {
 		return no("%v", err)
 	}
-	if ask.Count < 0 {
-		return no("%d instances: there can be none at the least", ask.Count)
+	if ask.Count < 0 || ask.Start < 0 || ask.NPUs < 0 {
+		return no("%d instances: there can be none at the least", min(ask.Count, ask.Start, ask.NPUs))
 	}
-	i := slices.IndexFunc(r.groups, func(g replicaGroup) bool { return g.Roles == ask.Roles && g.NPUs > 0 })
+	i := slices.IndexFunc(r.groups, func(g replicaGroup) bool {
+		return g.Roles == ask.Roles && g.NPUs > 0 && (ask.NPUs == 0 || g.NPUs == ask.NPUs)
+	})
 	if i < 0 {
-		r.groups = append(r.groups, replicaGroup{Group: conf.Group{Roles: ask.Roles, NPUs: 1}})
+		r.groups = append(r.groups, replicaGroup{Group: conf.Group{Roles: ask.Roles, NPUs: max(1, ask.NPUs)}})
 		i = len(r.groups) - 1
 	}
-	var running []string
-	for _, g := range r.groups {
-		if g.Roles == ask.Roles && g.NPUs > 0 {
-			running = append(running, g.running...)
-		}
-	}
+	running := r.like(ask.Roles)
 	report := wire.ReplicasReport{NPUs: r.groups[i].NPUs, Instances: []string{}, Started: []string{}, Stopped: []string{}}
 	more := ask.Count - len(running)
+	switch {
+	case ask.Start > 0:
+		more = ask.Start
+	case len(ask.Stop) > 0:
+		more = -len(ask.Stop)
+		for _, name := range ask.Stop {
+			if !slices.Contains(running, name) {
+				return no("no instance %s with roles %s was started here, but %s", name, ask.Roles, cmp.Or(strings.Join(running, ", "), "none"))
+			}
+		}
+	}
 	switch {
 	case more > 0:
 		has, err := granted()
@@ -130,7 +173,10 @@ func (r *replicas) set(ask wire.Replicas, granted func() (grants, error)) wire.R
 		if err != nil {
 			return no("asking the HMM which instances have NPUs: %v", err)
 		}
-		report.Stopped = running[len(running)+more:]
+		report.Stopped = slices.Clone(running[max(0, len(running)+more):])
+		if len(ask.Stop) > 0 {
+			report.Stopped = slices.Clone(ask.Stop)
+		}
 		for _, role := range r.must {
 			stays := func(name string) bool { return has.named[name] && !slices.Contains(report.Stopped, name) }
 			if strings.IndexByte(ask.Roles, role) >= 0 && !slices.ContainsFunc(r.with(role), stays) {
@@ -139,7 +185,7 @@ func (r *replicas) set(ask wire.Replicas, granted func() (grants, error)) wire.R
 		}
 	}
 	if ask.Check {
-		report.Instances = running[:min(len(running), ask.Count)]
+		report.Instances = slices.DeleteFunc(running, func(n string) bool { return slices.Contains(report.Stopped, n) })
 		return report
 	}
 	for range more {
@@ -155,12 +201,18 @@ func (r *replicas) set(ask wire.Replicas, granted func() (grants, error)) wire.R
 			}
 		})
 	}
+	report.Instances = append(report.Instances, r.like(ask.Roles)...)
+	return report
+}
+
+// like are the instances with certain roles that were started with NPUs. r.mu is held.
+func (r *replicas) like(roles string) (names []string) {
 	for _, g := range r.groups {
-		if g.Roles == ask.Roles && g.NPUs > 0 {
-			report.Instances = append(report.Instances, g.running...)
+		if g.Roles == roles && g.NPUs > 0 {
+			names = append(names, g.running...)
 		}
 	}
-	return report
+	return names
 }
 
 // with are the instances that have a role, standbys included. r.mu is held.

@@ -13,8 +13,9 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// Instances are started and stopped by number, as far as NPUs are spare and every role stays with somebody.
-func TestReplicas(t *testing.T) {
+// sleepers are replicas of a topology that do nothing, and end with the test.
+func sleepers(t *testing.T, topology string) *replicas {
+	t.Helper()
 	s := supervise.New(io.Discard, func(x supervise.Exit) { t.Errorf("%s ended by itself: %s", x.Child.Name, x.How) })
 	r := &replicas{
 		make: func(g conf.Group, name string) supervise.Child {
@@ -22,17 +23,77 @@ func TestReplicas(t *testing.T) {
 		},
 		must: []byte("EPD"), supervisor: s, named: map[string]int{}, out: io.Discard,
 	}
-	topology, err := conf.ParseTopology("1Dx0,1E1P2Dx2,1EP")
+	parsed, err := conf.ParseTopology(topology)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.begin(topology)
-	defer func() {
+	r.begin(parsed)
+	t.Cleanup(func() {
 		r.stopping.Wait()
 		if err := s.Stop(10*time.Second, r.names()...); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	return r
+}
+
+// Of what scalers ask for, by id, and with the fence of the one that acts, nothing is done twice, and nothing that a later one does not
+// know of.
+func TestReplicasOfScalers(t *testing.T) {
+	r := sleepers(t, "1E1P2D")
+	named := map[string]bool{"encoder-0": true, "prefill-0": true}
+	for i := range 10 {
+		named[fmt.Sprint("decoder-", i)] = true
+	}
+	for _, c := range []struct {
+		what      string
+		ask       wire.Replicas
+		instances string // that decode, then
+		changed   string // started or stopped
+		again     bool
+		why       string
+	}{
+		{what: "one more", ask: wire.Replicas{Roles: "D", Start: 1, ID: "a", Fence: 5}, instances: "decoder-0 decoder-1 decoder-2", changed: "decoder-2"},
+		{what: "the same, asked again by the successor", ask: wire.Replicas{Roles: "D", Start: 1, ID: "a", Fence: 6}, again: true,
+			instances: "decoder-0 decoder-1 decoder-2", changed: "decoder-2"},
+		{what: "another one, of the scaler before", ask: wire.Replicas{Roles: "D", Start: 1, ID: "b", Fence: 5}, why: "fence 5, and one with 6"},
+		{what: "the first, late", ask: wire.Replicas{Roles: "D", Start: 1, ID: "a", Fence: 5}, again: true,
+			instances: "decoder-0 decoder-1 decoder-2", changed: "decoder-2"},
+		{what: "an operator", ask: wire.Replicas{Roles: "D", Count: 4}, instances: "decoder-0 decoder-1 decoder-2 decoder-3", changed: "decoder-3"},
+		{what: "a plan is not kept", ask: wire.Replicas{Roles: "D", Stop: []string{"decoder-1"}, ID: "c", Fence: 6, Check: true},
+			instances: "decoder-0 decoder-2 decoder-3", changed: "decoder-1"},
+		{what: "a certain one ends", ask: wire.Replicas{Roles: "D", Stop: []string{"decoder-1"}, ID: "c", Fence: 6},
+			instances: "decoder-0 decoder-2 decoder-3", changed: "decoder-1"},
+		{what: "it does so once", ask: wire.Replicas{Roles: "D", Stop: []string{"decoder-1"}, ID: "c", Fence: 6}, again: true,
+			instances: "decoder-0 decoder-2 decoder-3", changed: "decoder-1"},
+		{what: "under another id it is not there", ask: wire.Replicas{Roles: "D", Stop: []string{"decoder-1"}, ID: "d", Fence: 7}, why: "no instance decoder-1"},
+		{what: "what was refused can be asked for again", ask: wire.Replicas{Roles: "D", Start: 9, ID: "e", Fence: 7}, why: "need 9, and 5 are spare"},
+		{what: "and done then", ask: wire.Replicas{Roles: "D", Start: 1, ID: "e", Fence: 7}, instances: "decoder-0 decoder-2 decoder-3 decoder-4", changed: "decoder-4"},
+		{what: "larger ones", ask: wire.Replicas{Roles: "D", Start: 2, NPUs: 2, ID: "f", Fence: 7},
+			instances: "decoder-0 decoder-2 decoder-3 decoder-4 decoder-5 decoder-6", changed: "decoder-5 decoder-6"},
+		{what: "the only encoder", ask: wire.Replicas{Roles: "E", Stop: []string{"encoder-0"}, ID: "g", Fence: 7}, why: "no instance with role E would be left"},
+		{what: "fewer than none", ask: wire.Replicas{Roles: "D", Start: -1, ID: "h", Fence: 7}, why: "none at the least"},
+	} {
+		got := r.set(c.ask, func() (grants, error) { return grants{free: 5, named: named}, nil })
+		if c.why != "" || got.Why != "" {
+			if c.why == "" || !strings.Contains(got.Why, c.why) {
+				t.Errorf("%s: refused with %q, want %q", c.what, got.Why, c.why)
+			}
+			continue
+		}
+		if changed := append(slices.Clone(got.Started), got.Stopped...); strings.Join(got.Instances, " ") != c.instances ||
+			strings.Join(changed, " ") != c.changed || got.Again != c.again {
+			t.Errorf("%s: %+v, want %s, of which %s", c.what, got, c.instances, c.changed)
+		}
+	}
+	if want := []string{"encoder-0", "prefill-0", "decoder-0", "decoder-2", "decoder-3", "decoder-4", "decoder-5", "decoder-6"}; !slices.Equal(r.names(), want) {
+		t.Errorf("there are %v, want %v", r.names(), want)
+	}
+}
+
+// Instances are started and stopped by number, as far as NPUs are spare and every role stays with somebody.
+func TestReplicas(t *testing.T) {
+	r := sleepers(t, "1Dx0,1E1P2Dx2,1EP")
 	spare := 5
 	named := map[string]bool{} // who has NPUs
 	for i := range 10 {

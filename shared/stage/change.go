@@ -29,6 +29,7 @@ type changes struct {
 	stored bool             // there is a record
 	recent elastic.Recent
 	known  []*operation // the latest ones; only the last may be under way
+	fence  wire.Fence
 	closed bool
 
 	running sync.WaitGroup // operations
@@ -95,24 +96,41 @@ func (c *changes) sample() (placement.Load, uint64) {
 
 // answer begins an operation, or finds it, and tells how far it is.
 func (c *changes) answer(ctx context.Context, ask *wire.Change) *wire.ChangeReport {
-	o, err := c.begin(ctx, ask)
+	o, fence, err := c.begin(ctx, ask)
 	if err != nil {
 		return &wire.ChangeReport{
 			ID: ask.ID, Kind: ask.Kind, Instance: c.stage.ID, Record: c.key(), Number: 1, State: string(elastic.Aborted), Refused: true,
-			Why: err.Error(),
+			Why: err.Error(), Fence: uint64(fence),
 		}
 	}
 	return o.await(ctx, ask.Seen)
 }
 
-// begin begins an operation, or finds the one that has begun. An error says why it is refused.
-func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, error) {
+// begin begins an operation, or finds the one that has begun. An error says why it is refused; newer is the newest fence, if it is that.
+func (c *changes) begin(ctx context.Context, ask *wire.Change) (_ *operation, newer wire.Fence, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	late := c.fence.Refuses(ask.Fence)
 	if i := slices.IndexFunc(c.known, func(o *operation) bool { return o.ask.ID == ask.ID }); i >= 0 {
-		return c.known[i], nil
+		return c.known[i], 0, nil
 	}
-	var w task
+	if late {
+		return nil, c.fence, fmt.Errorf("the scaler that asks has fence %d, and one with %d has asked since", ask.Fence, c.fence)
+	}
+	w, err := c.task(ask)
+	if err != nil {
+		return nil, 0, err
+	}
+	o := newOperation(c, ask, w)
+	if c.known = append(c.known, o); len(c.known) > knownMost {
+		c.known = slices.Delete(c.known, 0, 1)
+	}
+	c.running.Go(func() { o.run(ctx) })
+	return o, 0, nil
+}
+
+// task is what is asked for, if it can be begun now. c.mu is held.
+func (c *changes) task(ask *wire.Change) (w task, err error) {
 	switch {
 	case ask.ID == "" || ask.Left <= 0 || ask.Spare < 0 || ask.Slack < 0 || ask.Rate < 0:
 		return nil, fmt.Errorf("the request is malformed: %+v", *ask)
@@ -132,12 +150,7 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (*operation, erro
 	if n := len(c.known); n > 0 && !c.known[n-1].over() {
 		return nil, fmt.Errorf("operation %s, a %s, is under way: wait until it has ended", c.known[n-1].ask.ID, c.known[n-1].ask.Kind)
 	}
-	o := newOperation(c, ask, w)
-	if c.known = append(c.known, o); len(c.known) > knownMost {
-		c.known = slices.Delete(c.known, 0, 1)
-	}
-	c.running.Go(func() { o.run(ctx) })
-	return o, nil
+	return w, nil
 }
 
 // hasText reports whether an instance of a role runs the language model.
@@ -177,6 +190,9 @@ func (c *changes) restore(ctx context.Context) (npus []int, err error) {
 	// The process before this one has lost its connection to the HMM, which has one of each name: nobody else writes.
 	if _, err := s.Bus.SwapLayout(ctx, c.key(), mine, revision); err != nil {
 		return nil, err
+	}
+	if mine.Last != nil { // whoever asks for it again, not knowing how it has ended, starts nothing
+		c.known = append(c.known, endedOperation(c, mine))
 	}
 	s.Log.Info("starts where the process before it was", "epoch", c.epoch, "before", l.Instance, "npus", npus)
 	return npus, nil

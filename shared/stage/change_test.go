@@ -2,14 +2,19 @@ package stage_test
 
 import (
 	"context"
+	"errors"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"log/slog"
 
 	"trireme.dev/services/hmm"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/sched/placement"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
@@ -74,4 +79,67 @@ func TestLayoutRestored(t *testing.T) {
 		}
 		s.Close()
 	}
+}
+
+// Asked again for what a process before has done or given up, the instance says how it ended and does nothing.
+func TestOperationOfTheProcessBefore(t *testing.T) {
+	for _, committed := range []bool{true, false} {
+		r := newRig(t, stagetest.Long)
+		record := &wire.Layout{Instance: "before", Model: r.Model.Config.Digest, Asked: 1, Epoch: 7, NPUs: []int{0}, Last: &wire.Ended{
+			ID: "op", Kind: wire.ChangeScale, Committed: committed, Why: map[bool]string{false: "it was late"}[committed],
+		}}
+		record.Experts = stage.Layout(&r.Model.Config.Text, placement.First(1)).Encode()
+		if _, err := r.Rig.Bus.SwapLayout(t.Context(), wire.LayoutKey("n", "decoder-7"), record, 0); err != nil {
+			t.Fatal(err)
+		}
+		r.Stage.Name = "decoder-7"
+		s := r.serving(t)
+		got, err := r.Rig.Bus.Change(t.Context(), s.ID, wire.LayoutKey("n", "decoder-7"), wire.Change{ID: "op", Kind: wire.ChangeScale, Left: time.Minute}, nil)
+		if committed && (err != nil || !got.Committed || got.Epoch != 7) || !committed && (!errors.Is(err, bus.ErrGivenUp) || !strings.Contains(err.Error(), "it was late")) {
+			t.Errorf("committed %v: %+v, %v", committed, got, err)
+		}
+		if l, _, err := r.Rig.Bus.Layout(t.Context(), wire.LayoutKey("n", "decoder-7")); err != nil || l.Epoch != 7 || l.Last.ID != "op" {
+			t.Errorf("committed %v: the record is %+v, %v", committed, l, err)
+		}
+	}
+}
+
+// What a scaler asks for is refused when one that leads later has asked for something, but what is known is told to everybody, and operators
+// are never refused for that.
+func TestFences(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s := r.serving(t)
+	for _, x := range []struct {
+		what    string
+		id      string
+		fence   uint64
+		refused bool
+	}{
+		{"the first", "a", 5, false},
+		{"a later one", "b", 7, false},
+		{"one of the first's", "c", 6, true},
+		{"that of the first again", "a", 5, false},
+		{"an operator's", "d", 0, false},
+		{"one of the later one's", "e", 7, false},
+	} {
+		got, err := r.Rig.Bus.Change(t.Context(), s.ID, wire.LayoutKey("n", s.ID),
+			wire.Change{ID: x.id, Kind: wire.ChangeScale, NPUs: len(s.HBM.NPUs()), Left: time.Minute, Fence: x.fence}, nil)
+		if refused := errors.Is(err, bus.ErrRefused); refused != x.refused || !refused && (err != nil || got.Fence != 0) || refused && got.Fence != 7 {
+			t.Errorf("%s: %+v, %v", x.what, got, err)
+		}
+	}
+}
+
+// serving is a stage that takes work and gets none, once its heartbeat says that it is ready.
+func (r *rig) serving(t *testing.T) *stage.Stage {
+	t.Helper()
+	s, _ := r.stage(func(context.Context, *stage.Stage, wire.Request, *hbm.Claim) error { return nil })
+	view, err := r.Rig.Bus.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Until("the heartbeat says that it is ready", func() bool {
+		return slices.ContainsFunc(view.Role(stage.Decode), func(i wire.Instance) bool { return i.ID == s.ID && i.Ready })
+	})
+	return s
 }

@@ -53,6 +53,19 @@ func newOperation(c *changes, ask *wire.Change, w task) *operation {
 	}}
 }
 
+// endedOperation is the last one of a record, which a process before this one has driven.
+func endedOperation(c *changes, l *wire.Layout) *operation {
+	e := l.Last
+	report := wire.ChangeReport{
+		ID: e.ID, Kind: e.Kind, Instance: c.stage.ID, Record: c.key(), Number: 1, State: string(elastic.Aborted), Why: e.Why, Epoch: l.Epoch,
+		Plan: wire.ChangePlan{Moves: true, After: l.NPUs},
+	}
+	if e.Committed {
+		report.State, report.Committed = string(elastic.Done), true
+	}
+	return &operation{changes: c, ask: wire.Change{ID: e.ID, Kind: e.Kind}, news: make(chan struct{}), ended: true, report: report}
+}
+
 // errLate is why an operation is given up that has not come to its commit in time.
 var errLate = errors.New("it has not come to its commit in time")
 

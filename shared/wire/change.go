@@ -110,6 +110,8 @@ type Change struct {
 	// that leave are kept for, for as long as the HMM keeps NPUs of instances that have ended.
 	Join, Leave []int
 	For         string
+
+	Fence uint64 // of the scaler that asks, see Fence; 0: an operator asks
 }
 
 // ChangeReport is how far an operation is.
@@ -143,6 +145,8 @@ type ChangeReport struct {
 	Committal time.Duration `json:"committing_ns"` // of the record
 	Total     time.Duration `json:"total_ns"`      // until all NPUs of the new layout compute
 	Releasing time.Duration `json:"releasing_ns"`  // behind that: to give back what only the old one needed
+
+	Fence uint64 `json:"fence,omitempty"` // of what was refused for an older one: the newest that was seen
 }
 
 // ChangePlan is what an operation has to do.

@@ -11,15 +11,27 @@ type Replicas struct {
 	Roles string // letters, as in a topology: E, EP, EPD
 	Count int
 	Check bool // only say what would be done
+
+	// Instead of Count, which depends on how many there are: so many more, and those of certain names to end.
+	Start int
+	Stop  []string
+	NPUs  int // of each new one; 0: as those that there are
+
+	// ID, if not empty, makes asking again harmless: who has done what was asked for under one lately does not do it twice, and answers
+	// as it has then.
+	ID    string
+	Fence uint64 // of the scaler that asks, see Fence; 0: an operator asks
 }
 
 // ReplicasReport says which instances there are then.
 type ReplicasReport struct {
 	_msgpack struct{} `msgpack:",as_array"` //lint:ignore U1000 read by the msgpack library
 
-	Instances []string `json:"instances"`     // names of all that have the roles
-	Started   []string `json:"started"`       // of them
-	Stopped   []string `json:"stopped"`       // that hand over what they have in work, and end
-	NPUs      int      `json:"npus"`          // that each new one has
-	Why       string   `json:"why,omitempty"` // nothing was done, and what to do
+	Instances []string `json:"instances"`       // names of all that have the roles
+	Started   []string `json:"started"`         // of them
+	Stopped   []string `json:"stopped"`         // that hand over what they have in work, and end
+	NPUs      int      `json:"npus"`            // that each new one has
+	Why       string   `json:"why,omitempty"`   // nothing was done, and what to do
+	Again     bool     `json:"again,omitempty"` // it was done before, under the same ID
+	Fence     uint64   `json:"fence,omitempty"` // of what was refused for an older one: the newest that was seen
 }
