@@ -21,10 +21,10 @@ import (
 
 // Scale is `trireme bench scale`.
 type Scale struct {
-	Change   string       `help:"What is changed: the number of NPUs (scale), or the places of the experts on them (rebalance)." default:"scale" enum:"scale,rebalance"`
+	Change   string       `help:"What is changed: the number of NPUs (scale), the places of the experts on them (rebalance), or the role of an NPU, which a decoder of --from NPUs gets from a prefill instance, or gives to it (role)." default:"scale" enum:"scale,rebalance,role"`
 	From     int          `help:"NPUs of the instance before." default:"3"`
 	To       int          `help:"NPUs after." default:"4"`
-	Strategy []string     `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, or all of these; no-remap, no-copy, no-standby, no-zero-copy, or all of these, and elastic: ablation." default:"all" placeholder:"NAME"`
+	Strategy []string     `help:"Ways to get there: elastic, cold, extravagant, colocated, horizontal, standby, or all of these; no-remap, no-copy, no-standby, no-zero-copy, or all of these, and elastic: ablation." default:"all" placeholder:"NAME"`
 	Pace     string       `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml; none: as fast as the host." default:"distserve-opt-13b-a100" placeholder:"NAME"`
 	Bytes    conf.Bytes   `help:"Size of the experts of the made-up model." default:"4GiB" placeholder:"SIZE"`
 	Domains  string       `help:"Memory domains of the NPUs: one for each (per-npu), between which weights are copied, or one for all (node)." default:"per-npu" enum:"node,per-npu"`
@@ -41,6 +41,9 @@ type Scale struct {
 	Others   int           `help:"How often each of the other ways is run, in turns with elastic." default:"1"`
 	Goodput  []string      `help:"Bounds of a good request in milliseconds; by default four times what the profile says for a request alone, and a little for the rest." placeholder:"ttft:MS,tpot:MS"`
 	JSON     bool          `name:"json" help:"Write one JSON object instead of tables."`
+	Compare  bool          `help:"In the end, ask an instance that never changes the same, as fast as the host can, and compare the answers." default:"true" negatable:""`
+	Keep     string        `help:"Folder in which the made-up model is kept and looked for; by default it is made each time, and removed." placeholder:"DIR" type:"path"`
+	Save     string        `help:"Write the report as JSON there, after each run what is known by then." placeholder:"FILE" type:"path"`
 	Plot     string        `help:"Draw throughput and token gaps around the change, a file for each run, and with several copy rates what they cost; the ending is .svg or .png." placeholder:"FILE" type:"path"`
 }
 
@@ -54,24 +57,28 @@ the tables of ElasticMoE (arXiv:2510.02613) for this system. The ways are the pa
   extravagant   start that one on NPUs of its own beside the old one, which is stopped when it is ready
   colocated     the same on the old one's NPUs, so that each has half its memory for sequences; that the two share the arithmetic too is not shown
   horizontal    start a second instance on the NPUs that are to be added; it has a copy of all weights
+  standby       have a second instance that runs already, without NPUs, take those that are to be added (trireme scale), with a copy of all
+                weights from the other one's; it is not one of the paper's, and elastic has no bar against it
 
 and what is left of elastic when one thing after the other is taken away:
 
   no-remap      experts that stay on an NPU are copied there, as if they had to be in one piece
   no-copy       and those that come to an NPU are read from disk, not copied from another one
   no-standby    and another process is started for the new layout, once the old one has left the NPUs; it maps what lies there, and
-                reads the rest, which is most: it begins in the layout of any process that starts
+                reads the rest
   no-zero-copy  and maps nothing: each process has weights of its own, from disk; that is cold. Sequences go on from the KV that is there in all ways
 
 Reading from disk is slowed down to --disk-rate where others need not read. The model is made up, but its answers are compared with those of
 an instance that never changes. NPUs are paced, so that figures are the profile's as far as the host keeps up; then there are bars for elastic.
-With --pace none the tables are the same, without bars.
+With --pace none the tables are the same, without bars. Ctrl-C ends it with what the runs so far say. On the default model a run takes
+half a minute or more on two cores, and the first one as long again to make the model, unless --keep has it.
 
 Examples:
   trireme bench scale
   trireme bench scale --from 4 --to 2 --strategy elastic,cold
   trireme bench scale --strategy ablation
   trireme bench scale --change rebalance --from 4 --strategy elastic --repeats 9
+  trireme bench scale --change role --from 2 --to 3 --strategy elastic
   trireme bench scale --strategy elastic --copy-rate 1GiB,512MiB,256MiB --plot curve.svg`
 }
 
@@ -88,9 +95,12 @@ type ScaleReport struct {
 	Arrivals string            `json:"arrivals"`
 	TTFT     float64           `json:"ttft_bound_ms,omitempty"`
 	TPOT     float64           `json:"tpot_bound_ms,omitempty"`
-	Changes  []scaling.Figures `json:"changes"`        // each run
-	Ways     []scaling.Summary `json:"ways"`           // the same together
-	Bars     []scaling.Bar     `json:"bars,omitempty"` // of elastic, on paced NPUs
+	Planned  int               `json:"runs_planned"`     // more than there are Changes: the command was ended before, or a run failed
+	Compared bool              `json:"answers_compared"` // with those of an instance that does not change: else nobody knows of changed ones
+	Changes  []scaling.Figures `json:"changes"`          // each run
+	Ways     []scaling.Summary `json:"ways"`             // the same together
+	Bars     []scaling.Bar     `json:"bars,omitempty"`   // of elastic, on paced NPUs
+	Standby  float64           `json:"faster_than_standby,omitempty"`
 }
 
 // trial is one change under load, before it is worked out.
@@ -112,46 +122,70 @@ func (c *Scale) Run(e Env) error {
 	next, end := progress(e.Err, len(runs)+2)
 	defer end()
 	next("making the model")
-	model, err := newModel(int64(c.Bytes))
+	model, err := newModel(c.Keep, int64(c.Bytes))
 	if err != nil {
 		return err
 	}
 	defer model.remove()
-	for i := range runs {
-		t := &runs[i]
-		next(fmt.Sprintf("%s at %v/s, run %d of %d", t.way.name, t.rate, i+1, len(runs)))
+	var failed error
+	done := 0
+	for ; done < len(runs); done++ {
+		t := &runs[done]
+		next(fmt.Sprintf("%s at %v/s, run %d of %d", t.way.name, t.rate, done+1, len(runs)))
 		if err := c.one(e, t, model.dir); err != nil {
-			return fmt.Errorf("%s: %w", t.way.name, err)
+			failed = fmt.Errorf("%s, run %d of %d: %w", t.way.name, done+1, len(runs), err)
+			break
+		}
+		if c.Save != "" {
+			if err := c.report(goodput, runs[:done+1], len(runs), nil).save(c.Save); err != nil {
+				return err
+			}
 		}
 	}
-	next("the same requests without a change")
-	answers, err := c.answers(e, model.dir, runs)
-	if err != nil {
-		return fmt.Errorf("without a change: %w", err)
+	var answers map[int]uint64
+	if c.Compare && failed == nil {
+		next("the same requests without a change")
+		if answers, err = c.answers(e, model.dir, runs); err != nil {
+			failed = fmt.Errorf("without a change: %w", err)
+		}
 	}
 	end()
+	if done == 0 {
+		return failed
+	}
+	r := c.report(goodput, runs[:done], len(runs), answers)
+	for _, t := range runs[:done] {
+		for _, why := range t.report.Failures(3) {
+			fmt.Fprintf(e.Err, "%s: failed %s\n", t.way.name, why)
+		}
+	}
+	if c.Save != "" {
+		failed = errors.Join(failed, r.save(c.Save))
+	}
+	if c.Plot != "" {
+		failed = errors.Join(failed, c.draw(runs[:done], r))
+	}
+	return errors.Join(failed, write(e.Out, c.JSON, r))
+}
+
+// report works out what runs, of those that were planned, have shown. answers are nil where nobody was asked.
+func (c *Scale) report(goodput load.Goodput, runs []trial, planned int, answers map[int]uint64) *ScaleReport {
 	r := &ScaleReport{
 		Version: obs.Version(), Change: c.Change, Paced: c.Pace, Domains: c.Domains, Bytes: int64(c.Bytes), CopyRate: int64(c.CopyRate[0]),
 		DiskRate: int64(c.DiskRate), Rate: c.Rate, Arrivals: c.Arrivals, TTFT: goodput.TTFT, TPOT: goodput.TPOT,
+		Planned: planned, Compared: answers != nil,
 	}
 	for _, t := range runs {
 		f := scaling.Measure(t.report, t.event, goodput, t.memory, answers)
 		f.Strategy, f.CopyRate, f.From, f.To = t.way.name, int64(t.rate), c.From, c.To
 		r.Changes = append(r.Changes, f)
-		for _, why := range t.report.Failures(3) {
-			fmt.Fprintf(e.Err, "%s: failed %s\n", t.way.name, why)
-		}
 	}
 	r.Ways = scaling.Summaries(r.Changes)
 	if c.Pace != "" {
-		r.Bars = scaling.Bars(r.Changes, r.CopyRate)
+		r.Bars = scaling.Bars(r.Changes, r.CopyRate, r.Compared)
 	}
-	if c.Plot != "" {
-		if err := c.draw(runs, r); err != nil {
-			return err
-		}
-	}
-	return write(e.Out, c.JSON, r)
+	r.Standby = scaling.Faster(r.Changes, scaling.Standby)
+	return r
 }
 
 // runs are what is to be run, in this order: the ways take turns.
@@ -178,8 +212,13 @@ func (c *Scale) plan() ([]way, load.Goodput, error) {
 		return nil, none, fmt.Errorf(format+": %w", append(args, ErrUsage)...)
 	}
 	most := min(placement.MaxNPUs, 64)
-	if c.Change == wire.ChangeRebalance {
+	switch c.Change {
+	case wire.ChangeRebalance:
 		c.To = c.From
+	case wire.ChangeRole:
+		if c.To-c.From != 1 && c.From-c.To != 1 {
+			return usage("--change role --from %d --to %d: one NPU changes its role at a time", c.From, c.To)
+		}
 	}
 	if c.From < 1 || c.To < 1 || c.From > most || c.To > most || (c.From == c.To) != (c.Change == wire.ChangeRebalance) {
 		return usage("--from %d, --to %d: two different numbers of NPUs, 1 to %d", c.From, c.To, most)

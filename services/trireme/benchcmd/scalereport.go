@@ -2,17 +2,23 @@ package benchcmd
 
 import (
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"text/tabwriter"
 
 	"trireme.dev/services/trireme/scaling"
 	"trireme.dev/shared/conf"
+	"trireme.dev/shared/wire"
 )
 
 func (r *ScaleReport) writeTable(w io.Writer) error {
+	if n := len(r.Changes); n < r.Planned {
+		fmt.Fprintf(w, "PARTIAL: %d of %d runs\n\n", n, r.Planned)
+	}
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "WAY\tRUNS\tLATENCY s\tDOWNTIME s\tPEAK MEMORY\tBEFORE\tAFTER\tLONGEST GAP s\tWITHOUT s\tRATIO\tFAILED\tCHANGED\tOF")
 	for i := range r.Ways {
@@ -50,6 +56,12 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 		return err
 	}
 	fmt.Fprintln(w)
+	if !r.Compared {
+		fmt.Fprintln(w, "answers were not compared with those of an instance that does not change, so that none is known to be changed")
+	}
+	if r.Standby > 0 {
+		fmt.Fprintf(w, "elastic is %.2f times as fast as a standby replica of our own, which is no bar\n", r.Standby)
+	}
 	for i := range r.Ways {
 		x := &r.Ways[i]
 		if len(x.Parts) == 0 {
@@ -68,10 +80,28 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 	change := "experts placed anew on"
 	if from, to := r.Changes[0].From, r.Changes[0].To; from != to {
 		change = fmt.Sprintf("%d NPUs to", from)
+		if r.Change == wire.ChangeRole {
+			change = fmt.Sprintf("a decoder of %d NPUs, beside a prefill instance of %d, to", from, prefillNPUs)
+		}
 	}
 	_, err := fmt.Fprintf(w, "%s %d NPUs; %s, domains %s; experts of %v; copies at %v/s at most, disk at %v/s; %.2f requests a second, %s; in time: TTFT %.0f ms, TPOT %.0f ms\n",
 		change, r.Changes[0].To, paced, r.Domains, conf.Bytes(r.Bytes), conf.Bytes(r.CopyRate), conf.Bytes(r.DiskRate), r.Rate, r.Arrivals, r.TTFT, r.TPOT)
 	return err
+}
+
+// save writes the report to a file, which has the one before or this one at any time.
+func (r *ScaleReport) save(file string) error {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(file+".new", data, 0o644); err != nil {
+		return fmt.Errorf("saving the report: %w", err)
+	}
+	if err := os.Rename(file+".new", file); err != nil {
+		return fmt.Errorf("saving the report: %w", err)
+	}
+	return nil
 }
 
 // label names a way, with its copy rate where there are several.

@@ -25,25 +25,43 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// madeUp is a folder with the model of Scale.
-type madeUp struct{ dir string }
+// madeUp is the folder of the model of Scale.
+type madeUp struct {
+	dir       string
+	temporary string // what is removed in the end; "": nothing
+}
 
 // modelName is what clients call it.
 const modelName = "made-up"
 
-// newModel makes a model with experts of so many bytes together, of which a token goes to one in each layer, so that a few cores can
-// compute it. It speaks the bundled model's tokens.
-func newModel(bytes int64) (_ *madeUp, err error) {
+// shapeOf is a model with experts of so many bytes together. Paced NPUs compute all the same, and a token's experts are the larger part of
+// that: there are so many of them, of a MiB if there is no other reason, and a token goes to one in each layer, in order that a few cores can
+// keep up with a profile while gigabytes have to be moved.
+func shapeOf(bytes int64, vocab int) hftest.Shape {
+	const layers, hidden, most = 4, 256, 1024
+	s := hftest.Shape{Layers: layers, Experts: int(min(most, max(16, bytes/layers>>20))), Hidden: hidden, TopK: 1, Vocab: vocab, Seed: 1}
+	s.ExpertHidden = int(math.Ceil(float64(bytes)/float64(s.Layers*s.Experts*6*s.Hidden)/8)) * 8
+	return s
+}
+
+// newModel makes a model with experts of so many bytes together, which speaks the bundled model's tokens, in a folder below keep, unless it is
+// there; "": in one that is removed.
+func newModel(keep string, bytes int64) (_ *madeUp, err error) {
 	m := &madeUp{}
-	if m.dir, err = os.MkdirTemp("", "trireme-model-"); err != nil {
-		return nil, fmt.Errorf("a folder for the model: %w", err)
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("making a model of %v: %w", conf.Bytes(bytes), err), m.remove())
 		}
 	}()
-	bundled, err := models.Unpack(m.dir)
+	if keep != "" {
+		if err := os.MkdirAll(keep, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if m.temporary, err = os.MkdirTemp(keep, "trireme-model-"); err != nil {
+		return nil, err
+	}
+	bundled, err := models.Unpack(m.temporary)
 	if err != nil {
 		return nil, err
 	}
@@ -51,12 +69,15 @@ func newModel(bytes int64) (_ *madeUp, err error) {
 	if err != nil {
 		return nil, err
 	}
-	vocab := f.Config.Text.Vocab
+	s := shapeOf(bytes, f.Config.Text.Vocab)
 	f.Close()
-	s := hftest.Shape{Layers: 8, Experts: 64, Hidden: 256, TopK: 1, Vocab: vocab, Seed: 1}
-	s.ExpertHidden = int(math.Ceil(float64(bytes)/float64(s.Layers*s.Experts*6*s.Hidden)/8)) * 8
-	dir := filepath.Join(m.dir, modelName)
-	if err := hftest.Write(dir, s); err != nil {
+	kept := filepath.Join(keep, fmt.Sprintf("%s-%dx%d-%dx%d", modelName, s.Layers, s.Experts, s.Hidden, s.ExpertHidden))
+	if _, err := os.Stat(kept); keep != "" && err == nil {
+		m.dir = kept
+		return m, m.remove()
+	}
+	m.dir = filepath.Join(m.temporary, modelName)
+	if err := hftest.Write(m.dir, s); err != nil {
 		return nil, err
 	}
 	for _, name := range []string{"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} {
@@ -64,14 +85,29 @@ func newModel(bytes int64) (_ *madeUp, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(m.dir, name), data, 0o644); err != nil {
 			return nil, err
 		}
 	}
-	return m, nil
+	if keep == "" {
+		return m, nil
+	}
+	if err := os.Rename(m.dir, kept); err != nil { // at once: what is there is whole
+		return nil, err
+	}
+	m.dir = kept
+	return m, m.remove()
 }
 
-func (m *madeUp) remove() error { return os.RemoveAll(m.dir) }
+// remove removes what is not to be kept.
+func (m *madeUp) remove() error {
+	if m.temporary == "" {
+		return nil
+	}
+	dir := m.temporary
+	m.temporary = ""
+	return os.RemoveAll(dir)
+}
 
 // site is a system with one instance that computes prompts and decodes: NATS, an HMM, a gateway.
 type site struct {
@@ -89,9 +125,15 @@ type site struct {
 	name     string
 }
 
+// nodeName is the node's.
+const nodeName = "bench"
+
+// prefillNPUs are those of the instance, in a change of roles, that gives or gets one.
+const prefillNPUs = 2
+
 // onSite starts a system with an instance of --from NPUs, and room for a change in a way, has do use it, and ends it.
 func onSite(e Env, c *Scale, w way, rate conf.Bytes, model string, do func(*site) error) error {
-	s := &site{scale: c, way: w, rate: rate, name: "first", model: filepath.Join(model, modelName)}
+	s := &site{scale: c, way: w, rate: rate, name: "first", model: model}
 	return onThread(func() (err error) {
 		if s.crew, err = newCrew(e.Context); err != nil {
 			return err
@@ -138,7 +180,11 @@ func (s *site) open() error {
 	if s.way.apart {
 		npus = c.From + c.To
 	}
-	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
+	roles := "PD"
+	if c.Change == wire.ChangeRole {
+		npus, roles = c.From+prefillNPUs, "D"
+	}
+	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--node", nodeName, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
 		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
 		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"); err != nil {
 		return err
@@ -147,11 +193,26 @@ func (s *site) open() error {
 	if s.way.disk {
 		flags = append(slices.Clone(flags), "--disk-rate", c.DiskRate.String())
 	}
-	if s.instance, err = s.begin(s.name, c.From, flags...); err != nil {
+	if s.instance, err = s.begin(s.name, roles, c.From, flags...); err != nil {
 		return err
 	}
-	if err := s.ready(s.ctx, s.name, c.From); err != nil {
+	others := map[string]int{}
+	switch {
+	case c.Change == wire.ChangeRole:
+		others["prefill"] = prefillNPUs
+		_, err = s.begin("prefill", "P", prefillNPUs)
+	case s.way.standby:
+		others["second"] = 0
+		_, err = s.begin("second", roles, 0)
+	}
+	if err != nil {
 		return err
+	}
+	others[s.name] = c.From
+	for name, npus := range others {
+		if err := s.ready(s.ctx, name, npus); err != nil {
+			return err
+		}
 	}
 	http, err := freeAddress()
 	if err != nil {
@@ -169,8 +230,8 @@ func (s *site) open() error {
 const npuMemory = conf.Bytes(256 << 20)
 
 // begin starts an instance of so many NPUs.
-func (s *site) begin(name string, npus int, flags ...string) (*exec.Cmd, error) {
-	args := []string{"stage", "--roles=PD", "--name", name, "--npus", strconv.Itoa(npus), "--threads", strconv.Itoa(npus),
+func (s *site) begin(name, roles string, npus int, flags ...string) (*exec.Cmd, error) {
+	args := []string{"stage", "--roles", roles, "--name", name, "--npus", strconv.Itoa(npus), "--threads", strconv.Itoa(max(1, npus)),
 		"--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"}
 	if p := s.scale.Pace; p != "" {
 		args = append(args, "--pace", p)
@@ -180,20 +241,26 @@ func (s *site) begin(name string, npus int, flags ...string) (*exec.Cmd, error) 
 
 // ready waits until an instance serves on so many NPUs.
 func (s *site) ready(ctx context.Context, name string, npus int) error {
+	_, err := s.find(ctx, name, npus)
+	return err
+}
+
+// find does so, and returns what it says of itself.
+func (s *site) find(ctx context.Context, name string, npus int) (wire.Instance, error) {
 	view, err := s.bus.Instances(ctx)
 	if err != nil {
-		return err
+		return wire.Instance{}, err
 	}
 	for {
 		for _, i := range view.All() {
 			if i.Name == name && i.Ready && len(i.NPUs) == npus {
-				return nil
+				return i, nil
 			}
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("waiting for %s to serve on %d NPUs: %w", name, npus, context.Cause(ctx))
+			return wire.Instance{}, fmt.Errorf("waiting for %s to serve on %d NPUs: %w", name, npus, context.Cause(ctx))
 		}
 	}
 }

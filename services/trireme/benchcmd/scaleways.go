@@ -13,6 +13,11 @@ import (
 	"time"
 
 	"trireme.dev/services/trireme/scaling"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/hf"
+	elasticsched "trireme.dev/shared/sched/elastic"
+	"trireme.dev/shared/sched/placement"
+	"trireme.dev/shared/stage"
 	"trireme.dev/shared/wire"
 )
 
@@ -21,10 +26,11 @@ type way struct {
 	name     string
 	ablation bool     // it is elastic with less
 	adds     bool     // it can only add NPUs
-	places   bool     // it can place experts anew, too
+	places   bool     // it can place experts anew, too, and change roles
 	apart    bool     // the new instance has other NPUs than the old one
 	shares   bool     // and these have half of their memory, to stand for the same ones with two copies of the weights
 	unlike   []string // flags of the instance that is to change
+	standby  bool     // a second instance without NPUs is there
 	disk     bool     // and that it reads at the disk's rate what it does without
 	// change makes it, and returns when all of the new capacity serves, with what the way has to tell of itself.
 	change func(context.Context, *site) (done, error)
@@ -39,7 +45,7 @@ type done struct {
 }
 
 func (w *way) fits(change string, from, to int) bool {
-	if change == wire.ChangeRebalance {
+	if change != wire.ChangeScale {
 		return w.places
 	}
 	return !w.adds || to > from
@@ -57,6 +63,7 @@ var allWays = []way{
 	{name: "extravagant", apart: true, change: beside},
 	{name: "colocated", apart: true, shares: true, change: beside},
 	{name: "horizontal", adds: true, change: replica},
+	{name: scaling.Standby, adds: true, standby: true, change: promote},
 }
 
 // choose are the ways of these names that fit.
@@ -83,8 +90,8 @@ func choose(names []string, change string, from, to int) (ways []way, err error)
 				known = append(known, w.name)
 			}
 			return nil, fmt.Errorf("--strategy %s: there are %s, all and ablation: %w", name, strings.Join(known, ", "), ErrUsage)
-		case !allWays[i].fits(change, from, to) && change == wire.ChangeRebalance:
-			return nil, fmt.Errorf("--strategy %s: it cannot place experts anew: %w", name, ErrUsage)
+		case !allWays[i].fits(change, from, to) && change != wire.ChangeScale:
+			return nil, fmt.Errorf("--strategy %s --change %s: it can only change the number of NPUs: %w", name, change, ErrUsage)
 		case !allWays[i].fits(change, from, to):
 			return nil, fmt.Errorf("--strategy %s: it only adds NPUs, and --to %d is below --from %d: %w", name, to, from, ErrUsage)
 		}
@@ -94,34 +101,87 @@ func choose(names []string, change string, from, to int) (ways []way, err error)
 }
 
 // elastic has the instance change itself.
-func elastic(ctx context.Context, s *site) (d done, err error) {
+func elastic(ctx context.Context, s *site) (done, error) {
+	switch s.scale.Change {
+	case wire.ChangeRebalance:
+		return s.operate(ctx, "rebalance", s.name)
+	case wire.ChangeRole:
+		return s.switchRole(ctx)
+	}
+	return s.operate(ctx, "scale", s.name, strconv.Itoa(s.scale.To))
+}
+
+// promote has the instance that stands by take what is to be added.
+func promote(ctx context.Context, s *site) (done, error) {
+	return s.operate(ctx, "scale", "second", strconv.Itoa(s.scale.To-s.scale.From))
+}
+
+// command runs an operator's command about an instance, and reads what it says into r.
+func (s *site) command(ctx context.Context, r any, args ...string) error {
 	binary, err := os.Executable()
 	if err != nil {
-		return d, fmt.Errorf("finding this program: %w", err)
-	}
-	args := []string{"scale", s.name, strconv.Itoa(s.scale.To)}
-	if s.scale.Change == wire.ChangeRebalance {
-		args = []string{"rebalance", s.name}
+		return fmt.Errorf("finding this program: %w", err)
 	}
 	cmd := exec.CommandContext(ctx, binary, append(args, "--copy-rate", s.rate.String(), "--timeout", s.scale.Longest.String(), "--nats-url", s.nats, "--json")...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.Output()
 	if err != nil {
-		return d, fmt.Errorf("trireme %s: %w: %s", args[0], err, strings.TrimSpace(said.String()))
+		return fmt.Errorf("trireme %s: %w: %s", args[0], err, strings.TrimSpace(said.String()))
 	}
+	if err := json.Unmarshal(out, r); err != nil {
+		return fmt.Errorf("reading what trireme %s says: %w", args[0], err)
+	}
+	return nil
+}
+
+// operate has an operation done.
+func (s *site) operate(ctx context.Context, args ...string) (done, error) {
 	var r wire.ChangeReport
-	if err := json.Unmarshal(out, &r); err != nil {
-		return d, fmt.Errorf("reading what trireme %s says: %w", args[0], err)
+	if err := s.command(ctx, &r, args...); err != nil {
+		return done{}, err
 	}
 	if !r.Plan.Moves {
-		return d, fmt.Errorf("trireme %s found nothing to do: balance %.3f of %d rows", args[0], r.Plan.Was, r.Plan.Rows)
+		return done{}, fmt.Errorf("trireme %s found nothing to do: balance %.3f of %d rows", args[0], r.Plan.Was, r.Plan.Rows)
 	}
+	return doneBy(&r), nil
+}
+
+// doneBy is what an operation tells.
+func doneBy(r *wire.ChangeReport) done {
 	return done{parts: map[string]float64{
 		"plan_s": r.Planning.Seconds(), "copy_s": r.Copying.Seconds(), "copied_bytes": float64(r.Copied), "warm_s": r.Warming.Seconds(),
 		"commit_s": r.Committal.Seconds(), "pause_s": r.Pause.Seconds(), "operation_s": r.Total.Seconds(), "release_s": r.Releasing.Seconds(),
 		"balance_before": r.Plan.Was, "balance_after": r.Plan.Will,
-	}, moved: r.Copied, warm: r.Warming, release: r.Releasing}, nil
+	}, moved: r.Copied, warm: r.Warming, release: r.Releasing}
+}
+
+// switchRole has an NPU go over from the one instance to the other.
+func (s *site) switchRole(ctx context.Context) (done, error) {
+	from, has, to := "prefill", prefillNPUs, "decoder"
+	if s.scale.To < s.scale.From {
+		from, has, to = s.name, s.scale.From, "prefill"
+	}
+	giver, err := s.find(ctx, from, has)
+	if err != nil {
+		return done{}, err
+	}
+	var r bus.RoleReport
+	if err := s.command(ctx, &r, "role", fmt.Sprintf("%s/%d", nodeName, giver.NPUs[has-1]), to); err != nil {
+		return done{}, err
+	}
+	if r.Leave == nil || r.Join == nil {
+		return done{}, fmt.Errorf("trireme role found nothing to do: %+v", r)
+	}
+	d, joined := doneBy(r.Leave), doneBy(r.Join)
+	parts := map[string]float64{}
+	for name, v := range d.parts {
+		parts["leave_"+name] = v
+	}
+	for name, v := range joined.parts {
+		parts["join_"+name] = v
+	}
+	return done{parts: parts, moved: d.moved + joined.moved, warm: d.warm + joined.warm, release: joined.release}, nil
 }
 
 // cold stops the instance and starts another one.
@@ -132,8 +192,41 @@ func cold(ctx context.Context, s *site) (done, error) {
 
 // restart does so, but has it map what lies on the NPUs, and read only the rest.
 func restart(ctx context.Context, s *site) (done, error) {
+	l, err := s.least()
+	if err != nil {
+		return done{}, err
+	}
 	s.stop(s.instance)
+	// A stop deletes the record; who starts then finds this one, as if it were the successor of one that has died behind a commit.
+	if _, err := s.bus.SwapLayout(ctx, wire.LayoutKey(nodeName, s.name), l, 0); err != nil {
+		return done{}, fmt.Errorf("having the next process begin where its experts are: %w", err)
+	}
 	return done{}, s.replace(ctx, s.name, "--without=copies", "--disk-rate", s.scale.DiskRate.String())
+}
+
+// least is a record of the layout to which the fewest experts have to move, from the one in which the first instance begins.
+func (s *site) least() (*wire.Layout, error) {
+	f, err := hf.Open(s.model)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	t := &f.Config.Text
+	present := stage.Layout(t, placement.First(s.scale.From))
+	slots := placement.First(s.scale.To)
+	change, err := placement.Plan(present, nil, slots, placement.Options{
+		Slots: elasticsched.Slots(present, slots.Len(), wire.DefaultSpare), Slack: wire.DefaultSlack,
+	})
+	if err != nil {
+		return nil, err
+	}
+	npus := make([]int, s.scale.To)
+	for i := range npus {
+		npus[i] = i // as the HMM gives them to the first who asks
+	}
+	return &wire.Layout{
+		Instance: "bench", Model: f.Config.Digest, Asked: s.scale.To, Epoch: 1, NPUs: npus, Experts: change.Layout.Encode(),
+	}, nil
 }
 
 // beside starts another instance and stops the old one when that serves.
@@ -148,7 +241,7 @@ func beside(ctx context.Context, s *site) (done, error) {
 
 // replace starts an instance of --to NPUs and waits until it serves.
 func (s *site) replace(ctx context.Context, name string, flags ...string) (err error) {
-	if s.instance, err = s.begin(name, s.scale.To, flags...); err != nil {
+	if s.instance, err = s.begin(name, "PD", s.scale.To, flags...); err != nil {
 		return err
 	}
 	s.name = name
@@ -158,7 +251,7 @@ func (s *site) replace(ctx context.Context, name string, flags ...string) (err e
 // replica starts a second instance on what is to be added.
 func replica(ctx context.Context, s *site) (done, error) {
 	more := s.scale.To - s.scale.From
-	if _, err := s.begin("second", more, "--own-weights", "--disk-rate", s.scale.DiskRate.String()); err != nil {
+	if _, err := s.begin("second", "PD", more, "--own-weights", "--disk-rate", s.scale.DiskRate.String()); err != nil {
 		return done{}, err
 	}
 	return done{}, s.ready(ctx, "second", more)

@@ -10,6 +10,9 @@ import (
 // Elastic is the way that bars are about, Baselines are those of ElasticMoE (arXiv:2510.02613, section 7.1) that it is compared with.
 const Elastic = "elastic"
 
+// Standby is the way that Elastic has no bar against: a replica that runs already.
+const Standby = "standby"
+
 // Baselines are the ways that Elastic is compared with.
 var Baselines = []string{"cold", "extravagant", "colocated", "horizontal"}
 
@@ -55,8 +58,9 @@ type Bar struct {
 	Kept     bool    `json:"kept"`
 }
 
-// Bars are those of Elastic's runs at a copy rate. Of several runs the middle one counts, of memory and of what went wrong the worst.
-func Bars(all []Figures, copyRate int64) []Bar {
+// Bars are those of Elastic's runs at a copy rate. Of several runs the middle one counts, of memory and of what went wrong the worst. Of
+// answers that were not compared nobody knows whether they changed.
+func Bars(all []Figures, copyRate int64, compared bool) []Bar {
 	var runs []Figures
 	for _, f := range all {
 		if f.Strategy == Elastic && f.CopyRate == copyRate {
@@ -79,6 +83,10 @@ func Bars(all []Figures, copyRate int64) []Bar {
 	for _, f := range runs {
 		wrong += f.Failed + f.Changed
 	}
+	nothing := "requests lost, refused or changed"
+	if !compared {
+		nothing = "requests lost or refused; changes unknown"
+	}
 	gaps := middle(runs, (*Figures).Gaps)
 	rate := middle(runs, func(f *Figures) float64 { return -f.Throughput() })
 	bars := []Bar{
@@ -86,35 +94,51 @@ func Bars(all []Figures, copyRate int64) []Bar {
 		bar("throughput during the change, to before", "", rate.Throughput(), LeastRate, true),
 		bar("time to full capacity: 1.3 bytes/rate + a warm-up step + 100 ms", "s", late.Latency, late.Allowed(), false),
 		bar("peak memory: larger layout + each moving expert once + 1%", "MiB", float64(large.Peak)/(1<<20), float64(large.Room())/(1<<20), false),
-		bar("requests lost, refused or changed", "", float64(wrong), 0, false),
+		bar(nothing, "", float64(wrong), 0, false),
 	}
 	if gaps.Gaps() == 0 {
 		bars[0].Kept = false
 	}
 	if best := best(all); best > 0 {
-		now := middle(runs, func(f *Figures) float64 { return f.Latency })
-		bars = append(bars, bar("faster than the best of the other ways", "x", best/now.Latency, LeastSpeed, true))
+		bars = append(bars, bar("faster than the best of the other ways", "x", best/latency(runs), LeastSpeed, true))
 	}
 	return bars
 }
 
+// latency is that of the middle run.
+func latency(runs []Figures) float64 {
+	return middle(runs, func(f *Figures) float64 { return f.Latency }).Latency
+}
+
 // best is the shortest latency of the baselines, of the middle run of each; 0: there were none.
-func best(all []Figures) (latency float64) {
+func best(all []Figures) (shortest float64) {
 	for _, name := range Baselines {
-		var runs []Figures
-		for _, f := range all {
-			if f.Strategy == name {
-				runs = append(runs, f)
-			}
-		}
-		if len(runs) == 0 {
-			continue
-		}
-		if l := middle(runs, func(f *Figures) float64 { return f.Latency }).Latency; latency == 0 || l < latency {
-			latency = l
+		if runs := of(all, name); len(runs) > 0 && (shortest == 0 || latency(runs) < shortest) {
+			shortest = latency(runs)
 		}
 	}
-	return latency
+	return shortest
+}
+
+// Faster is how many times as fast as another way Elastic is, of the middle run of each; 0: one of them was not run.
+func Faster(all []Figures, than string) float64 {
+	own, other := of(all, Elastic), of(all, than)
+	if len(own) == 0 || len(other) == 0 {
+		return 0
+	}
+	rate := own[0].CopyRate // others are run at the first one only
+	own = slices.DeleteFunc(own, func(f Figures) bool { return f.CopyRate != rate })
+	return ratio(latency(other), latency(own))
+}
+
+// of are the runs of a way.
+func of(all []Figures, strategy string) (runs []Figures) {
+	for _, f := range all {
+		if f.Strategy == strategy {
+			runs = append(runs, f)
+		}
+	}
+	return runs
 }
 
 // middle is the run in the middle by a figure that should be small; of an even number the worse one.

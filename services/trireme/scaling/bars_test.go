@@ -27,7 +27,7 @@ func TestBars(t *testing.T) {
 		t.Helper()
 		measured := []float64{2, 48.0 / 50, 0.8, 1061.0 / (1 << 20), 0, 7 / 0.8}
 		bound := []float64{2, 0.95, 1.3*0.5 + 0.05 + 0.1, 1060.0 / (1 << 20), 0, 9}
-		bars := scaling.Bars(all, 100)
+		bars := scaling.Bars(all, 100, true)
 		if len(bars) != len(measured) {
 			t.Fatalf("%d bars, want %d", len(bars), len(measured))
 		}
@@ -43,15 +43,31 @@ func TestBars(t *testing.T) {
 			all[i].Latency += 0.2
 		}
 	}
-	if b := scaling.Bars(all, 100); !b[5].Kept {
+	if b := scaling.Bars(all, 100, true); !b[5].Kept {
 		t.Errorf("%+v; want 9 times and kept", b[5])
 	}
 	all[0].Changed, all[5].Failed, all[5].Before.Gap = 1, 1, 0
-	if b := scaling.Bars(all, 100); b[4].Kept || b[4].Measured != 2 {
+	if b := scaling.Bars(all, 100, true); b[4].Kept || b[4].Measured != 2 {
 		t.Errorf("%+v; want one changed and one lost, and the bar missed", b[4])
 	}
-	if b := scaling.Bars(all[1:3], 100); len(b) != 0 {
+	if b := scaling.Bars(all[1:3], 100, true); len(b) != 0 {
 		t.Errorf("bars without runs of elastic: %+v", b)
+	}
+}
+
+// A way that Elastic has no bar against is compared with its first copy rate, and by the middle run of each.
+func TestFaster(t *testing.T) {
+	slow := run(scaling.Elastic, 9, 1, 1, 1)
+	slow.CopyRate = 10
+	all := []scaling.Figures{run(scaling.Elastic, 2, 1, 1, 1), slow, run(scaling.Standby, 7, 1, 1, 1), run(scaling.Standby, 5, 1, 1, 1), run(scaling.Standby, 6, 1, 1, 1)}
+	if x := scaling.Faster(all, scaling.Standby); x != 3 {
+		t.Errorf("%g times, want 3", x)
+	}
+	if x := scaling.Faster(all[:2], scaling.Standby); x != 0 {
+		t.Errorf("%g times without a standby", x)
+	}
+	if b := scaling.Bars(all, 100, true); len(b) != 5 {
+		t.Errorf("%+v; want no bar against a standby", b)
 	}
 }
 

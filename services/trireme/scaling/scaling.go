@@ -61,7 +61,7 @@ type Figures struct {
 }
 
 // Measure works out what an event cost. answers are those of a run of the same requests without a change, by their number: Sample.Said, 0
-// for one without text, which has not failed then.
+// for one without text, which has not failed then. nil: there was no such run, and no answer is known to be changed or to be empty by mistake.
 func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers map[int]uint64) Figures {
 	changed := later(e.Full, e.Command.Add(e.Window)) // a change may be over before a token has come
 	length := changed.Sub(e.Command)
@@ -99,7 +99,7 @@ func Measure(r *load.Report, e Event, g load.Goodput, memory []Memory, answers m
 		want, ok := answers[s.Number]
 		empty := errors.Is(s.Err, load.ErrEmpty)
 		switch {
-		case empty && ok && want == 0: // so it is without a change
+		case empty && (answers == nil || ok && want == 0): // so it is without a change
 			f.Failed--
 		case (empty || s.Err == nil) && ok && s.Said != want:
 			f.Changed++
