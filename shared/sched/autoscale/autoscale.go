@@ -184,8 +184,13 @@ func (s *State) grow(d *Decision, o *options, w window, missed bool) bool {
 	var why []string
 	for k := range Stages {
 		if short[k] {
-			o.need[k] = w.low[k]
-			why = append(why, fmt.Sprintf("%s needs %.1f NPUs and has %d", Stage(k), w.low[k], o.now.with(Stage(k))))
+			// That there is too little is sure; how much more there should be is what is likely now.
+			o.need[k] = max(w.low[k], d.Inputs.Stages[k].Need)
+			likely := ""
+			if o.need[k] > w.low[k]+0.5 {
+				likely = fmt.Sprintf(", likely %.1f,", o.need[k])
+			}
+			why = append(why, fmt.Sprintf("%s needs %.1f NPUs%s and has %d", Stage(k), w.low[k], likely, o.now.with(Stage(k))))
 		}
 	}
 	u = o.now.utilisation(o.need)

@@ -13,8 +13,24 @@ type capacity struct {
 	steps   map[int]step    // how long decoding steps take, by batch
 	visual  float64         // multimodal tokens of a picture
 	prompt  float64         // tokens of a prompt
+	perHead float64         // pictures of a request
 	kvBatch float64         // sequences for which an NPU has KV memory; 0: not known
+	held    held            // when the entrance held requests back for want of KV memory
 }
+
+// held is that requests wait at the entrance for KV memory, of which each has to be given what it may come to need.
+type held struct {
+	at    time.Duration
+	known bool
+	batch float64 // sequences on an NPU that were let in then
+}
+
+// heldMemory is how long that counts: what requests may come to need changes with what they are like.
+const heldMemory = 2 * time.Minute
+
+// crowd is how much of decoders' KV memory is at least in use when requests are held back for it: what is set aside for the rest of
+// answers is not in use yet.
+const crowd = 0.4
 
 type step struct {
 	took time.Duration // the average of the last few
@@ -77,7 +93,43 @@ func (c *capacity) see(v *View, arriving amounts) {
 	}
 	if arriving[requests] > 0 {
 		c.prompt = arriving[prompt] / arriving[requests]
+		c.perHead = arriving[pictures] / arriving[requests]
 	}
+	if n := c.waiting(v); n > 0 {
+		c.held = held{v.Now, true, float64(v.Queues[Decode].InWork) / float64(max(1, decoders(v)))}
+	}
+}
+
+// waiting is how many requests wait at the entrance for KV memory, and not for their turn: the stages that come first have nothing in line.
+func (c *capacity) waiting(v *View) float64 {
+	e, p, d := &v.Queues[Encode], &v.Queues[Prefill], &v.Queues[Decode]
+	if e.Waiting+p.Waiting == 0 || e.Pending+p.Pending > 0 || p.InWork > d.InWork/2 {
+		return 0
+	}
+	var used, npus float64
+	for k := range v.Instances {
+		if i := &v.Instances[k]; i.Has(Decode) {
+			used, npus = used+i.KV*float64(len(i.NPUs)), npus+float64(len(i.NPUs))
+		}
+	}
+	if used < crowd*npus {
+		return 0
+	}
+	n := float64(p.Waiting)
+	if c.perHead > 0 {
+		n = max(n, float64(e.Waiting)/c.perHead)
+	}
+	return n
+}
+
+// decoders is how many NPUs decode.
+func decoders(v *View) (n int) {
+	for k := range v.Instances {
+		if i := &v.Instances[k]; i.Has(Decode) {
+			n += len(i.NPUs)
+		}
+	}
+	return n
 }
 
 // reach is how many times the largest batch that was seen a larger one may be predicted from.
@@ -124,7 +176,13 @@ func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [
 	for s := range Stages {
 		in[s].NPUs = has[s]
 	}
-	waiting := func(s Stage) float64 { return float64(v.Queues[s].Pending + v.Queues[s].Waiting) }
+	forKV := c.waiting(v)
+	waiting := func(s Stage) float64 {
+		if forKV > 0 && s != Decode { // it is not for these that the entrance waits
+			return float64(v.Queues[s].Pending)
+		}
+		return float64(v.Queues[s].Pending + v.Queues[s].Waiting)
+	}
 	for s, each := range [...]float64{Encode: c.visual, Prefill: c.prompt} {
 		i := &in[s]
 		i.Demand = arriving[[...]int{Encode: visual, Prefill: prompt}[s]]
@@ -141,12 +199,16 @@ func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [
 	}
 	i := &in[Decode]
 	i.Demand = arriving[output]
-	sequences := float64(v.Queues[Decode].InWork) + waiting(Decode)
-	i.Backlog = waiting(Decode)
+	i.Backlog = waiting(Decode) + forKV
+	sequences := float64(v.Queues[Decode].InWork) + i.Backlog
 	batch, took := c.batch(p.Targets.TPOT)
 	if batch == 0 {
 		i.Unknown = i.Demand+sequences > 0
 		return in
+	}
+	if c.held.known && v.Now-c.held.at < heldMemory && c.held.batch >= 1 && c.held.batch < batch {
+		took = time.Duration(float64(took) * c.held.batch / batch) // not more than that
+		batch = c.held.batch
 	}
 	i.Batch = int(batch)
 	i.Capacity = p.Utilisation[Decode] * batch / took.Seconds()

@@ -214,7 +214,7 @@ func (f *Fleet) dispatch(s autoscale.Stage) {
 			if !i.takes(s, q[0]) {
 				continue
 			}
-			level := i.load.LevelToCompute()
+			level := i.load.LevelToCompute(s == autoscale.Encode && i.has(autoscale.Prefill) || s == autoscale.Prefill && i.has(autoscale.Decode))
 			if s == autoscale.Decode {
 				level = i.load.LevelToDecode()
 			}
