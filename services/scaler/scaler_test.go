@@ -203,10 +203,11 @@ func await(t *testing.T, b *bus.Bus, what string, fits func(wire.Event) bool) wi
 	return *found
 }
 
+// outcome fits the event of the outcome of a decision, with what was measured then.
 func outcome(id string) func(wire.Event) bool {
 	return func(e wire.Event) bool {
 		var o explain.Outcome
-		return e.Kind == wire.EventScalerOutcome && json.Unmarshal(e.Data, &o) == nil && (id == "" || o.ID == id)
+		return e.Kind == wire.EventScalerOutcome && json.Unmarshal(e.Data, &o) == nil && o.ID == id && o.Measured != nil
 	}
 }
 

@@ -25,7 +25,7 @@ const (
 // Kinds of events of the scaler. Their data is in services/scaler/explain.
 const (
 	EventScalerDecision = "scaler.decision" // a change of the fleet was chosen, to be made or as advice
-	EventScalerOutcome  = "scaler.outcome"  // what became of one that was to be made
+	EventScalerOutcome  = "scaler.outcome"  // what became of one that was to be made: when it has ended, and measured later
 	EventScalerPolicy   = "scaler.policy"   // another policy is in force, or one that cannot be used was refused
 	EventScalerLead     = "scaler.lead"     // of several scalers this one acts now
 )

@@ -154,7 +154,8 @@ type Result struct {
 	Bytes int64 // that were copied
 }
 
-// Ended takes note of how the change under way has ended. Of one that was made the outcome is told later, when it can be measured.
+// Ended takes note of how the change under way has ended, which is told at once; of one that was made the outcome is told again when it
+// can be measured.
 func (d *Desk) Ended(now time.Duration, r Result) (events []wire.Event) {
 	u := d.underWay
 	if u == nil {
@@ -173,7 +174,7 @@ func (d *Desk) Ended(now time.Duration, r Result) (events []wire.Event) {
 		}
 		d.cost(u.Decision.Change.Action, r)
 	}
-	events = d.measure(now, true, nil) // of the change before
+	events = append(d.measure(now, true, nil), explain.OutcomeEvent(o)) // of the change before, and of this one
 	d.awaiting = &awaiting{o, now}
 	return events
 }

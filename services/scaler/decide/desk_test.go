@@ -115,8 +115,9 @@ func TestAutoDecidesAndMeasures(t *testing.T) {
 	p := &f.view.Instances[1]
 	p.NPUs = append(p.NPUs, c.Numbers...)
 	f.view.Spare["n"] = f.view.Spare["n"][len(c.Numbers):]
-	if e := d.Ended(f.view.Now, decide.Result{Made: true, Took: 3 * time.Second, Bytes: 7}); len(e) > 0 {
-		t.Fatalf("an outcome is told before it is measured: %+v", e)
+	e := d.Ended(f.view.Now, decide.Result{Made: true, Took: 3 * time.Second, Bytes: 7})
+	if o := read[explain.Outcome](t, e[0], wire.EventScalerOutcome); len(e) != 1 || !o.Made || o.Measured != nil {
+		t.Fatalf("%+v", e)
 	}
 	v := f.tick()
 	d.Turn(v, true, able)

@@ -22,7 +22,8 @@ type Decision struct {
 	Before Measured `json:"before"`
 }
 
-// Outcome is the data of an event wire.EventScalerOutcome: what became of a decision.
+// Outcome is the data of an event wire.EventScalerOutcome: what became of a decision. There is one when the change has ended, and, when it
+// was made, another one later, with what was measured then.
 type Outcome struct {
 	ID     string           `json:"id"`     // the decision's
 	Scaler string           `json:"scaler"` // that tells
@@ -34,11 +35,10 @@ type Outcome struct {
 	// expected.
 	Succeeded bool `json:"succeeded,omitempty"`
 
-	// Of changes that were made, so long after that:
-	After    time.Duration     `json:"after_ns,omitempty"`
-	Expected *autoscale.Effect `json:"expected,omitempty"`
-	Before   *Measured         `json:"before,omitempty"` // when it was decided
-	Measured *Measured         `json:"measured,omitempty"`
+	Expected *autoscale.Effect `json:"expected,omitempty"` // of changes that were made
+	Before   *Measured         `json:"before,omitempty"`   // when it was decided
+	After    time.Duration     `json:"after_ns,omitempty"` // the end of the change, Measured was measured
+	Measured *Measured         `json:"measured,omitempty"` // nil: not yet
 }
 
 // Measured is how the fleet did at a moment.

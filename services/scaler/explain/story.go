@@ -170,6 +170,9 @@ func (b *writer) outcome(s *Story) {
 		b.line("  The scaler that had begun it was gone; %s has brought it to its end.", o.Scaler)
 	}
 	if o.Measured == nil {
+		if o.Made {
+			b.line("  How the fleet does with it is not measured yet.")
+		}
 		return
 	}
 	t := b.table("\t\tNPUS\tSPARE\tASKED OF STAGES\tBUSY\tTTFT MET\tTPOT MET")
