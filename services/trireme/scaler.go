@@ -40,6 +40,10 @@ type scalerRunCmd struct {
 	Metrics    string        `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 	Lease      time.Duration `help:"Of several scalers, the one that acts is succeeded when it is not heard of for so long." default:"5s" hidden:""`
 	Settle     time.Duration `help:"So long after a change its outcome is measured." default:"20s"`
+
+	Processes string        `help:"Who starts and stops processes: up (trireme up), advise (nobody: the command is told), or auto (trireme up on nodes where it runs)." enum:"auto,up,advise" default:"auto" env:"TRIREME_SCALER_PROCESSES"`
+	Rate      conf.Bytes    `name:"copy-rate" help:"Most bytes of weights that a change copies in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
+	Timeout   time.Duration `help:"A change of an instance is given up if it is not in force by then." default:"1m"`
 }
 
 // Help is shown by `trireme scaler run --help`.
@@ -59,7 +63,10 @@ Examples:
 func (c *scalerRunCmd) Run(e *env) error {
 	return scaler.Run(e.ctx, scaler.Config{
 		NATSURL: c.NATSURL, AckWait: c.AckWait, Replicas: c.Replicas, Mode: autoscale.Mode(c.Mode), Policy: c.Policy, Record: c.Record,
-		RecordSize: int64(c.RecordSize), Metrics: c.Metrics, Lease: c.Lease, Settle: c.Settle, Actuator: newActuator,
+		RecordSize: int64(c.RecordSize), Metrics: c.Metrics, Lease: c.Lease, Settle: c.Settle,
+		Actuator: func(b *bus.Bus, log *slog.Logger) (act.Actuator, error) {
+			return act.New(e.ctx, act.Config{Bus: b, Processes: act.Processes(c.Processes), Rate: int64(c.Rate), Timeout: c.Timeout, Log: log})
+		},
 	}, e.log)
 }
 
@@ -230,6 +237,3 @@ func readPolicy(file string) (*autoscale.Policy, error) {
 	}
 	return &p, nil
 }
-
-// newActuator is who carries changes out; nil: a person has to.
-var newActuator = func(*bus.Bus, *slog.Logger) (act.Actuator, error) { return nil, nil }

@@ -38,6 +38,7 @@ var binaryDir string
 
 func TestMain(m *testing.M) {
 	bustest.ServeIfAsked()
+	runIfDoomed()
 	status := m.Run()
 	if err := os.RemoveAll(binaryDir); err != nil {
 		fmt.Fprintln(os.Stderr, "removing the binary of the tests:", err)
