@@ -48,7 +48,7 @@ type Config struct {
 	Lease      time.Duration // as lead.Config; 0: the default
 	Settle     time.Duration // as decide.Options; 0: the default
 
-	// Actuator makes who carries changes out; one that makes nil leaves all to a person.
+	// Actuator makes who carries changes out.
 	Actuator func(*bus.Bus, *slog.Logger) (act.Actuator, error)
 }
 
@@ -282,9 +282,6 @@ func (s *service) turn(ctx context.Context) {
 	now := s.now()
 	v := s.book.View(now, p.Targets)
 	t := s.desk.Turn(&v, s.leads, func(c autoscale.Change) (string, bool) {
-		if s.actuator == nil {
-			return explain.Command(c, &v), false
-		}
 		ctx, cancel := context.WithTimeout(ctx, ableWait)
 		defer cancel()
 		return s.actuator.Able(ctx, c)
