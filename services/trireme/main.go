@@ -79,15 +79,16 @@ type modelCmd struct {
 }
 
 type benchCmd struct {
-	Memory  benchcmd.Memory  `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
-	Serve   benchcmd.Serve   `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
-	Control benchcmd.Control `cmd:"" help:"What everything around the models costs: hops, messages, many streams at once."`
-	IRP     benchcmd.IRP     `cmd:"" name:"irp" help:"What it brings that a request's pictures are encoded in parallel, on paced NPUs."`
-	Compare benchcmd.Compare `cmd:"" help:"The same loads on topologies of equal NPU count, paced, and when separate encoding pays."`
-	Scale   benchcmd.Scale   `cmd:"" help:"What it costs to change the NPUs of a running instance, in several ways."`
-	Give    benchcmd.Give    `cmd:"" hidden:""`
-	NATS    benchcmd.NATS    `cmd:"" name:"nats" hidden:""`
-	StandIn benchcmd.StandIn `cmd:"" hidden:""`
+	Memory    benchcmd.Memory    `cmd:"" help:"Mapping, copies, calls of the HMM, checksums, as a table of ratios."`
+	Serve     benchcmd.Serve     `cmd:"" help:"Send a load to any OpenAI-compatible server; report as vllm bench serve does."`
+	Control   benchcmd.Control   `cmd:"" help:"What everything around the models costs: hops, messages, many streams at once."`
+	IRP       benchcmd.IRP       `cmd:"" name:"irp" help:"What it brings that a request's pictures are encoded in parallel, on paced NPUs."`
+	Compare   benchcmd.Compare   `cmd:"" help:"The same loads on topologies of equal NPU count, paced, and when separate encoding pays."`
+	Scale     benchcmd.Scale     `cmd:"" help:"What it costs to change the NPUs of a running instance, in several ways."`
+	Autoscale benchcmd.Autoscale `cmd:"" help:"Loads that change, simulated: the scaler, static topologies and the rules of others."`
+	Give      benchcmd.Give      `cmd:"" hidden:""`
+	NATS      benchcmd.NATS      `cmd:"" name:"nats" hidden:""`
+	StandIn   benchcmd.StandIn   `cmd:"" hidden:""`
 }
 
 type versionCmd struct{}

@@ -170,6 +170,17 @@ func (c *capacity) batch(target time.Duration) (batch float64, took time.Duratio
 	return batch, time.Duration((at0 + slope*batch) * float64(time.Second))
 }
 
+// pair is the number of NPUs that are sized to the policy's utilisation.
+const pair = 2
+
+// staff is how many NPUs so much work needs, itself in NPUs that compute all of the time. Chance evens out where there are many: what is
+// needed beyond the work grows with its square root (Halfin and Whitt 1981), more where pieces of work come together. It is such that
+// a pair of NPUs is utilised as wanted, and never less than that.
+func staff(work, utilisation, together float64) float64 {
+	beyond := math.Sqrt(pair*utilisation) * (1/utilisation - 1) // times the square root of the work of a pair
+	return min(work/utilisation, work+beyond*math.Sqrt(work*together))
+}
+
 // need is how many NPUs each stage needs, by what arrives and by what waits.
 func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [Stages]StageInputs {
 	var in [Stages]StageInputs
@@ -193,6 +204,13 @@ func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [
 			continue
 		}
 		i.Capacity = rate * p.Utilisation[s]
+		together := 1.0
+		if Stage(s) == Encode {
+			together = max(1, c.perHead)
+		}
+		if work := i.Demand / rate; work > 0 {
+			i.Capacity = rate * work / staff(work, p.Utilisation[s], together)
+		}
 		// A queue is no backlog as long as it is short beside the target: with arrivals by chance there is always one now and then.
 		allowed := rate * float64(has[s]) * p.Targets.TTFT.Seconds() / 4
 		i.Need = i.Demand/i.Capacity + max(0, i.Backlog-allowed)/(rate*p.Drain.Seconds())

@@ -26,9 +26,12 @@ type Policy struct {
 	Bounds  [Stages]Bounds // by Stage
 	Actions []Action       // that are allowed
 
-	Utilisation [Stages]float64 // wanted part of the time that a stage's NPUs compute, above 0 and at most 1
-	Band        float64         // so far above and below what is wanted nothing is done, as a part of it
-	Drain       time.Duration   // in which a backlog should be done away with
+	// Utilisation is the wanted part of the time that the NPUs of a stage compute, above 0 and at most 1, where two of them encode or
+	// prefill; with more chance evens out, and they are sized to compute more of the time (see staff). Of decode it is the part of the
+	// largest batch.
+	Utilisation [Stages]float64
+	Band        float64       // so far above and below what is wanted nothing is done, as a part of it
+	Drain       time.Duration // in which a backlog should be done away with
 	Grow        Direction
 	Shrink      Direction
 	Stale       time.Duration // signals that are older are as if they were missing
@@ -67,7 +70,7 @@ func Default() Policy {
 		Targets:     Targets{TTFT: 2 * time.Second, TPOT: 100 * time.Millisecond, Percentile: 90},
 		Bounds:      [Stages]Bounds{{Min: 1}, {Min: 1}, {Min: 1}},
 		Actions:     append([]Action(nil), Actions...),
-		Utilisation: [Stages]float64{0.7, 0.7, 0.8},
+		Utilisation: [Stages]float64{0.8, 0.8, 0.8},
 		Band:        0.15,
 		Drain:       5 * time.Second,
 		Grow:        Direction{Window: 2 * time.Second, Cooldown: 2 * time.Second},

@@ -196,7 +196,7 @@ func (p *Policy) Check() error {
 		case p.Budget > 0 && b.Min > p.Budget:
 			return bad("stages.%s: min %d is more than the budget of %d; lower min or raise budget", s, b.Min, p.Budget)
 		case p.Utilisation[s] <= 0 || p.Utilisation[s] > 1:
-			return bad("stages.%s.utilisation: %g is not above 0 and at most 1; 0.7 leaves room for arrivals by chance", s, p.Utilisation[s])
+			return bad("stages.%s.utilisation: %g is not above 0 and at most 1; 0.8 leaves room for arrivals by chance", s, p.Utilisation[s])
 		}
 	}
 	for i, a := range p.Actions {
@@ -268,7 +268,7 @@ func (p *Policy) Describe() string {
 		if bound.Max > 0 {
 			most = fmt.Sprint(bound.Max)
 		}
-		line("%-8s %d to %s NPUs, sized to compute %.0f%% of the time", Stage(k).String()+":", bound.Min, most, 100*p.Utilisation[k])
+		line("%-8s %d to %s NPUs, sized to compute %.0f%% of the time (more where many encode or prefill)", Stage(k).String()+":", bound.Min, most, 100*p.Utilisation[k])
 	}
 	line("A stage gets more when it has needed %.0f%% more than it has for %v, %v after the last change; what waits should be gone in %v.",
 		100*p.Band, p.Grow.Window, p.Grow.Cooldown, p.Drain)

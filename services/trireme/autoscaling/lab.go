@@ -1,0 +1,329 @@
+package autoscaling
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"trireme.dev/shared/npu/pace"
+	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/autoscale"
+	"trireme.dev/shared/sched/simulate"
+)
+
+// Lab is what all runs have in common.
+type Lab struct {
+	Profile *pace.Profile
+	Seeds   []uint64 // at least one: each run is the mean of runs with these
+	Policy  autoscale.Policy
+	Step    func(what string) error // told of each run, if not nil; its error ends all
+}
+
+// kvTokens is the tokens for which an A100 of 80 GB has KV memory beside OPT-13B: 90% of 80 GB, less 26 GB of weights, at 0.82 MB a token
+// (40 layers of 5,120, keys and values, 2 bytes each).
+const kvTokens = 56_000
+
+// config is a fleet as the real ones are. RATIONALE.md says where the figures besides the profile's are from.
+func (l *Lab) config(s *Scenario, topology string, seed uint64, c simulate.Controller) simulate.Config {
+	t := fleet(topology)
+	cfg := simulate.Config{
+		Seed: seed, Costs: Costs{l.Profile}, Targets: s.Targets, Control: c, KV: kvTokens,
+		Order: sched.SLO, Front: 10 * time.Millisecond, Hop: 2 * time.Millisecond,
+		Jitter: 0.2, Drag: 1.05, Lag: [2]time.Duration{50 * time.Millisecond, 900 * time.Millisecond}, Lost: 0.002,
+		Spare: map[string]int{"node": t.Spare},
+	}
+	for _, g := range t.Groups {
+		for range g.Count {
+			name := fmt.Sprintf("%s-%d", g.Roles, len(cfg.Instances))
+			cfg.Instances = append(cfg.Instances, simulate.Instance{Name: name, Node: "node", Roles: g.Roles, NPUs: g.NPUs, Replica: true})
+		}
+	}
+	return cfg
+}
+
+// Way is how a fleet is run.
+type Way struct {
+	Name     string
+	Topology string                     // at the beginning
+	Control  func() simulate.Controller // nil: nothing changes
+}
+
+// Rivals are the rules of others. They change the fleet by the same means and at the same cost; Kubernetes' replicas have one NPU each.
+// Where NPUs can be added, EPD's trigger, which only switches roles, begins with as many as the best static topology of three separate
+// stages has.
+func (l *Lab) Rivals(s *Scenario, separate string) []Way {
+	return []Way{
+		{"epd-trigger", separate, func() simulate.Controller { return simulate.Switching{} }},
+		{"elasticmoe-rule", s.Start, func() simulate.Controller { return new(simulate.Attaining) }},
+		{"hpa-queue", singles(s.Start), func() simulate.Controller { return new(simulate.Replicas) }},
+	}
+}
+
+// Scaler is the project's own way.
+func (l *Lab) Scaler(s *Scenario) Way {
+	p := l.Policy
+	p.Mode = autoscale.Auto
+	p.Targets.TTFT, p.Targets.TPOT = s.Targets.TTFT, s.Targets.TPOT
+	if s.Keep {
+		p.Actions = slices.DeleteFunc(slices.Clone(p.Actions), func(a autoscale.Action) bool { return a == autoscale.Narrow || a == autoscale.Remove })
+	}
+	return Way{"trireme", s.Start, func() simulate.Controller { return simulate.NewScaler(p) }}
+}
+
+// Static is a topology that stays as it is.
+func Static(topology string) Way { return Way{"static", topology, nil} }
+
+// Run is what came of a scenario: means over the seeds.
+type Run struct {
+	Scenario   string  `json:"scenario"`
+	By         string  `json:"by"`       // the way
+	Topology   string  `json:"topology"` // at the beginning
+	Rate       float64 `json:"rate"`
+	Requests   float64 `json:"requests"`
+	Attainment float64 `json:"attainment"`      // part of requests within both targets
+	Least      float64 `json:"attainment_low"`  // of the seeds
+	Most       float64 `json:"attainment_high"` // "
+	TTFT       float64 `json:"ttft_met"`
+	TPOT       float64 `json:"tpot_met"`
+	Latency    float64 `json:"mean_latency_s"` // to the last token
+	TTFT90     float64 `json:"p90_ttft_s"`
+	NPUHours   float64 `json:"npu_hours"`
+	MeanNPUs   float64 `json:"mean_npus"`
+	Changes    float64 `json:"changes"` // begun after the time to settle
+	Hours      float64 `json:"hours"`   // that count
+
+	Detail *simulate.Result `json:"-"` // of the first seed
+}
+
+// Play runs a scenario at a rate, once for each seed.
+func (l *Lab) Play(s *Scenario, rate float64, w Way) (*Run, error) {
+	if l.Step != nil {
+		if err := l.Step(fmt.Sprintf("%s: %s %s", s.Name, w.Name, w.Topology)); err != nil {
+			return nil, err
+		}
+	}
+	mean := &Run{Scenario: s.Name, By: w.Name, Topology: w.Topology, Rate: rate, Least: 1}
+	for k, seed := range l.Seeds {
+		r, err := l.once(s, rate, w, seed)
+		if err != nil {
+			return nil, fmt.Errorf("%s on %s: %w", s.Name, w.Topology, err)
+		}
+		if k == 0 {
+			mean.Detail = r.Detail
+		}
+		n := float64(len(l.Seeds))
+		for _, x := range []struct {
+			to *float64
+			of float64
+		}{
+			{&mean.Requests, r.Requests}, {&mean.Attainment, r.Attainment}, {&mean.TTFT, r.TTFT}, {&mean.TPOT, r.TPOT}, {&mean.Latency, r.Latency},
+			{&mean.TTFT90, r.TTFT90}, {&mean.NPUHours, r.NPUHours}, {&mean.MeanNPUs, r.MeanNPUs}, {&mean.Changes, r.Changes}, {&mean.Hours, r.Hours},
+		} {
+			*x.to += x.of / n
+		}
+		mean.Least, mean.Most = min(mean.Least, r.Attainment), max(mean.Most, r.Attainment)
+	}
+	return mean, nil
+}
+
+func (l *Lab) once(s *Scenario, rate float64, w Way, seed uint64) (*Run, error) {
+	var c simulate.Controller
+	if w.Control != nil {
+		c = w.Control()
+	}
+	f, err := simulate.New(l.config(s, w.Topology, seed, c))
+	if err != nil {
+		return nil, err
+	}
+	load, length := simulate.Draw(seed, s.Phases(rate))
+	d, err := f.Run(load, length)
+	if err != nil {
+		return nil, err
+	}
+	r := &Run{Detail: d, Hours: (length - s.Settle).Hours(), NPUHours: d.NPUTime.Hours(), MeanNPUs: d.NPUTime.Seconds() / length.Seconds()}
+	var ttfts []float64
+	met := func(to *float64, ok bool) {
+		if ok {
+			*to++
+		}
+	}
+	for i := range d.Outcomes {
+		o := &d.Outcomes[i]
+		if o.Arrive < s.Settle {
+			continue
+		}
+		r.Requests++
+		met(&r.Attainment, o.Good(s.Targets))
+		met(&r.TTFT, !o.Refused && o.TTFT <= s.Targets.TTFT)
+		met(&r.TPOT, !o.Refused && o.TPOT <= s.Targets.TPOT)
+		r.Latency += o.E2E.Seconds()
+		ttfts = append(ttfts, o.TTFT.Seconds())
+	}
+	if n := r.Requests; n > 0 {
+		r.Attainment, r.TTFT, r.TPOT, r.Latency = r.Attainment/n, r.TTFT/n, r.TPOT/n, r.Latency/n
+		slices.Sort(ttfts)
+		r.TTFT90 = ttfts[len(ttfts)*9/10]
+	}
+	for _, m := range d.Made {
+		if m.At >= s.Settle {
+			r.Changes++
+		}
+	}
+	return r, nil
+}
+
+// Splits are all topologies of so many NPUs in which each stage has its own, and those that have all roles together or the first two or the
+// last two, as single instances.
+func Splits(npus int) (all []string) {
+	for e := 1; e <= npus-2; e++ {
+		for p := 1; p <= npus-e-1; p++ {
+			all = append(all, fmt.Sprintf("%dE%dP%dD", e, p, npus-e-p))
+		}
+	}
+	for k := 1; k < npus; k++ {
+		all = append(all, fmt.Sprintf("%dEP%dD", k, npus-k), fmt.Sprintf("%dE%dPD", k, npus-k))
+	}
+	return append(all, fmt.Sprintf("%dEPD", npus))
+}
+
+// Best is the static topology of so many NPUs that attains most, of all Splits; of those alike the one with the least latency. separate is
+// the best of those in which each stage has its own NPUs.
+func (l *Lab) Best(s *Scenario, rate float64, npus int) (best, separate *Run, err error) {
+	better := func(r, than *Run) bool {
+		return than == nil || r.Attainment > than.Attainment || r.Attainment == than.Attainment && r.Latency < than.Latency
+	}
+	for _, t := range Splits(npus) {
+		r, err := l.Play(s, rate, Static(t))
+		if err != nil {
+			return nil, nil, err
+		}
+		r.By = "best static"
+		if better(r, best) {
+			best = r
+		}
+		if len(fleet(t).Groups) == 3 && better(r, separate) {
+			separate = r
+		}
+	}
+	return best, separate, nil
+}
+
+// Overload is the rate at which a topology attains so much of a scenario, by halving the range in which it lies.
+func (l *Lab) Overload(s *Scenario, topology string, attainment float64) (*Run, error) {
+	low, high := 0.1, 0.2
+	at := func(rate float64) (*Run, error) { return l.Play(s, rate, Static(topology)) }
+	for {
+		r, err := at(high)
+		if err != nil {
+			return nil, err
+		}
+		if r.Attainment < attainment {
+			break
+		}
+		if low, high = high, 2*high; high > 1000 {
+			return nil, fmt.Errorf("%w: %s attains %.0f%% of %s at any rate", ErrScenario, topology, 100*attainment, s.Name)
+		}
+	}
+	var best *Run
+	for range 8 {
+		rate := (low + high) / 2
+		r, err := at(rate)
+		if err != nil {
+			return nil, err
+		}
+		if best == nil || off(r.Attainment, attainment) < off(best.Attainment, attainment) {
+			best = r
+		}
+		if r.Attainment >= attainment {
+			low = rate
+		} else {
+			high = rate
+		}
+	}
+	return best, nil
+}
+
+// Peak is the smallest static topology that attains so much of a scenario of one phase, of all Splits. Those that are too small for its
+// peak are not tried: for any set of stages the NPUs with their roles have to do tooSmall of its work at least. The others have to attain
+// nearly as much of the fifth in its middle, where the peak is, before all of it is played.
+func (l *Lab) Peak(s *Scenario, rate float64, attainment float64) (*Run, error) {
+	work := l.work(s, rate)
+	middle := *s
+	middle.Phases = func(rate float64) []simulate.Phase {
+		p := s.Phases(rate)[0]
+		from, whole := 2*p.Length/5, p.Rate
+		p.Length /= 5
+		p.Rate = func(since time.Duration) float64 { return whole(from + since) }
+		return []simulate.Phase{p}
+	}
+	for n := 3; n <= 64; n++ {
+		for _, text := range Splits(n) {
+			if !fits(text, work) {
+				continue
+			}
+			r, err := l.Play(&middle, rate, Static(text))
+			if err == nil && r.Attainment >= attainment-nearly {
+				r, err = l.Play(s, rate, Static(text))
+			}
+			if err != nil {
+				return nil, err
+			}
+			if r.Attainment >= attainment {
+				r.By = "sized for the peak"
+				return r, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%w: no static topology of up to 64 NPUs attains %.0f%% of %s", ErrScenario, 100*attainment, s.Name)
+}
+
+// nearly is how much less of the middle than of all a topology may attain: the middle of the wave has less than half of its requests.
+const nearly = 0.2
+
+// tooSmall is the part of the work at the peak below which a topology is not even tried.
+const tooSmall = 0.8
+
+// work is the NPUs that each stage of a scenario needs at its peak at least: prompts in full steps, sequences in a step that many share.
+func (l *Lab) work(s *Scenario, rate float64) (npus [autoscale.Stages]float64) {
+	c := Costs{l.Profile}
+	for _, p := range s.Phases(rate) {
+		k := &p.Kind
+		mean := func(r [2]int) float64 { return float64(r[0]+r[1]) / 2 }
+		prompt := mean(k.Words) + mean(k.Pictures)*float64(k.Visual)
+		step := c.Step(simulate.Work{Prompt: 512}) / 512
+		token := c.Step(simulate.Work{Decoding: 64, Context: int(64 * prompt)}) / 64
+		for st, each := range [...]float64{
+			mean(k.Pictures) * c.Encode(k.Visual).Seconds(), prompt * step.Seconds(), mean(k.Output) * token.Seconds(),
+		} {
+			npus[st] = max(npus[st], p.Peak*each)
+		}
+	}
+	return npus
+}
+
+// fits reports whether a topology can do tooSmall of the work of every set of stages.
+func fits(topology string, load [autoscale.Stages]float64) bool {
+	t := fleet(topology)
+	for set := 1; set < 1<<autoscale.Stages; set++ {
+		need, have := 0.0, 0
+		letters := ""
+		for st := range autoscale.Stages {
+			if set>>st&1 != 0 {
+				need += load[st]
+				letters += autoscale.Stage(st).Letter()
+			}
+		}
+		for _, g := range t.Groups {
+			if strings.ContainsAny(g.Roles, letters) {
+				have += g.Count * g.NPUs
+			}
+		}
+		if float64(have) < tooSmall*need {
+			return false
+		}
+	}
+	return true
+}
+
+func off(a, b float64) float64 { return max(a-b, b-a) }
