@@ -50,10 +50,15 @@ type Processes string
 
 // The ways.
 const (
-	Auto   Processes = "auto"   // `trireme up` on nodes where it runs, elsewhere advice
-	Up     Processes = "up"     // `trireme up`
-	Advise Processes = "advise" // nobody: the command is told, as under docker compose
+	Auto       Processes = "auto"       // Kubernetes in a pod of it; else `trireme up` on nodes where it runs, elsewhere advice
+	Up         Processes = "up"         // `trireme up`
+	Kubernetes Processes = "kubernetes" // the scale subresource of what has the pods
+	Advise     Processes = "advise"     // nobody: the command is told, as under docker compose
 )
+
+// Anywhere reports whether the number of processes can be changed on any node, by somebody: then all instances are replicas
+// (autoscale.Instance.Replica), not only those of nodes where `trireme up` answers.
+func (p Processes) Anywhere() bool { return p == Advise || p == Kubernetes || p == Auto && inPod() }
 
 // Config says how changes are made. What is 0 or empty is as said.
 type Config struct {
@@ -64,6 +69,7 @@ type Config struct {
 	Rate      int64         // most bytes that an operation copies in a second; 0: as fast as it goes
 	Spare     *float64      // see wire.Change; nil: wire.DefaultSpare
 	Slack     *float64      // "; nil: wire.DefaultSlack
+	Cluster   Cluster       // for Kubernetes
 	Log       *slog.Logger  // nil: none
 }
 
@@ -98,13 +104,17 @@ func New(ctx context.Context, cfg Config) (Actuator, error) {
 	}
 	a := &actuator{cfg: cfg, beats: beats}
 	person := &advice{beats}
-	switch cfg.Processes {
-	case Advise:
+	switch {
+	case cfg.Processes == Advise:
 		a.starter = person
-	case Up, Auto:
+	case cfg.Processes == Kubernetes || cfg.Processes == Auto && inPod():
+		if a.starter, err = newPods(&a.cfg, beats); err != nil {
+			return nil, fmt.Errorf("changing the number of pods: %w", err)
+		}
+	case cfg.Processes == Up || cfg.Processes == Auto:
 		a.starter = &up{cfg: &a.cfg, beats: beats, advice: person}
 	default:
-		return nil, fmt.Errorf("nobody called %q changes the number of processes: there are %s, %s and %s", cfg.Processes, Auto, Up, Advise)
+		return nil, fmt.Errorf("nobody called %q changes the number of processes: there are %s, %s, %s and %s", cfg.Processes, Auto, Up, Kubernetes, Advise)
 	}
 	return a, nil
 }

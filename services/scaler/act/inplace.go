@@ -12,10 +12,8 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-const (
-	lookAgain = 20 * time.Millisecond // between two looks at the heartbeats
-	behind    = time.Minute           // behind its commit an operation is waited for so long, or its instance until it is started again
-)
+// behind is how long an operation is waited for behind its commit, or its instance until it is started again.
+const behind = time.Minute
 
 // scale has an instance of the change's node take NPUs, or give some up.
 func (a *actuator) scale(ctx context.Context, term *lead.Term, op *lead.Operation, name string, c wire.Change) (Outcome, error) {
@@ -69,17 +67,12 @@ func (a *actuator) change(ctx context.Context, term *lead.Term, op *lead.Operati
 
 // await waits for an instance to show a sign of life: it may be started again just now.
 func (a *actuator) await(ctx context.Context, node, name string) (*wire.Instance, error) {
-	for {
-		changed := a.beats.Changed()
-		if i := a.find(node, name); i != nil {
-			return i, nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("waiting for %s on node %s: %w", name, node, context.Cause(ctx))
-		}
+	var found *wire.Instance
+	err := until(ctx, a.beats, func() bool { found = a.find(node, name); return found != nil })
+	if err != nil {
+		return nil, fmt.Errorf("waiting for %s on node %s: %w", name, node, err)
 	}
+	return found, nil
 }
 
 // gone is how an operation has ended on an instance that shows no sign of life.

@@ -82,7 +82,7 @@ func (u *up) start(ctx context.Context, term *lead.Term, op *lead.Operation, id 
 	bounded, cancel := context.WithTimeout(ctx, u.cfg.Ready)
 	defer cancel()
 	missing := func() []string { return u.lacking(c.Node, report.Started) }
-	err = u.until(bounded, func() bool { return len(missing()) == 0 })
+	err = until(bounded, u.beats, func() bool { return len(missing()) == 0 })
 	switch {
 	case err == nil:
 		return Outcome{Done: true, Started: report.Started}, nil
@@ -115,7 +115,7 @@ func (u *up) stop(ctx context.Context, term *lead.Term, op *lead.Operation, id s
 	out := Outcome{Done: true, Stopped: report.Stopped}
 	bounded, cancel := context.WithTimeout(ctx, u.cfg.Timeout)
 	defer cancel()
-	err = u.until(bounded, func() bool {
+	err = until(bounded, u.beats, func() bool {
 		return !slices.ContainsFunc(u.beats.All(), func(i wire.Instance) bool { return i.Node == c.Node && i.Name == c.Instance })
 	})
 	if err != nil && ctx.Err() == nil {
@@ -125,9 +125,9 @@ func (u *up) stop(ctx context.Context, term *lead.Term, op *lead.Operation, id s
 }
 
 // until waits for something that heartbeats tell.
-func (u *up) until(ctx context.Context, ok func() bool) error {
+func until(ctx context.Context, beats *bus.Instances, ok func() bool) error {
 	for {
-		changed := u.beats.Changed()
+		changed := beats.Changed()
 		if ok() {
 			return nil
 		}

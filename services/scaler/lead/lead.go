@@ -49,7 +49,7 @@ type Term struct {
 	leader *leader
 	found  *Operation // when it began
 	fence  atomic.Uint64
-	until  atomic.Int64 // this process may act until then, on leader.now
+	until  atomic.Int64 // this process may act until then, on leader.now; 0: no more
 	end    context.CancelCauseFunc
 }
 
@@ -94,6 +94,7 @@ func (t *Term) write(ctx context.Context, what string, next func(*lease) record)
 		err = fmt.Errorf("%s in the scalers' record: %w", what, err)
 	}
 	if errors.Is(err, ErrDeposed) {
+		t.until.Store(0)
 		t.end(err)
 	}
 	return err
@@ -316,6 +317,7 @@ func (h *leader) close() {
 	<-h.mu
 	defer func() { h.mu <- struct{}{} }()
 	h.lease.lost()
+	h.term.until.Store(0)
 	h.term = nil
 }
 
