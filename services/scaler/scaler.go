@@ -48,6 +48,8 @@ type Config struct {
 	Lease      time.Duration // as lead.Config; 0: the default
 	Settle     time.Duration // as decide.Options; 0: the default
 
+	// Anywhere says that processes can be started and stopped on all nodes (act.Processes.Anywhere).
+	Anywhere bool
 	// Actuator makes who carries changes out.
 	Actuator func(*bus.Bus, *slog.Logger) (act.Actuator, error)
 }
@@ -110,6 +112,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return err
 	}
 	defer s.asker.Wait()
+	s.asker.Anywhere = cfg.Anywhere
 	if cfg.Record != "" {
 		most := cfg.RecordSize
 		if most == 0 {

@@ -41,9 +41,11 @@ type scalerRunCmd struct {
 	Lease      time.Duration `help:"Of several scalers, the one that acts is succeeded when it is not heard of for so long." default:"5s" hidden:""`
 	Settle     time.Duration `help:"So long after a change its outcome is measured." default:"20s"`
 
-	Processes string        `help:"Who starts and stops processes: up (trireme up), advise (nobody: the command is told), or auto (trireme up on nodes where it runs)." enum:"auto,up,advise" default:"auto" env:"TRIREME_SCALER_PROCESSES"`
-	Rate      conf.Bytes    `name:"copy-rate" help:"Most bytes of weights that a change copies in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
-	Timeout   time.Duration `help:"A change of an instance is given up if it is not in force by then." default:"1m"`
+	Processes string            `help:"Who starts and stops processes: up (trireme up), kubernetes (the scale subresource), advise (nobody: the command is told), or auto (kubernetes in a pod, else trireme up on nodes where it runs)." enum:"auto,up,kubernetes,advise" default:"auto" env:"TRIREME_SCALER_PROCESSES"`
+	Target    map[string]string `help:"Of kubernetes: what has the pods of instances, by their roles, as D=deployments/decoder or EPD=statefulsets/all. By default deployments/encoder, prefill and decoder." placeholder:"ROLES=KIND/NAME" mapsep:"," env:"TRIREME_SCALER_TARGET"`
+	Namespace string            `help:"Of kubernetes: the namespace of these; by default the scaler's own." placeholder:"NAME"`
+	Rate      conf.Bytes        `name:"copy-rate" help:"Most bytes of weights that a change copies in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
+	Timeout   time.Duration     `help:"A change of an instance is given up if it is not in force by then." default:"1m"`
 }
 
 // Help is shown by `trireme scaler run --help`.
@@ -56,7 +58,8 @@ decision is an event (trireme events --kind scaler), which trireme explain tells
 Examples:
   trireme scaler run                                      tells what it would do
   trireme scaler run --mode auto --policy scaler.yaml     does it
-  trireme scaler run --record scaler.jsonl                keeps what it sees for trireme scaler replay`
+  trireme scaler run --record scaler.jsonl                keeps what it sees for trireme scaler replay
+  trireme scaler run --processes kubernetes --target D=deployments/llm-decoder --target P=deployments/llm-prefill`
 }
 
 // Run runs the scaler until the process is told to end.
@@ -64,8 +67,12 @@ func (c *scalerRunCmd) Run(e *env) error {
 	return scaler.Run(e.ctx, scaler.Config{
 		NATSURL: c.NATSURL, AckWait: c.AckWait, Replicas: c.Replicas, Mode: autoscale.Mode(c.Mode), Policy: c.Policy, Record: c.Record,
 		RecordSize: int64(c.RecordSize), Metrics: c.Metrics, Lease: c.Lease, Settle: c.Settle,
+		Anywhere: act.Processes(c.Processes).Anywhere(),
 		Actuator: func(b *bus.Bus, log *slog.Logger) (act.Actuator, error) {
-			return act.New(e.ctx, act.Config{Bus: b, Processes: act.Processes(c.Processes), Rate: int64(c.Rate), Timeout: c.Timeout, Log: log})
+			return act.New(e.ctx, act.Config{
+				Bus: b, Processes: act.Processes(c.Processes), Rate: int64(c.Rate), Timeout: c.Timeout, Log: log,
+				Cluster: act.Cluster{Namespace: c.Namespace, Targets: c.Target},
+			})
 		},
 	}, e.log)
 }

@@ -32,6 +32,8 @@ const (
 
 // Asker asks everybody for what a Book wants to hear. It is for one goroutine.
 type Asker struct {
+	Anywhere bool // for Heard; before the first Ask
+
 	bus   *bus.Bus
 	beats *bus.Instances
 	log   *slog.Logger
@@ -82,7 +84,7 @@ func (a *Asker) Ask(ctx context.Context) *Heard {
 	}
 	asking.Wait()
 	a.rounds++
-	h.Starters = maps.Clone(a.starters)
+	h.Starters, h.Anywhere = maps.Clone(a.starters), a.Anywhere
 	h.Planned = a.planned(h.Instances, h.Stats)
 	return h
 }

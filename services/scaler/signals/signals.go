@@ -24,6 +24,7 @@ type Heard struct {
 	Nodes     []hbm.Stats        // of HMMs
 	Queues    []bus.Queue        // nil: JetStream has not answered
 	Starters  map[string]bool    // nodes on which somebody starts and stops processes (wire.SubjectReplicas)
+	Anywhere  bool               // somebody does on all nodes, of whatever name: Kubernetes, or a person with docker compose
 	Planned   map[string]float64 // by id of an instance: the balance of its experts that a rebalance would reach
 }
 
@@ -342,7 +343,7 @@ func (b *Book) instance(now time.Duration, h *wire.Instance) autoscale.Instance 
 		return float64(u) / float64(max(1, u+room))
 	}
 	i.KV, i.MM = used(mem.KindKV), used(mem.KindMM)
-	i.Replica = h.Name != "" && len(i.NPUs) > 0 && b.heard.Starters[h.Node]
+	i.Replica = len(i.NPUs) > 0 && (b.heard.Anywhere || h.Name != "" && b.heard.Starters[h.Node])
 	i.Planned = b.heard.Planned[h.ID]
 	if !h.Ready { // what it has the HMM knows; it does nothing yet, or no more
 		return i

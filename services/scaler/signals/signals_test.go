@@ -182,6 +182,17 @@ func TestWorkOfInstances(t *testing.T) {
 	if !reflect.DeepEqual(v.Instances, want) {
 		t.Errorf("instances are\n%+v\nwant\n%+v", v.Instances, want)
 	}
+	h := r.heard(4 * second)
+	h.Starters = nil
+	for _, anywhere := range []bool{true, false} {
+		h.Anywhere = anywhere
+		b.Hear(h)
+		for _, i := range b.View(4*second+100*time.Millisecond, targets).Instances {
+			if i.Replica != (anywhere && len(i.NPUs) > 0) {
+				t.Errorf("processes are started anywhere: %v; %s can be stopped and started: %v", anywhere, i.Name, i.Replica)
+			}
+		}
+	}
 	if !reflect.DeepEqual(v.Spare, map[string][]int{"n": {5, 7}}) {
 		t.Errorf("spare are %v", v.Spare)
 	}
