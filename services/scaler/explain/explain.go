@@ -159,7 +159,10 @@ func (o *Outcome) Sentence() string {
 		return text
 	}
 	want := o.Expected.Utilisation[s]
+	less := o.Change.Action == autoscale.Narrow || o.Change.Action == autoscale.Remove // sized by the most that was needed lately
 	switch {
+	case less && (o.Measured.Utilisation[s] < want || near(o.Measured.Utilisation[s], want)):
+		text += fmt.Sprintf(", at most %s were expected", percent(want))
 	case near(o.Measured.Utilisation[s], want):
 		text += ", as expected"
 	case o.Before != nil && !near(o.Measured.Need[s], o.Before.Need[s]):

@@ -95,6 +95,8 @@ func TestStory(t *testing.T) {
 	failed := explain.Outcome{ID: "id", Change: change(), Why: "no memory", Took: time.Second}
 	succeeded := outcome("id", 0.7)
 	succeeded.Succeeded, succeeded.Expected, succeeded.Before, succeeded.Scaler = true, nil, nil, "s2"
+	narrowed := outcome("id", 0.2)
+	narrowed.Change.Action = autoscale.Narrow
 	advice := decision("id")
 	advice.Advice = "trireme scale prefill-0 2"
 	tell := func(d explain.Decision, o *explain.Outcome) string {
@@ -121,6 +123,7 @@ func TestStory(t *testing.T) {
 		tell(decision("id"), new(outcome("id", 0.72))): {"made in 1.5s; 20s later 72% of what prefill is sized for is asked of it, as expected", "expected", "measured", "95%"},
 		tell(decision("id"), &late):                    {"130% of what prefill is sized for", "expected were 70%: it needs 2.6 NPUs now and 1.4 then"},
 		tell(decision("id"), &drift):                   {"it needs 0.5 NPUs now and 1.4 then"},
+		tell(decision("id"), &narrowed):                {"20% of what prefill is sized for is asked of it, at most 70% were expected"},
 		tell(decision("id"), &failed):                  {"was not made after 1s: no memory"},
 		tell(decision("id"), &succeeded):               {"s2 has brought it to its end"},
 		tell(advice, nil):                              {"It is advice. To do it: trireme scale prefill-0 2", "the scaler does nothing about advice"},
