@@ -24,7 +24,7 @@ type WeightSet struct {
 	Key     Key
 	Numbers []int   // of the objects wanted, rising; nil: as many as there are sizes, from 0 on
 	Sizes   []int64 // bytes of each of them
-	Part    int64   // bytes to make at a time, which is what a maker that dies leaves undone; 0: 64 MiB. At least one object
+	Part    int64   // bytes to make at a time, which is what a maker that dies leaves undone, or twice that; 0: 64 MiB. At least one object
 	Pace    *Pacer  // of copies from other memory domains; nil: as fast as it goes
 	Instead Filler  // makes what could be copied so; nil: it is copied
 }
@@ -58,6 +58,7 @@ type Weights struct {
 
 const (
 	partBytes  = 64 << 20
+	pacedPart  = 16 << 20    // most of a part of copies at a rate: the first of them begin the sooner
 	weightWait = time.Second // for another one who makes objects, before progress is told again
 )
 
@@ -91,36 +92,79 @@ func (c *Client) OpenWeights(ctx context.Context, npu int, set WeightSet, fill F
 	return nil, errors.Join(fmt.Errorf("opening weights of %d objects, %d bytes: %w", n, w.Bytes, err), w.Close())
 }
 
-// open asks for what is missing until nothing is.
+// answer is one to a question for the objects at some places of the set.
+type answer struct {
+	places []int
+	placed []protocol.Placed
+	err    error
+}
+
+// open asks for what is missing until nothing is. With a pace the next part is asked for while one is copied: the HMM takes a while to find
+// the memory, which would come on top of what the rate allows.
 func (w *Weights) open(ctx context.Context, fill Filler) error {
-	missing := make([]int, len(w.Objects)) // places in the set
-	for i := range missing {
-		missing[i] = i
-	}
-	if len(missing) == 0 {
+	if len(w.Objects) == 0 {
 		return fmt.Errorf("no objects: %w", mem.ErrInvalid)
 	}
 	need := w.Bytes
-	for len(missing) > 0 {
+	var ahead chan answer
+	for missing := w.missing(answer{}); len(missing) > 0; missing = w.missing(answer{}) {
 		w.told(w.done, w.Bytes)
-		batch := missing[:min(len(missing), protocol.MaxBatch)]
-		placed, err := w.ask(ctx, batch, need)
-		if err != nil {
-			return err
+		var a answer
+		if ahead != nil {
+			a, ahead = <-ahead, nil
+		} else {
+			a = w.ask(ctx, missing, need)
+		}
+		if a.err != nil {
+			return a.err
 		}
 		need = 0
-		if err := w.take(ctx, batch, placed, fill); err != nil {
+		if rest := w.missing(a); w.set.Pace != nil && len(rest) > 0 {
+			next := make(chan answer, 1)
+			go func() { next <- w.ask(ctx, rest, 0) }()
+			ahead = next
+		}
+		if err := w.take(ctx, a.places, a.placed, fill); err != nil {
+			if ahead != nil {
+				err = errors.Join(err, w.client.giveUpPlaced((<-ahead).placed))
+			}
 			return err
 		}
-		missing = slices.DeleteFunc(missing, func(i int) bool { return w.Objects[i] != nil })
+	}
+	if ahead != nil {
+		panic("BUG: more is asked for when nothing is missing")
 	}
 	w.told(w.done, w.Bytes)
 	return nil
 }
 
-// ask asks for the objects at some places of the set.
-func (w *Weights) ask(ctx context.Context, places []int, need int64) ([]protocol.Placed, error) {
-	v := protocol.Weights{Key: w.set.Key, NPU: w.npu, Most: cmp.Or(w.set.Part, partBytes), Need: need, Wait: weightWait}
+// missing are the places of objects that are not there, nor given in an answer.
+func (w *Weights) missing(a answer) (places []int) {
+	given := map[int]bool{}
+	for at, p := range a.placed {
+		given[a.places[at]] = p.State != protocol.PlacedNot
+	}
+	for i, o := range w.Objects {
+		if o == nil && !given[i] {
+			places = append(places, i)
+		}
+	}
+	return places
+}
+
+// ask asks for the objects at some places of the set, as many as can be asked for at once.
+func (w *Weights) ask(ctx context.Context, places []int, need int64) answer {
+	places = places[:min(len(places), protocol.MaxBatch)]
+	placed, err := w.place(ctx, places, need)
+	return answer{places, placed, err}
+}
+
+func (w *Weights) place(ctx context.Context, places []int, need int64) ([]protocol.Placed, error) {
+	part := cmp.Or(w.set.Part, partBytes)
+	if w.set.Pace != nil {
+		part = min(part, pacedPart)
+	}
+	v := protocol.Weights{Key: w.set.Key, NPU: w.npu, Most: part, Need: need, Wait: weightWait}
 	for _, i := range places {
 		v.Numbers, v.Sizes = append(v.Numbers, w.set.Numbers[i]), append(v.Sizes, w.set.Sizes[i])
 	}
