@@ -100,6 +100,10 @@ func (s *session) answer(op protocol.Op, body []byte) (any, error) {
 		return with(s, body, func(l *ledger.Ledger, now time.Time, p protocol.Parting) (any, error) {
 			return nil, l.Part(now, s.id, p)
 		})
+	case protocol.OpUse:
+		return with(s, body, func(l *ledger.Ledger, _ time.Time, again bool) (any, error) {
+			return l.Use(s.id, again), nil
+		})
 	case protocol.OpStats:
 		return s.d.Stats(), nil
 	}

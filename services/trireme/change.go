@@ -154,6 +154,7 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	}
 	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
 	fmt.Fprintf(w, "release   %v, for what only the old layout needed\n", short(r.Releasing))
+	fmt.Fprintf(w, "memory    %d bytes at most, before %d, now %d\n", r.Peak, r.UsedBefore, r.UsedAfter)
 	if r.Why != "" {
 		fmt.Fprintf(w, "note      %s\n", r.Why)
 	}

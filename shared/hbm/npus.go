@@ -2,6 +2,7 @@ package hbm
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"trireme.dev/shared/hbm/protocol"
@@ -55,4 +56,14 @@ func (c *Client) PartFor(ctx context.Context, name string, numbers ...int) error
 	defer c.mu.Unlock()
 	c.npus = slices.DeleteFunc(c.npus, func(n int) bool { return slices.Contains(numbers, n) })
 	return nil
+}
+
+// Use is how much device memory this connection has in use, in bytes of whole pages: what is booked to its NPUs, but for what only a cache keeps, and the
+// weights that it holds in their memory domains; and the most since it connected, or since again was last true.
+func (c *Client) Use(ctx context.Context, again bool) (now, most int64, err error) {
+	var u protocol.Use
+	if err := c.call(ctx, protocol.OpUse, again, &u); err != nil {
+		return 0, 0, fmt.Errorf("asking how much memory is in use: %w", err)
+	}
+	return u.Now, u.Most, nil
 }

@@ -142,6 +142,7 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 	case elastic.Copy:
 		began := time.Now()
 		o.mapped = c.stage.weights.mapped()
+		o.weigh(life, true)
 		err := o.task.prepare(ctx, o.tell)
 		m := c.stage.weights.mapped()
 		o.tell(func(r *wire.ChangeReport) {
@@ -174,11 +175,30 @@ func (o *operation) do(ctx, life context.Context, step elastic.Step) (elastic.Re
 		err := o.task.drop()
 		unmaps := c.stage.weights.mapped().Unmaps - o.mapped.Unmaps
 		o.tell(func(r *wire.ChangeReport) { r.Unmaps, r.Releasing = unmaps, time.Since(began) })
+		o.weigh(life, false)
 		return fails(err)
 	case elastic.Undo:
-		return fails(o.task.undo())
+		err := o.task.undo()
+		o.weigh(life, false)
+		return fails(err)
 	}
 	panic(fmt.Sprintf("BUG: nobody does %v", step))
+}
+
+// weigh notes how much memory is in use, when what is new comes or when what is old has gone.
+func (o *operation) weigh(life context.Context, begins bool) {
+	now, most, err := o.changes.stage.HBM.Use(life, begins)
+	if err != nil { // whoever needs the HMM for more fails
+		o.changes.stage.Log.Debug("no figures of memory", "operation", o.ask.ID, "error", err)
+		return
+	}
+	o.tell(func(r *wire.ChangeReport) {
+		if begins {
+			r.UsedBefore = now
+		} else {
+			r.Peak, r.UsedAfter = most, now
+		}
+	})
 }
 
 func (o *operation) makePlan(ctx context.Context, fails func(error) (elastic.Result, error)) (elastic.Result, error) {

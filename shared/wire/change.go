@@ -147,6 +147,11 @@ type ChangeReport struct {
 	Releasing time.Duration `json:"releasing_ns"`  // behind that: to give back what only the old one needed
 
 	Fence uint64 `json:"fence,omitempty"` // of what was refused for an older one: the newest that was seen
+
+	// Device memory that the instance has in use, with its weights, by the HMM's books: in bytes of whole pages, without what only a cache keeps.
+	UsedBefore int64 `json:"used_before_bytes"` // when PREPARE begins
+	Peak       int64 `json:"peak_bytes"`        // most from then on, until RELEASE, or ABORT, is done
+	UsedAfter  int64 `json:"used_after_bytes"`  // then
 }
 
 // ChangePlan is what an operation has to do.

@@ -105,10 +105,13 @@ type Ledger struct {
 
 type conn struct {
 	instance, role string
-	name           string // that its successor will have, too; "": none
-	npus           []int  // in the order in which they were granted
-	named          int    // requests, first by it, that have not ended
-	gone           bool   // the connection has ended, but the process may still have maps: see Reap
+	name           string  // that its successor will have, too; "": none
+	npus           []int   // in the order in which they were granted
+	named          int     // requests, first by it, that have not ended
+	gone           bool    // the connection has ended, but the process may still have maps: see Reap
+	domains        []int   // by space: how many of npus are in it
+	weights        []int64 // by space: bytes of weights that it holds
+	most           int64   // that it had in use: see use.go
 	objects        map[*object]bool
 	claims         map[*claim]bool
 }
@@ -157,7 +160,10 @@ func (l *Ledger) Connect(now time.Time, h protocol.Hello) (Conn, []int, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	c := &conn{instance: h.Instance, role: h.Role, name: h.Name, objects: map[*object]bool{}, claims: map[*claim]bool{}}
+	c := &conn{
+		instance: h.Instance, role: h.Role, name: h.Name, objects: map[*object]bool{}, claims: map[*claim]bool{},
+		domains: make([]int, len(l.cfg.Spaces)), weights: make([]int64, len(l.cfg.Spaces)),
+	}
 	l.grant(c, npus)
 	l.lastConn++
 	l.conns[l.lastConn] = c

@@ -132,9 +132,11 @@ func (l *Ledger) grant(c *conn, npus []int) {
 	for _, n := range npus {
 		b := l.budgets[n+1]
 		b.owner = c
+		c.domains[b.space]++
 		l.unreserve(b)
 	}
 	c.npus = append(c.npus, npus...)
+	l.mark(c)
 }
 
 // reserve takes the NPUs of a client that has gone, and keeps them for its name.
@@ -147,6 +149,7 @@ func (l *Ledger) reserve(now time.Time, c *conn) {
 // keepFor takes an NPU from whoever has it, and keeps it for a name; "": for nobody.
 func (l *Ledger) keepFor(now time.Time, npu int, name string) {
 	b := l.budgets[npu+1]
+	b.owner.domains[b.space]--
 	b.owner = nil
 	if name != "" && l.cfg.Reserve > 0 {
 		b.reserved, b.until = name, now.Add(l.cfg.Reserve)

@@ -86,14 +86,14 @@ func (l *Ledger) Alloc(now time.Time, id Conn, specs []protocol.Spec) ([]protoco
 			l.Undo(grants)
 			return nil, fmt.Errorf("allocating object %d of %d: %w", i+1, len(specs), err)
 		}
-		o.conns[c] = 1
-		c.objects[o] = true
+		l.hold(c, o)
 		if r := owners[i]; r != nil {
 			o.requests[r] = s.Ref.Attempt
 			r.objects[o] = true
 		}
 		grants = append(grants, protocol.Grant{Handle: o.handle, Extent: o.extent})
 	}
+	l.mark(c)
 	return grants, nil
 }
 
@@ -251,10 +251,10 @@ func (l *Ledger) Attach(id Conn, a protocol.Attach) ([]protocol.Grant, error) {
 	}
 	grants := make([]protocol.Grant, len(objects))
 	for i, o := range objects {
-		o.conns[c]++
-		c.objects[o] = true
+		l.hold(c, o)
 		grants[i] = protocol.Grant{Handle: o.handle, Extent: o.extent}
 	}
+	l.mark(c)
 	return grants, nil
 }
 

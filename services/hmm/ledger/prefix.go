@@ -142,9 +142,9 @@ func (l *Ledger) FindPrefix(id Conn, f protocol.FindPrefix) (protocol.Prefix, er
 	}
 	for o := range number {
 		l.wake(o)
-		o.conns[c]++
-		c.objects[o] = true
+		l.hold(c, o)
 	}
+	l.mark(c)
 	p.Blocks = protocol.PackBlocks(blocks)
 	return p, nil
 }

@@ -68,6 +68,7 @@ func (l *Ledger) Weights(id Conn, v protocol.Weights) (placed []protocol.Placed,
 		}
 		return nil, false, fmt.Errorf("making room for %d weights: %w", len(fresh), err)
 	}
+	l.mark(c)
 	return placed, false, nil
 }
 
@@ -167,39 +168,41 @@ func (l *Ledger) placeWeights(c *conn, key weightsKey, v protocol.Weights, fresh
 	return nil
 }
 
-// elsewhere is a final object of another domain with the content that an object is to have; nil: there is none.
-func (l *Ledger) elsewhere(o *object) *object {
+// elsewhere is a final object of another domain with the content that an object is to have, one that somebody uses before one that rests; nil:
+// there is none.
+func (l *Ledger) elsewhere(o *object) (found *object) {
 	for space := 1; space < len(l.cfg.Spaces); space++ {
 		s := l.weights[weightsKey{space, o.set.key.key}]
 		if s == nil || space == o.extent.Space {
 			continue
 		}
-		if from := s.objects[o.number]; from != nil && from.handle.Sealed && from.handle.Bytes == o.handle.Bytes {
-			return from
+		from := s.objects[o.number]
+		if from != nil && from.handle.Sealed && from.handle.Bytes == o.handle.Bytes && (found == nil || !found.inUse() && from.inUse()) {
+			found = from
 		}
 	}
-	return nil
+	return found
 }
 
 // give adds a connection hold.
 func (l *Ledger) give(c *conn, o *object) *protocol.Grant {
 	l.wake(o)
-	o.conns[c]++
-	c.objects[o] = true
+	l.hold(c, o)
 	return &protocol.Grant{Handle: o.handle, Extent: o.extent}
 }
 
 // takeBack ends one connection hold, and with the last one the making of a weight.
 func (l *Ledger) takeBack(c *conn, o *object) {
-	if o.conns[c]--; o.conns[c] == 0 {
+	if o.conns[c] == 1 {
 		l.letGo(c, o)
+		return
 	}
+	o.conns[c]--
 }
 
 // letGo ends all connection holds of a client on an object.
 func (l *Ledger) letGo(c *conn, o *object) {
-	delete(o.conns, c)
-	delete(c.objects, o)
+	l.unhold(c, o)
 	if o.maker == c && !o.handle.Sealed {
 		l.giveUp(o)
 	}

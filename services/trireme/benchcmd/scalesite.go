@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,13 +33,17 @@ type madeUp struct {
 // modelName is what clients call it.
 const modelName = "made-up"
 
-// shapeOf is a model with experts of so many bytes together. Paced NPUs compute all the same, and a token's experts are the larger part of
-// that: there are so many of them, of a MiB if there is no other reason, and a token goes to one in each layer, in order that a few cores can
-// keep up with a profile while gigabytes have to be moved.
+// shapeOf is a model with experts of so many bytes together, or a few more. Paced NPUs compute all the same, and a token's experts are the
+// larger part of that: there are many of them, of 1.1 MiB if they are not to be more than a thousand, and a token goes to one in each layer, in
+// order that a few cores can keep up with a profile while gigabytes have to be moved. They are whole pages: padding is not what is measured.
 func shapeOf(bytes int64, vocab int) hftest.Shape {
-	const layers, hidden, most = 4, 256, 1024
-	s := hftest.Shape{Layers: layers, Experts: int(min(most, max(16, bytes/layers>>20))), Hidden: hidden, TopK: 1, Vocab: vocab, Seed: 1}
-	s.ExpertHidden = int(math.Ceil(float64(bytes)/float64(s.Layers*s.Experts*6*s.Hidden)/8)) * 8
+	const layers, hidden, most, whole = 4, 256, 1024, 128 // so many rows of each of its matrices are pages
+	s := hftest.Shape{Layers: layers, Hidden: hidden, ExpertHidden: 6 * whole, TopK: 1, Vocab: vocab, Seed: 1}
+	experts := func() int64 { return (bytes + layers*s.ExpertBytes() - 1) / (layers * s.ExpertBytes()) }
+	for experts() > most {
+		s.ExpertHidden += whole
+	}
+	s.Experts = int(max(16, experts()))
 	return s
 }
 

@@ -124,6 +124,45 @@ func (c *cluster) scaleOnce(t *testing.T, npus, domains string, epoch uint64) ti
 	return r.Total
 }
 
+// An operation reports how much memory it took at most, which is what the larger layout needs and each expert that moves once more, as the dry
+// run says, and a hundredth at most.
+func TestScaleMemory(t *testing.T) {
+	c := start(t, "--topology", "1E1P1Dx4+2", "--threads", "1", "--domains", "per-npu")
+	l := newLoad(t, c)
+	l.begin() // there is a load to be balanced
+	l.waitOpen(t)
+	l.end(t)
+	c.expectNoMemory(t)
+	for _, change := range [][]string{
+		{"rebalance", "decoder"}, {"scale", "decoder", "6"}, {"scale", "decoder", "3"}, {"scale", "decoder", "5"}, {"scale", "decoder", "2"},
+	} {
+		r, err := c.change(t, change...)
+		if err != nil || !r.Plan.Moves {
+			t.Fatalf("%v: %+v, %v", change, r, err)
+		}
+		larger := max(r.UsedBefore, r.UsedAfter)
+		if r.UsedBefore == 0 || r.UsedAfter == 0 || r.Peak < larger || r.Peak > (larger+r.Plan.Memory)*101/100 || r.Plan.Memory > r.Plan.Bytes {
+			t.Errorf("%v: %d bytes at most, before %d, after %d; %d more than the larger of both were foreseen, of %d bytes that come", change,
+				r.Peak, r.UsedBefore, r.UsedAfter, r.Plan.Memory, r.Plan.Bytes)
+		}
+		if now := inUse(c.memory(t), c.decoder(t).NPUs); now != r.UsedAfter {
+			t.Errorf("%v: the HMM's books say %d bytes, the operation %d", change, now, r.UsedAfter)
+		}
+		t.Logf("%v: %.1f to %.1f MB, %.1f at most; foreseen are %.1f beside the larger layout", change, float64(r.UsedBefore)/1e6, float64(r.UsedAfter)/1e6,
+			float64(r.Peak)/1e6, float64(r.Plan.Memory)/1e6)
+	}
+}
+
+// inUse is what is booked to NPUs, each of which is a memory domain, and to these, but for what only a cache keeps.
+func inUse(s hbm.Stats, npus []int) (bytes int64) {
+	for _, n := range npus {
+		for _, m := range []hbm.NPUStats{s.Memory[n+1], s.Shared[n]} {
+			bytes += m.Used + m.Padded - m.Cached
+		}
+	}
+	return bytes
+}
+
 // What cannot be done is not begun, a dry run says what would be, and what takes too long is given up: everything is as it was.
 func TestScaleRefused(t *testing.T) {
 	c := start(t, "--topology", "1E1P1Dx2+1", "--threads", "1", "--domains", "node")

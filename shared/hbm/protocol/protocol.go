@@ -51,6 +51,7 @@ const (
 const (
 	OpJoin Op = iota + 32 // Join, []int: the NPUs granted
 	OpPart                // Parting, nothing
+	OpUse                 // bool, Use: of this client; true: Most begins anew
 )
 
 // More requests about the caches.
@@ -91,6 +92,10 @@ type Parting struct {
 	NPUs []int
 	For  string // name of the instance that they stay reserved for; "": none
 }
+
+// Use is how much device memory a client has in use, in bytes of whole pages: what is booked to its NPUs, but for what only a cache keeps, and the
+// weights that it holds in their memory domains.
+type Use struct{ Now, Most int64 }
 
 // Welcome answers Hello. Descriptors travel with it (SCM_RIGHTS): first the claim table's, then one a space.
 type Welcome struct {
