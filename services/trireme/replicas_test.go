@@ -1,15 +1,22 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"trireme.dev/services/scaler/act"
+	"trireme.dev/services/scaler/lead"
 	"trireme.dev/services/trireme/supervise"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
 	"trireme.dev/shared/conf"
+	"trireme.dev/shared/sched/autoscale"
 	"trireme.dev/shared/wire"
 )
 
@@ -88,6 +95,80 @@ func TestReplicasOfScalers(t *testing.T) {
 	}
 	if want := []string{"encoder-0", "prefill-0", "decoder-0", "decoder-2", "decoder-3", "decoder-4", "decoder-5", "decoder-6"}; !slices.Equal(r.names(), want) {
 		t.Errorf("there are %v, want %v", r.names(), want)
+	}
+}
+
+// A scaler has processes started that do not become ready, which are stopped again, and a certain one stopped. Where nobody starts
+// processes it has a command to tell.
+func TestScalerStartsProcesses(t *testing.T) {
+	b, err := bus.Connect(t.Context(), bustest.Run(t).URL(), "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	r := sleepers(t, "1E1P2D") // they have no heartbeat: they are never ready, and gone at once
+	named := map[string]bool{"decoder-0": true}
+	if _, err := b.Handle(wire.SubjectReplicas("n"), func(data []byte, respond func(any) error) {
+		var ask wire.Replicas
+		if err := wire.Unmarshal(data, &ask); err != nil {
+			t.Error(err)
+		}
+		report := r.set(ask, func() (grants, error) { return grants{free: 2, named: named}, nil })
+		if err := respond(&report); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	store, err := b.JetStream().KeyValue(t.Context(), wire.BucketScaler)
+	if err == nil {
+		_, err = store.Put(t.Context(), "leader", []byte("{}")) // given up by the one before
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := act.New(t.Context(), act.Config{Bus: b, Ready: 100 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = lead.Run(t.Context(), lead.Config{Bus: b, ID: "scaler", Lease: time.Minute}, func(ctx context.Context, tm *lead.Term) error {
+		do := func(id string, c autoscale.Change) act.Outcome {
+			out, err := a.Do(ctx, tm, &lead.Operation{ID: id, Change: c})
+			if err != nil {
+				t.Error(err)
+			}
+			return out
+		}
+		add := autoscale.Change{Action: autoscale.Add, Node: "n", Roles: "D", NPUs: 1, Count: 2}
+		if _, ok := a.Able(ctx, add); !ok {
+			t.Error("nobody starts processes on the node")
+		}
+		if out := do("a", add); out.Done || !strings.Contains(out.Why, "decoder-2, decoder-3 was not ready within 100ms") {
+			t.Errorf("%+v", out)
+		}
+		if want := []string{"encoder-0", "prefill-0", "decoder-0", "decoder-1"}; !slices.Equal(r.names(), want) {
+			t.Errorf("there are %v, want %v", r.names(), want)
+		}
+		if out := do("b", autoscale.Change{Action: autoscale.Remove, Node: "n", Roles: "D", Instance: "decoder-1"}); !out.Done || !slices.Equal(out.Stopped, []string{"decoder-1"}) {
+			t.Errorf("%+v", out)
+		}
+		if out := do("c", autoscale.Change{Action: autoscale.Remove, Node: "n", Roles: "D", Instance: "decoder-0"}); out.Done || !strings.Contains(out.Why, "no instance with role D would be left") {
+			t.Errorf("%+v", out)
+		}
+		add.Count = 3
+		if out := do("d", add); out.Done || !strings.Contains(out.Why, "2 are spare") {
+			t.Errorf("%+v", out)
+		}
+		// Somebody has seen a greater fence.
+		r.set(wire.Replicas{Roles: "D", Count: 1, Check: true, Fence: 1000}, func() (grants, error) { return grants{}, nil })
+		add.Count = 1
+		if out := do("e", add); out.Done || !strings.Contains(out.Why, "not ready") || tm.Fence() <= 1000 {
+			t.Errorf("%+v, with fence %d", out, tm.Fence())
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

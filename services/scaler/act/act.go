@@ -65,6 +65,7 @@ type Config struct {
 	Bus       *bus.Bus      // its owner is the caller
 	Processes Processes     // Auto
 	Timeout   time.Duration // an operation on an instance is given up if it has not come to its commit by then; 1 minute
+	Wait      time.Duration // an instance that shows no sign of life is waited for so long, an operation so much longer than Timeout; 1 minute
 	Ready     time.Duration // a process that was started is stopped again if it is not ready by then; 5 minutes
 	Rate      int64         // most bytes that an operation copies in a second; 0: as fast as it goes
 	Spare     *float64      // see wire.Change; nil: wire.DefaultSpare
@@ -94,7 +95,7 @@ type actuator struct {
 // New makes an Actuator, which watches the heartbeats until ctx ends. It is the one place that knows all ways.
 func New(ctx context.Context, cfg Config) (Actuator, error) {
 	cfg.Processes = cmp.Or(cfg.Processes, Auto)
-	cfg.Timeout, cfg.Ready = cmp.Or(cfg.Timeout, time.Minute), cmp.Or(cfg.Ready, 5*time.Minute)
+	cfg.Timeout, cfg.Wait, cfg.Ready = cmp.Or(cfg.Timeout, time.Minute), cmp.Or(cfg.Wait, time.Minute), cmp.Or(cfg.Ready, 5*time.Minute)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}

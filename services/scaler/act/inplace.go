@@ -5,15 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"trireme.dev/services/scaler/lead"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/wire"
 )
-
-// behind is how long an operation is waited for behind its commit, or its instance until it is started again.
-const behind = time.Minute
 
 // scale has an instance of the change's node take NPUs, or give some up.
 func (a *actuator) scale(ctx context.Context, term *lead.Term, op *lead.Operation, name string, c wire.Change) (Outcome, error) {
@@ -32,15 +28,19 @@ func (a *actuator) change(ctx context.Context, term *lead.Term, op *lead.Operati
 	if a.cfg.Slack != nil {
 		c.Slack = *a.cfg.Slack
 	}
-	bounded, cancel := context.WithTimeout(ctx, c.Left+behind)
+	bounded, cancel := context.WithTimeout(ctx, c.Left+a.cfg.Wait)
 	defer cancel()
 	for {
 		i, err := a.await(bounded, node, name)
-		if err != nil && ctx.Err() == nil { // the record may say how it ended
-			return a.gone(ctx, key, name, c.ID)
-		}
-		if err != nil {
+		if ctx.Err() != nil {
 			return Outcome{}, err
+		}
+		if err != nil { // the record may say how it ended
+			out, pending, err := a.gone(ctx, key, name, c.ID)
+			if pending && bounded.Err() == nil { // it may only be cut off, and come to its commit yet, until its time is over
+				continue
+			}
+			return out, err
 		}
 		if err := term.Check(); err != nil {
 			return Outcome{}, err
@@ -67,6 +67,8 @@ func (a *actuator) change(ctx context.Context, term *lead.Term, op *lead.Operati
 
 // await waits for an instance to show a sign of life: it may be started again just now.
 func (a *actuator) await(ctx context.Context, node, name string) (*wire.Instance, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.cfg.Wait)
+	defer cancel()
 	var found *wire.Instance
 	err := until(ctx, a.beats, func() bool { found = a.find(node, name); return found != nil })
 	if err != nil {
@@ -75,19 +77,20 @@ func (a *actuator) await(ctx context.Context, node, name string) (*wire.Instance
 	return found, nil
 }
 
-// gone is how an operation has ended on an instance that shows no sign of life.
-func (a *actuator) gone(ctx context.Context, key, name, id string) (Outcome, error) {
+// gone is how an operation has ended on an instance that shows no sign of life; pending: its record says that it is under way.
+func (a *actuator) gone(ctx context.Context, key, name, id string) (out Outcome, pending bool, err error) {
 	why := fmt.Sprintf("%s shows no sign of life", name)
 	l, _, err := a.cfg.Bus.Layout(ctx, key)
 	switch {
 	case err == nil && l.Is(id):
-		return Outcome{Done: true, Why: why + "; the one in its place starts in the new layout"}, nil
+		return Outcome{Done: true, Why: why + "; the one in its place starts in the new layout"}, false, nil
 	case err == nil && l.Awaits(id):
+		pending = true
 		why += ", and the operation that it had begun is given up by the one in its place"
 	case err == nil && l.Last != nil && l.Last.ID == id:
 		why = cmp.Or(l.Last.Why, why)
 	case err != nil && !errors.Is(err, bus.ErrNoLayout):
-		return Outcome{}, err
+		return Outcome{}, false, err
 	}
-	return Outcome{Why: why}, nil
+	return Outcome{Why: why}, pending, nil
 }
