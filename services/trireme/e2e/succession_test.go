@@ -159,6 +159,7 @@ func TestScalerIsSucceeded(t *testing.T) {
 		until   string
 		rate    int64
 		killed  func(id string) bool // it is killed when this is so; nil: when it has got as far as until
+		stopped bool                 // it is not killed but stopped, and goes on behind its successor
 		npus    []string             // then
 		commits int                  // operations on instances that come to their commit
 	}{
@@ -183,6 +184,12 @@ func TestScalerIsSucceeded(t *testing.T) {
 		{what: "move, in the second half", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Move, Stage: autoscale.Prefill, From: "decoder-0", Instance: "prefill-0", Numbers: last("decoder-0")}
 		}, rate: 1 << 20, killed: stepped, npus: []string{"decoder-0 2", "prefill-0 2"}, commits: 2},
+		{what: "move, stopped in the second half", change: func() autoscale.Change {
+			return autoscale.Change{Action: autoscale.Move, Stage: autoscale.Decode, From: "prefill-0", Instance: "decoder-0", Numbers: last("prefill-0")}
+		}, rate: 256 << 10, killed: stepped, stopped: true, npus: []string{"decoder-0 3", "prefill-0 1"}, commits: 2},
+		{what: "move, stopped before it asks for anything", change: func() autoscale.Change {
+			return autoscale.Change{Action: autoscale.Move, Stage: autoscale.Prefill, From: "decoder-0", Instance: "prefill-0", Numbers: last("decoder-0")}
+		}, until: "noted", stopped: true, npus: []string{"decoder-0 2", "prefill-0 2"}, commits: 2},
 		{what: "add, not asked for yet", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Add, Stage: autoscale.Decode, Roles: "D", NPUs: 1, Count: 1}
 		}, until: "noted", npus: []string{"decoder-1 1"}},
@@ -196,18 +203,34 @@ func TestScalerIsSucceeded(t *testing.T) {
 		id := fmt.Sprintf("op%d", i)
 		d := doomed{NATS: "nats://" + c.nats, Operation: lead.Operation{ID: id, Change: x.change()}, Until: x.until, Rate: x.rate}
 		d.Operation.Change.Node = node
-		first := startDoomed(t, &d)
+		first, said := startDoomed(t, &d)
 		if x.killed != nil {
 			c.await(t, x.what+": it is time to kill", func() bool { return x.killed(id + "x0") }, func() string { return fmt.Sprint(c.kinds(t, id+"x0")) })
 		}
-		kill(t, first.Process.Pid)
-		_ = first.Wait()
+		if x.stopped {
+			if err := first.Process.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			kill(t, first.Process.Pid)
+			_ = first.Wait()
+		}
 		then := append(c.kinds(t, id+"x0"), c.kinds(t, id+"x1")...)
 		began := time.Now()
 		successor := c.startScaler(t, "--mode", "advise", "--lease", "1s")
 		c.await(t, x.what+": nothing is under way", func() bool { return noted(t, js) == nil }, func() string { return fmt.Sprintf("%+v", noted(t, js)) })
 		c.expectNPUs(t, x.npus...)
-		t.Logf("%s: killed behind %v, ended by the successor %v later", x.what, then, time.Since(began).Round(time.Millisecond))
+		if x.stopped {
+			if err := first.Process.Signal(syscall.SIGCONT); err != nil {
+				t.Fatal(err)
+			}
+			c.await(t, x.what+": the first has seen that it does not lead", func() bool {
+				return strings.Contains(said.String(), "leads no more")
+			}, said.String)
+			kill(t, first.Process.Pid)
+			_ = first.Wait()
+		}
+		t.Logf("%s: killed or stopped behind %v, ended by the successor %v later", x.what, then, time.Since(began).Round(time.Millisecond))
 		if err := successor.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
@@ -258,7 +281,7 @@ func (c *cluster) named(tb testing.TB, name string) wire.Instance {
 }
 
 // startDoomed starts a scaler that is to be killed, and waits until it has begun.
-func startDoomed(t *testing.T, d *doomed) *exec.Cmd {
+func startDoomed(t *testing.T, d *doomed) (*exec.Cmd, *syncBuffer) {
 	t.Helper()
 	text, err := json.Marshal(d)
 	if err != nil {
@@ -267,8 +290,8 @@ func startDoomed(t *testing.T, d *doomed) *exec.Cmd {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), doomedVariable+"="+string(text))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	var said syncBuffer
-	cmd.Stderr = &said
+	said := new(syncBuffer)
+	cmd.Stderr = said
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -281,7 +304,7 @@ func startDoomed(t *testing.T, d *doomed) *exec.Cmd {
 	if err != nil || !strings.HasPrefix(line, "reached") {
 		t.Fatalf("the first scaler has not begun: %q, %v\n%s", line, err, said.String())
 	}
-	return cmd
+	return cmd, said
 }
 
 // startScaler starts a scaler.
