@@ -300,7 +300,7 @@ func (s *service) turn(ctx context.Context) {
 	s.turns++
 	status := explain.Status{
 		Scaler: s.id, Leads: s.leads, Mode: p.Mode, Policy: s.cfg.Policy, Refused: s.policy.bad, Turns: s.turns, Pending: s.book.Pending(now),
-		UnderWay: s.desk.UnderWay(), Decision: t.Decision, Measured: explain.Measure(&v, &t.Decision), Ages: explain.AgesOf(&v),
+		UnderWay: s.desk.UnderWay(), Decision: t.Decision, Measured: explain.Measure(&v, &t.Decision), Ages: explain.AgesOf(&v), Queues: v.Queues,
 	}
 	s.metrics.tell(&status)
 	s.mu.Lock()

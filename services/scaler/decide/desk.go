@@ -103,11 +103,15 @@ func (d *Desk) Turn(v *autoscale.View, leads bool, able Able) (t Turn) {
 	if t.Decision.Change.Action == autoscale.None || !leads {
 		return t
 	}
-	told := explain.Decision{ID: d.options.NewID(), Scaler: d.options.Scaler, Mode: p.Mode, Decision: t.Decision, Before: measured}
+	told := explain.Decision{
+		ID: d.options.NewID(), Scaler: d.options.Scaler, Mode: p.Mode, Decision: t.Decision, Before: measured, Queues: v.Queues, Ages: explain.AgesOf(v),
+	}
 	advice, ok := able(t.Decision.Change)
 	switch {
-	case p.Mode != autoscale.Auto:
+	case p.Mode != autoscale.Auto && ok:
 		told.Advice = explain.Command(t.Decision.Change, v)
+	case p.Mode != autoscale.Auto:
+		told.Advice = advice
 	case !ok: // others are looked for next time
 		told.Advice = advice
 		d.failed = append(d.failed, failure{t.Decision.Change, v.Now, "it is for a person to do: " + advice})

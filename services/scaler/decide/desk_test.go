@@ -181,6 +181,12 @@ func TestModes(t *testing.T) {
 	if want := fmt.Sprintf("trireme scale P %d", told.Decision.Change.NPUs); turn.Do != "" || told.Advice != want || !strings.Contains(turn.Events[0].Text, want) {
 		t.Errorf("%+v, want the advice %q", told, want)
 	}
+	d, f = newDesk(autoscale.Advise), newFleet(3, 4, 5) // where the command would not do it either
+	f.load = 20
+	turn = until(t, d, f, func(autoscale.Change) (string, bool) { return "docker compose up", false })
+	if told := read[explain.Decision](t, turn.Events[0], wire.EventScalerDecision); told.Advice != "docker compose up" {
+		t.Errorf("%+v", told)
+	}
 	for _, leads := range []bool{false, true} {
 		mode := map[bool]autoscale.Mode{false: autoscale.Auto, true: autoscale.Off}[leads]
 		d, f = newDesk(mode), newFleet(3, 4, 5)

@@ -20,6 +20,9 @@ type Decision struct {
 	// Advice is how a person makes the change; empty: the scaler makes it.
 	Advice string   `json:"advice,omitempty"`
 	Before Measured `json:"before"`
+	// What was seen besides.
+	Queues [autoscale.Stages]autoscale.Queue `json:"queues"` // by stage
+	Ages   Ages                              `json:"ages"`
 }
 
 // Outcome is the data of an event wire.EventScalerOutcome: what became of a decision. There is one when the change has ended, and, when it

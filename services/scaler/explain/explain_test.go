@@ -31,7 +31,9 @@ func decision(id string) explain.Decision {
 		},
 		LeftOut: 3,
 	}
-	return explain.Decision{ID: id, Scaler: "s", Mode: autoscale.Auto, Decision: d, Before: explain.Measured{NPUs: 3, Need: [3]float64{0.1, 1.4, 0.2}, TTFT: 0.5, TPOT: -1}}
+	var queues [3]autoscale.Queue
+	queues[autoscale.Prefill] = autoscale.Queue{Pending: 4, InWork: 3, Waiting: 2, Oldest: 1500 * time.Millisecond}
+	return explain.Decision{Queues: queues, Ages: explain.Ages{Demand: 3 * time.Millisecond, Instances: -1}, ID: id, Scaler: "s", Mode: autoscale.Auto, Decision: d, Before: explain.Measured{NPUs: 3, Need: [3]float64{0.1, 1.4, 0.2}, TTFT: 0.5, TPOT: -1}}
 }
 
 func outcome(id string, now float64) explain.Outcome {
@@ -119,6 +121,7 @@ func TestStory(t *testing.T) {
 		tell(decision("id"), nil): {
 			"Decision id, event 10", "3 NPUs with instances, 3 spare; 50% of requests met the target of TTFT", "180 prompt tokens/s", "not known",
 			"widen prefill-0 to 2 NPUs", "encode would have 0 NPUs", "and 3 more", "What was chosen: widen prefill-0", "it is not known yet",
+			"4 pending, 3 in work, 2 at the entrance, the oldest for 1.5s", "demand 3ms old, queues 0s old, instances not known",
 		},
 		tell(decision("id"), new(outcome("id", 0.72))): {"made in 1.5s; 20s later 72% of what prefill is sized for is asked of it, as expected", "expected", "measured", "95%"},
 		tell(decision("id"), &late):                    {"130% of what prefill is sized for", "expected were 70%: it needs 2.6 NPUs now and 1.4 then"},

@@ -1,7 +1,6 @@
 package explain
 
 import (
-	"fmt"
 	"io"
 	"time"
 
@@ -21,6 +20,8 @@ type Status struct {
 	Decision autoscale.Decision `json:"decision"`          // the last one, that nothing is to be done included
 	Measured Measured           `json:"measured"`
 	Ages     Ages               `json:"ages"`
+
+	Queues [autoscale.Stages]autoscale.Queue `json:"queues"` // by stage
 }
 
 // Ages is how old what is known was when the last decision was made; -1: it is not known.
@@ -56,9 +57,9 @@ func AgesOf(v *autoscale.View) Ages {
 // Write tells the status to a person.
 func (s *Status) Write(w io.Writer) error {
 	var b writer
-	leads := "follows another scaler, and does nothing"
+	leads := "does not act (another scaler does, or none yet)"
 	if s.Leads {
-		leads = "decides"
+		leads = "acts"
 	}
 	b.line("%s %s, mode %s", s.Scaler, leads, s.Mode)
 	if s.Refused != "" {
@@ -66,13 +67,7 @@ func (s *Status) Write(w io.Writer) error {
 	} else if s.Policy != "" {
 		b.line("policy    %s", s.Policy)
 	}
-	age := func(d time.Duration) string {
-		if d < 0 {
-			return "not known"
-		}
-		return fmt.Sprintf("%v old", d.Round(time.Millisecond))
-	}
-	b.line("signals   demand %s, queues %s, instances %s", age(s.Ages.Demand), age(s.Ages.Queues), age(s.Ages.Instances))
+	b.ages(&s.Ages)
 	if s.UnderWay != nil {
 		b.line("under way %s: %s", s.UnderWay.ID, s.UnderWay.Decision.Change.Sentence())
 	}
@@ -82,7 +77,7 @@ func (s *Status) Write(w io.Writer) error {
 	b.line("now       %s", s.Decision.Why)
 	if !s.Decision.Blind {
 		b.line("")
-		b.seen(&s.Decision.Inputs, &s.Measured)
+		b.seen(&s.Decision.Inputs, &s.Measured, &s.Queues)
 	}
 	_, err := w.Write(b.text)
 	return err

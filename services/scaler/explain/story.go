@@ -98,7 +98,8 @@ func (b *writer) decision(s *Story, d *Decision) {
 	in := &d.Decision.Inputs
 	b.line("Decision %s, event %d, %s, by %s in mode %s", d.ID, s.Sequence, s.Time.Local().Format("2006-01-02 15:04:05"), d.Scaler, d.Mode)
 	b.line("")
-	b.seen(in, &d.Before)
+	b.seen(in, &d.Before, &d.Queues)
+	b.ages(&d.Ages)
 	b.line("\nWhat was thought about, the best first (of less score), what cannot be last:")
 	t := b.table("SCORE\tCHANGE\tASKED OF STAGES THEN\tNPUS\tTAKES\tREFUSED BECAUSE")
 	for i := range d.Decision.Alternatives {
@@ -117,10 +118,10 @@ func (b *writer) decision(s *Story, d *Decision) {
 }
 
 // seen is what a decision was made from.
-func (b *writer) seen(in *autoscale.Inputs, m *Measured) {
+func (b *writer) seen(in *autoscale.Inputs, m *Measured, queues *[autoscale.Stages]autoscale.Queue) {
 	b.line("What was seen: %d NPUs with instances, %d spare; %s of requests met the target of TTFT lately, %s that of TPOT.", in.NPUs, in.Spare,
 		share(in.TTFT), share(in.TPOT))
-	t := b.table("STAGE\tNPUS\tNEED\tASKED OF IT\tBUSY\tARRIVES\tAN NPU DOES\tWAITS")
+	t := b.table("STAGE\tNPUS\tNEED\tASKED OF IT\tBUSY\tARRIVES\tAN NPU DOES\tWAITS\tQUEUE")
 	units := [autoscale.Stages]string{"visual tokens/s", "prompt tokens/s", "tokens/s"}
 	waits := [autoscale.Stages]string{"visual tokens", "prompt tokens", "sequences"}
 	for _, k := range stages {
@@ -132,10 +133,36 @@ func (b *writer) seen(in *autoscale.Inputs, m *Measured) {
 		if !x.Unknown {
 			need = fmt.Sprintf("%.2f", x.Need)
 		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], x.Demand, units[k],
-			does, x.Backlog, waits[k])
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\t%s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], x.Demand, units[k],
+			does, x.Backlog, waits[k], queued(&queues[k]))
 	}
 	t.Flush() //nolint:errcheck // into memory
+}
+
+// queued is the state of a queue.
+func queued(q *autoscale.Queue) string {
+	text := fmt.Sprintf("%d pending, %d in work", q.Pending, q.InWork)
+	if q.Redelivered > 0 {
+		text += fmt.Sprintf(", %d again", q.Redelivered)
+	}
+	if q.Waiting > 0 {
+		text += fmt.Sprintf(", %d at the entrance", q.Waiting)
+	}
+	if q.Oldest > 0 {
+		text += fmt.Sprintf(", the oldest for %v", q.Oldest.Round(time.Millisecond))
+	}
+	return text
+}
+
+// ages says how old what was seen was.
+func (b *writer) ages(a *Ages) {
+	age := func(d time.Duration) string {
+		if d < 0 {
+			return "not known"
+		}
+		return fmt.Sprintf("%v old", d.Round(time.Millisecond))
+	}
+	b.line("signals   demand %s, queues %s, instances %s", age(a.Demand), age(a.Queues), age(a.Instances))
 }
 
 func (b *writer) table(head string) *tabwriter.Writer {
