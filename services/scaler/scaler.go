@@ -289,8 +289,11 @@ func (s *service) turn(ctx context.Context) {
 		defer cancel()
 		return s.actuator.Able(ctx, c)
 	})
-	if action := t.Decision.Change.Action; s.leads && action != autoscale.None {
-		s.metrics.decisions.WithLabelValues(string(action), map[bool]string{true: "begun", false: "advised"}[t.Do != ""]).Inc()
+	for i := range t.Events {
+		if t.Events[i].Kind == wire.EventScalerDecision { // advice that is not news is none
+			result := map[bool]string{true: "begun", false: "advised"}[t.Do != ""]
+			s.metrics.decisions.WithLabelValues(string(t.Decision.Change.Action), result).Inc()
+		}
 	}
 	s.emit(t.Events)
 	if t.Do != "" {
