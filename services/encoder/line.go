@@ -108,15 +108,16 @@ func (e *encoder) piece() (more bool) {
 	return len(l.waiting) > 0
 }
 
-// advance puts p on the NPU, or does its next piece.
+// advance does the next piece of p, which it puts on the NPU before the first one: the others would wait for that with a piece of theirs.
 func (b *bench) advance(p *picture) {
 	start := time.Now()
 	if b.on != p { // one that was on the NPU and had to stop begins anew
-		p.pieces, p.more = 0, true
+		p.pieces = 0
 		if p.err = b.engine.Begin(p.out, p.pixels, p.grid); p.err == nil {
 			b.on = p
 		}
-	} else {
+	}
+	if p.err == nil {
 		p.more = b.engine.Next()
 		p.pieces++
 	}
@@ -127,9 +128,6 @@ func (b *bench) advance(p *picture) {
 func (e *encoder) advanced(p *picture) {
 	if p.err != nil {
 		e.drop(p, p.err)
-		return
-	}
-	if p.pieces == 0 {
 		return
 	}
 	e.Reached(p.claim, 1+p.pieces) // the pixels are the first
