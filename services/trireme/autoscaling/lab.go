@@ -29,7 +29,7 @@ func (l *Lab) config(s *Scenario, topology string, seed uint64, c simulate.Contr
 	t := fleet(topology)
 	cfg := simulate.Config{
 		Seed: seed, Costs: Costs{l.Profile}, Targets: s.Targets, Control: c, KV: kvTokens,
-		Order: sched.SLO, Front: 10 * time.Millisecond, Hop: 2 * time.Millisecond,
+		Order: sched.SLO, Front: 3 * time.Millisecond, Look: 8 * time.Millisecond, Hop: 2 * time.Millisecond,
 		Jitter: 0.2, Drag: 1.05, Lag: [2]time.Duration{50 * time.Millisecond, 900 * time.Millisecond}, Lost: 0.002,
 		Spare: map[string]int{"node": t.Spare},
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -21,15 +22,17 @@ import (
 
 // Autoscale is `trireme bench autoscale`.
 type Autoscale struct {
-	Scenarios []string `arg:"" optional:"" help:"Of burst, ramp, wave, mix, paper and noise; by default all."`
-	Pace      string   `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml." default:"distserve-opt-13b-a100" placeholder:"NAME"`
-	Policy    string   `help:"Policy file of the scaler (scaler.yaml); its mode and its targets for latency are the scenario's." placeholder:"FILE" type:"path"`
-	Rate      float64  `help:"Requests a second, of the peak where the load changes; by default the scenario's, and in the mix the one at which the static topology attains 40%." placeholder:"N"`
-	Seed      uint64   `help:"Of arrivals, delays of signals, and how long changes take. The same seed gives the same figures." default:"1"`
-	Seeds     int      `help:"Runs of each, with one seed after the other: figures are their means." default:"5"`
-	JSON      bool     `name:"json" help:"Write one JSON object instead of tables."`
-	CSV       string   `name:"csv" help:"Write load, NPUs by role, queues and attainment over time to a file besides." placeholder:"FILE" type:"path"`
-	Plot      string   `help:"Draw them, a file for each scenario; the ending is .svg or .png." placeholder:"FILE" type:"path"`
+	Scenarios []string      `arg:"" optional:"" help:"Of burst, ramp, wave, mix, paper and noise; by default all."`
+	Pace      string        `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml." default:"distserve-opt-13b-a100" placeholder:"NAME"`
+	Policy    string        `help:"Policy file of the scaler (scaler.yaml); its mode and its targets for latency are the scenario's." placeholder:"FILE" type:"path"`
+	Rate      float64       `help:"Requests a second, of the peak where the load changes; by default the scenario's, and in the mix the one at which the static topology attains 40%." placeholder:"N"`
+	Seed      uint64        `help:"Of arrivals, delays of signals, and how long changes take. The same seed gives the same figures." default:"1"`
+	Seeds     int           `help:"Runs of each, with one seed after the other: figures are their means." default:"5"`
+	Validate  bool          `help:"Instead: run small loads on real fleets of paced NPUs, and print what the simulator says of the same requests beside it."`
+	Real      time.Duration `help:"Time that each load of --validate is sent for." default:"40s"`
+	JSON      bool          `name:"json" help:"Write one JSON object instead of tables."`
+	CSV       string        `name:"csv" help:"Write load, NPUs by role, queues and attainment over time to a file besides." placeholder:"FILE" type:"path"`
+	Plot      string        `help:"Draw them, a file for each scenario; the ending is .svg or .png." placeholder:"FILE" type:"path"`
 }
 
 // Help is shown by `trireme bench autoscale --help`.
@@ -48,7 +51,8 @@ Examples:
   trireme bench autoscale mix --plot mix.svg              one, drawn as mix-mix.svg
   trireme bench autoscale burst --rate 20 --seeds 1
   trireme bench autoscale wave --policy scaler.yaml --json
-  trireme bench autoscale noise --csv noise.csv`
+  trireme bench autoscale noise --csv noise.csv
+  trireme bench autoscale --validate                      the simulator beside the real thing, four minutes`
 }
 
 // AutoscaleReport is what Autoscale writes with --json.
@@ -75,6 +79,12 @@ func (c *Autoscale) Run(e Env) error {
 	}
 	if ext := strings.ToLower(filepath.Ext(c.Plot)); c.Plot != "" && ext != ".svg" && ext != ".png" {
 		return fmt.Errorf("--plot %s: its name must end in .svg or .png: %w", c.Plot, ErrUsage)
+	}
+	if c.Validate {
+		if c.Real < time.Second || c.Real > time.Hour {
+			return fmt.Errorf("--real 1s to 1h: %w", ErrUsage)
+		}
+		return c.validate(e, profile)
 	}
 	policy := autoscale.Default()
 	if c.Policy != "" {

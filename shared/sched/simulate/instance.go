@@ -422,7 +422,8 @@ func (i *instance) did(s autoscale.Stage, rows int, took time.Duration) {
 	i.count.spent[s] += took
 }
 
-// piece computes a piece of the picture on each NPU, if there are any, and then the next step.
+// piece computes a piece of the picture on each NPU, if there are any, and then the next step. NPUs of an instance do that
+// together (services/encoder/line.go).
 func (i *instance) piece() {
 	var took time.Duration
 	var on []*npu
@@ -430,11 +431,11 @@ func (i *instance) piece() {
 		if n == nil || n.on == nil {
 			continue
 		}
+		on = append(on, n)
 		cost := i.slowed(i.f.cfg.Costs.Encode(n.on.Visual) / time.Duration(i.f.cfg.Pieces))
 		n.busy += cost
 		i.count.spent[autoscale.Encode] += cost
 		took = max(took, cost)
-		on = append(on, n)
 	}
 	if len(on) == 0 {
 		if i.busy {
@@ -444,7 +445,7 @@ func (i *instance) piece() {
 		return
 	}
 	i.busy = true
-	i.f.after(max(1, took), func() {
+	i.f.after(took, func() {
 		ended := false
 		for _, n := range on {
 			if n.pieces++; n.pieces < i.f.cfg.Pieces {

@@ -8,7 +8,7 @@
 // Modelled: the gateway's line with its places and KV credits, the three queues, pictures in pieces between steps, chunked prefill, steps
 // of all NPUs of an instance together, memory for KV, and changes of the fleet with the time they take. Not modelled: caches of prompts
 // and pictures, several gateways or nodes that differ, faults, offers between instances, and everything a processor does beside NPUs,
-// which Config.Front and Config.Hop stand for.
+// which Config.Front, Look and Hop stand for.
 //
 // All times are durations since the beginning of the simulation.
 package simulate
@@ -87,6 +87,7 @@ type Config struct {
 	Spare     map[string]int // NPUs that nobody has, by node
 
 	Front  time.Duration // from the client to the gateway's line and its first token back: what no NPU does
+	Look   time.Duration // likewise, more of it for a request with pictures: they are read and prepared
 	Hop    time.Duration // from one stage to the next
 	Pieces int           // that a picture is computed in, between steps; 0: 7, as of the bundled model
 	KV     int           // tokens for which an NPU has KV memory; 0: any number
@@ -287,7 +288,11 @@ func (f *Fleet) arrive(load []Request, i int) {
 	}
 	r := &request{Request: load[i], index: i, first: -1}
 	f.result.Outcomes[i].Request = load[i]
-	f.after(f.cfg.Front, func() { f.line.push(r) })
+	front := f.cfg.Front
+	if r.Pictures > 0 {
+		front += f.cfg.Look
+	}
+	f.after(front, func() { f.line.push(r) })
 	f.signals.arrived(r)
 }
 
