@@ -23,7 +23,7 @@ func decision(id string) explain.Decision {
 		Now: time.Minute, Change: change(), Why: "prefill needs 1.4 NPUs and has 1: widen prefill-0 to 2 NPUs",
 		Inputs: autoscale.Inputs{
 			NPUs: 3, Spare: 3, TTFT: 0.5, TPOT: -1, Utilisation: [3]float64{0.1, 1.4, 0.2},
-			Stages: [3]autoscale.StageInputs{{NPUs: 1, Need: 0.1}, {NPUs: 1, Need: 1.4, Demand: 180, Capacity: 130, Backlog: 50}, {NPUs: 1, Unknown: true}},
+			Stages: [3]autoscale.StageInputs{{NPUs: 1, Need: 0.1, AtMost: true}, {NPUs: 1, Need: 1.4, Demand: 180, Capacity: 130, Backlog: 50}, {NPUs: 1, Unknown: true}},
 		},
 		Alternatives: []autoscale.Alternative{
 			{Change: change(), Effect: effect, Cost: autoscale.Cost{Time: 2 * time.Second}, Score: 4.1},
@@ -119,7 +119,7 @@ func TestStory(t *testing.T) {
 	}
 	for what, want := range map[string][]string{
 		tell(decision("id"), nil): {
-			"Decision id, event 10", "3 NPUs with instances, 3 spare; 50% of requests met the target of TTFT", "180 prompt tokens/s", "not known",
+			"Decision id, event 10", "3 NPUs with instances, 3 spare; 50% of requests met the target of TTFT", "180 prompt tokens/s", "not known", "at most 0.10",
 			"widen prefill-0 to 2 NPUs", "encode would have 0 NPUs", "and 3 more", "What was chosen: widen prefill-0", "it is not known yet",
 			"4 pending, 3 in work, 2 at the entrance, the oldest for 1.5s", "demand 3ms old, queues 0s old, instances not known",
 		},

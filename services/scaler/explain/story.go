@@ -133,6 +133,9 @@ func (b *writer) seen(in *autoscale.Inputs, m *Measured, queues *[autoscale.Stag
 		if !x.Unknown {
 			need = fmt.Sprintf("%.2f", x.Need)
 		}
+		if x.AtMost {
+			need = "at most " + need
+		}
 		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\t%s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], x.Demand, units[k],
 			does, x.Backlog, waits[k], queued(&queues[k]))
 	}

@@ -123,6 +123,9 @@ func (s *State) window(now time.Duration, in *Inputs, least, most [Stages]StageI
 	n := needed{at: now}
 	for k := range n.least {
 		n.least[k], n.most[k] = least[k].Need, most[k].Need
+		if least[k].AtMost {
+			n.least[k] = 0
+		}
 		if in.Stages[k].Unknown {
 			n.most[k] = float64(in.Stages[k].NPUs)
 		}

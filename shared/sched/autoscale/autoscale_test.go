@@ -313,3 +313,31 @@ func TestSituations(t *testing.T) {
 		})
 	}
 }
+
+// Decoders whose steps had one batch only, as at night, give NPUs up that nobody needs; what a larger batch would take is not known, so
+// that they get none for more than there is.
+func TestOneBatchIsEnoughToTakeAway(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		output float64 // tokens a second; at 10 ms a step an NPU does 100 with a batch of 1
+		want   autoscale.Action
+	}{{20, autoscale.Narrow}, {300, autoscale.None}, {10000, autoscale.None}} {
+		w := newWorld("E P D*4", 4)
+		w.load = 0.2
+		s := autoscale.New(policy(nil))
+		got := autoscale.Change{Action: autoscale.None}
+		for range 300 {
+			v := w.tick()
+			v.Demand.Output = c.output * v.Now.Seconds()
+			v.Queues[autoscale.Decode].InWork = 1
+			v.Instances[2].Steps = []autoscale.Step{{Batch: 1, Took: 10 * time.Millisecond}}
+			if d := s.Decide(v); d.Change.Action != autoscale.None {
+				got = d.Change
+				break
+			}
+		}
+		if got.Action != c.want || got.Action == autoscale.Narrow && got.NPUs != 1 {
+			t.Errorf("%g tokens a second: %+v, want %s", c.output, got, c.want)
+		}
+	}
+}

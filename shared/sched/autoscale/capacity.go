@@ -136,12 +136,12 @@ func decoders(v *View) (n int) {
 const reach = 4
 
 // batch is the largest number of sequences on an NPU with which steps take no longer than the target, and for which there is KV
-// memory, and how long such a step takes; 0 when not enough is known. Step times are taken as affine in the batch (as DistServe's
-// simulator has it, simdistserve); where only one batch was seen and it takes too long, as proportional to it, which is never too few
-// NPUs.
-func (c *capacity) batch(target time.Duration) (batch float64, took time.Duration) {
+// memory, and how long such a step takes; 0 when nothing is known. Step times are taken as affine in the batch (as DistServe's
+// simulator has it, simdistserve); where only one batch was seen as proportional to it, which is never too few NPUs. AtMost says that it
+// may be far too many: that batch does not take too long, and larger ones may take hardly longer.
+func (c *capacity) batch(target time.Duration) (batch float64, took time.Duration, atMost bool) {
 	if len(c.steps) == 0 {
-		return 0, 0
+		return 0, 0, false
 	}
 	var n, x, y, xx, xy, largest float64
 	for _, b := range slices.Sorted(maps.Keys(c.steps)) { // in order: sums of floats depend on it
@@ -156,8 +156,8 @@ func (c *capacity) batch(target time.Duration) (batch float64, took time.Duratio
 		if at0 = y - slope*x; at0 < 0 { // the best line through 0
 			at0, slope = 0, xy/xx
 		}
-	} else if y <= target.Seconds() {
-		return 0, 0
+	} else {
+		atMost = y <= target.Seconds()
 	}
 	batch = reach * max(largest, 2)
 	if slope > 0 {
@@ -167,7 +167,7 @@ func (c *capacity) batch(target time.Duration) (batch float64, took time.Duratio
 		batch = min(batch, 0.9*c.kvBatch) // the last tenth is for those that grow
 	}
 	batch = max(1, math.Floor(batch))
-	return batch, time.Duration((at0 + slope*batch) * float64(time.Second))
+	return batch, time.Duration((at0 + slope*batch) * float64(time.Second)), atMost
 }
 
 // pair is the number of NPUs that are sized to the policy's utilisation.
@@ -219,7 +219,7 @@ func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [
 	i.Demand = arriving[output]
 	i.Backlog = waiting(Decode) + forKV
 	sequences := float64(v.Queues[Decode].InWork) + i.Backlog
-	batch, took := c.batch(p.Targets.TPOT)
+	batch, took, atMost := c.batch(p.Targets.TPOT)
 	if batch == 0 {
 		i.Unknown = i.Demand+sequences > 0
 		return in
@@ -232,5 +232,8 @@ func (c *capacity) need(v *View, p *Policy, arriving amounts, has [Stages]int) [
 	i.Capacity = p.Utilisation[Decode] * batch / took.Seconds()
 	// By what arrives (Little's law), and by what is there: those sequences stay for the length of an answer.
 	i.Need = max(i.Demand/i.Capacity, sequences/batch)
+	if atMost {
+		i.AtMost, i.Need = true, min(i.Need, float64(has[Decode]))
+	}
 	return in
 }

@@ -81,6 +81,7 @@ type StageInputs struct {
 	Batch    int     `json:"batch"`    // of decode: most sequences of an NPU with which the target of TPOT is kept; 0: not known
 	Need     float64 `json:"need"`     // NPUs: for the demand, and to do away with the backlog in the policy's time
 	Unknown  bool    `json:"unknown"`  // there is work and no capacity was measured yet: Need is 0, and nothing of the stage is taken away
+	AtMost   bool    `json:"at_most"`  // Need may be far too much: only small batches were seen. It is no reason to give NPUs, but one to take them away
 	Grow     float64 `json:"grow"`     // the least Need of the window for growing, a standard error of the demand less
 	Shrink   float64 `json:"shrink"`   // the greatest Need of the window for shrinking, a standard error more
 	NPUs     int     `json:"npus"`     // that have the role
