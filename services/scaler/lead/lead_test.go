@@ -335,6 +335,27 @@ func TestNATSRestarted(t *testing.T) {
 	f.check()
 }
 
+// NATS is started again without its store: the record is gone, and whoever leads then has a greater fence all the same.
+func TestNATSLosesItsStore(t *testing.T) {
+	s, f := bustest.Run(t), newFleet(t)
+	a := f.start("a", s.URL())
+	before := a.await("noted", 0)
+	said := len(a.lines())
+	s.Stop()
+	s.Wipe()
+	s.Start()
+	if got := a.await("found", said); got != "found nothing" {
+		t.Errorf("it has %s, which was lost with the store", got)
+	}
+	var old, now uint64
+	if _, err := fmt.Sscanf(before, "noted %d", &old); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(a.await("noted", said), "noted %d", &now); err != nil || now <= old {
+		t.Errorf("its fence is %d, before it was %d: %v", now, old, err)
+	}
+}
+
 // line is a TCP connection to NATS that a test can have swallow everything.
 type line struct {
 	t      *testing.T

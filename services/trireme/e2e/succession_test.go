@@ -159,6 +159,7 @@ func TestScalerIsSucceeded(t *testing.T) {
 		until   string
 		rate    int64
 		killed  func(id string) bool // it is killed when this is so; nil: when it has got as far as until
+		with    string               // a process of this service is killed with it
 		stopped bool                 // it is not killed but stopped, and goes on behind its successor
 		npus    []string             // then
 		commits int                  // operations on instances that come to their commit
@@ -172,6 +173,9 @@ func TestScalerIsSucceeded(t *testing.T) {
 		{what: "narrow, ended and not cleared", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Narrow, Stage: autoscale.Decode, Instance: "decoder-0", Numbers: last("decoder-0")}
 		}, killed: ends, npus: []string{"decoder-0 3"}, commits: 1},
+		{what: "widen, in the middle, with the decoder, which gives it up", change: func() autoscale.Change {
+			return autoscale.Change{Action: autoscale.Widen, Stage: autoscale.Decode, Instance: "decoder-0", Numbers: spare()}
+		}, rate: 64 << 10, killed: prepares, with: "decoder", npus: []string{"decoder-0 3"}},
 		{what: "move, not asked for yet", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Move, Stage: autoscale.Prefill, From: "decoder-0", Instance: "prefill-0", Numbers: last("decoder-0")}
 		}, until: "noted", npus: []string{"decoder-0 2", "prefill-0 2"}, commits: 2},
@@ -214,6 +218,9 @@ func TestScalerIsSucceeded(t *testing.T) {
 		} else {
 			kill(t, first.Process.Pid)
 			_ = first.Wait()
+		}
+		if x.with != "" {
+			kill(t, c.pid(t, x.with))
 		}
 		then := append(c.kinds(t, id+"x0"), c.kinds(t, id+"x1")...)
 		began := time.Now()
