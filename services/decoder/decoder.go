@@ -58,6 +58,13 @@ func Role(cfg Config) stage.Role {
 		d := &decoder{
 			Stage: s, space: sample.NewSpace(s.Model.Text.Vocab), rows: s.Metrics.Rows.WithLabelValues(stage.Decode), live: map[key]*sequence{}, outbox: outbox{sender: s.ID},
 		}
+		d.missed = prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "trireme_decode_move_missed_steps", Help: "Steps that were computed without a sequence while it moved to another NPU.",
+			Buckets: []float64{0, 1, 2, 4, 8, 16, 32, 64},
+		})
+		if err := s.Metrics.Registry.Register(d.missed); err != nil {
+			return nil, fmt.Errorf("registering metrics: %w", err)
+		}
 		var err error
 		if d.resends, err = s.Bus.Handle(wire.SubjectResend(s.ID), d.resend); err != nil {
 			return nil, fmt.Errorf("listening for resend requests: %w", err)
@@ -72,6 +79,7 @@ type decoder struct {
 	*stage.Stage
 	space   *sample.Space
 	rows    prometheus.Counter
+	missed  prometheus.Histogram // steps, by sequence that has moved
 	resends *nats.Subscription
 
 	live   map[key]*sequence

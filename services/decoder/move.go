@@ -138,6 +138,8 @@ func (d *decoder) rebook(ctx context.Context, s *sequence, to *stage.Seat) error
 
 // reseat has s compute on another NPU, where its memory is now. It runs on the loop.
 func (d *decoder) reseat(s *sequence, to *stage.Seat) {
+	d.missed.Observe(float64(s.missed))
+	s.missed = 0
 	to.Grow(s.seat.Slabs() - to.Slabs())
 	s.seat.Leave()
 	s.seat = to
@@ -275,6 +277,7 @@ func (d *decoder) settle(
 	d.between(func() {
 		s.parked = false
 		if err != nil {
+			s.missed = 0
 			return
 		}
 		before, s.objects = s.objects, objects // also when the loop has let go of s

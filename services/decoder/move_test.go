@@ -3,7 +3,10 @@ package decoder_test
 import (
 	"context"
 	"slices"
+	"sync"
 	"testing"
+
+	dto "github.com/prometheus/client_model/go"
 
 	"trireme.dev/services/decoder"
 	"trireme.dev/shared/mem"
@@ -92,6 +95,90 @@ func TestSequencesMove(t *testing.T) {
 				r.Done(last.ID, -1)
 			}
 			r.end(last)
+		})
+	}
+}
+
+// A sequence that moves is in every step but those that are computed while the HMM takes note of its copy, one call, however much there is to
+// copy; in one memory domain it is in every step. The gateway sees no other gaps, one message being one step, than a metric counts.
+func TestMovingMissesSteps(t *testing.T) {
+	for name, newRig := range map[string]func(*testing.T) *rig{"one domain": together, "apart": apart} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			r.Stage.NPUs = 2
+			s, stop := r.decoder(decoder.Config{})
+			defer stop()
+			const seen = 150 // tokens of each: none needs another slab by then, or a confirmation
+			r.deaf(true)     // so that none ends
+			type place struct {
+				request string
+				choice  int
+			}
+			var mu sync.Mutex
+			tokens, absent := map[place]int{}, map[place]int{}
+			sub, err := r.Bus.Handle(wire.SubjectTokens(r.gateway.ID), func(data []byte, _ func(any) error) {
+				var m wire.Tokens
+				if err := wire.Unmarshal(data, &m); err != nil || m.Instance != s.ID {
+					return
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				there := map[place]bool{}
+				for _, run := range m.Items {
+					at := place{run.Request, run.Choice}
+					there[at] = true
+					tokens[at] += len(run.IDs)
+				}
+				for at, n := range tokens {
+					if !there[at] && n < seen {
+						absent[at]++
+					}
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer sub.Unsubscribe() //nolint:errcheck // it ends with the connection
+			spec := r.Model.Random(slices.Repeat(prompt(t, "case02"), 24)[:276], 300, 1)
+			var requests []wire.Request
+			for range 6 {
+				requests = append(requests, r.start(spec))
+			}
+			for _, req := range requests {
+				r.gateway.Tokens(req.ID, 0, 5)
+			}
+			moved := s.Held(0).Seqs
+			if err := s.Vacate(t.Context(), 0); err != nil || moved == 0 || moved == len(requests) {
+				t.Fatalf("%d sequences of %d have moved: %v", moved, len(requests), err)
+			}
+			for _, req := range requests {
+				r.gateway.Tokens(req.ID, 0, seen-5)
+			}
+			families, err := s.Metrics.Registry.Gather()
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := slices.IndexFunc(families, func(f *dto.MetricFamily) bool { return f.GetName() == "trireme_decode_move_missed_steps" })
+			h := families[i].GetMetric()[0].GetHistogram()
+			mu.Lock()
+			sum, most := 0, 0
+			for _, n := range absent {
+				sum, most = sum+n, max(most, n)
+			}
+			mu.Unlock()
+			if int(h.GetSampleCount()) != moved || int(h.GetSampleSum()) < sum || name == "one domain" && h.GetSampleSum() > 0 {
+				t.Errorf("%d sequences have moved and missed %g steps; the gateway saw %d move, and %v steps without", h.GetSampleCount(), h.GetSampleSum(), moved, absent)
+			}
+			t.Logf("%d sequences have moved, and missed %d steps together, one of them at most %d", moved, sum, most)
+			r.deaf(false)
+			for _, req := range requests {
+				r.same(spec, 0, r.gateway.Ended(req.ID, 0))
+			}
+			r.Empty(stage.Decode)
+			for _, req := range requests[1:] {
+				r.Done(req.ID, -1)
+			}
+			r.end(requests[0])
 		})
 	}
 }

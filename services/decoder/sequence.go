@@ -43,6 +43,7 @@ type sequence struct {
 	short     bool // and without it there is no next step
 	moving    bool // to another NPU
 	parked    bool // while it does, until the HMM has taken note
+	missed    int  // steps, while it was parked
 
 	life    context.Context // until the loop lets go; set by attend
 	release func()          // ends life

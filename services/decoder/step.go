@@ -57,6 +57,13 @@ func (d *decoder) Computed(_ []engine.Seq, logits [][]float32, err error) {
 	if err := d.outbox.flush(d.Bus); err != nil {
 		d.Log.Warn("sending tokens", "error", err)
 	}
+	if d.moving > 0 {
+		for _, s := range d.active {
+			if s.parked {
+				s.missed++
+			}
+		}
+	}
 	for _, s := range d.taken {
 		if s.finish() != wire.FinishNone {
 			d.drop(s, nil)

@@ -31,7 +31,7 @@ type anything struct {
 func draw(rng *rand.Rand) anything {
 	pick := func(of ...string) string { return of[rng.IntN(len(of))] }
 	x := anything{who: pick("decoder", "decoder", "decoder", "prefill")}
-	switch rng.IntN(4) {
+	switch rng.IntN(6) {
 	case 0:
 		x.args = []string{"scale", x.who, fmt.Sprint(1 + rng.IntN(6))}
 	case 1:
@@ -40,6 +40,9 @@ func draw(rng *rand.Rand) anything {
 		x.args = []string{"scale", x.who, fmt.Sprintf("-%d", 1+rng.IntN(3))}
 	case 3:
 		x.args = []string{"rebalance", x.who}
+	default: // whoever has the NPU, if anybody, may be the taker, or have no other one
+		x.who = pick("decoder", "prefill", "encoder")
+		x.args = []string{"role", fmt.Sprintf("NODE/%d", rng.IntN(8)), x.who}
 	}
 	x.args = append(x.args, "--spare", pick("0", "0.25", "0.6"), "--slack", pick("0", "0.05"), "--copy-rate", pick("0", "100MiB", "20MiB"))
 	switch rng.IntN(10) {
@@ -68,7 +71,7 @@ func (c *cluster) heartbeat(tb testing.TB, view *bus.Instances, role string) wir
 	return all[0]
 }
 
-// Whatever is asked for, to scale or rebalance decoder or prefill, possible or not, in time or not, and whoever is killed meanwhile, the decoder, prefill, the HMM, NATS or the
+// Whatever is asked for, to scale or rebalance decoder or prefill, or to have an NPU go over to another role, possible or not, in time or not, and whoever is killed meanwhile, the decoder, prefill, the HMM, NATS or the
 // command: each operation ends, as its record says; NPUs belong to whom it says they do; no request is lost, refused or changed, and
 // at the end nothing is left in the HMM. It is short by default; the full form is
 //
@@ -129,6 +132,16 @@ func chaosOfAnything(t *testing.T, domains string, rng *rand.Rand, n int) {
 	t.Logf("%v; kills: %v; %d answers, %d attempts started again", ends, kills, l.answers, c.metric(t, "trireme_request_restarts_total"))
 }
 
+// all are the instances of the three roles, by role.
+func (c *cluster) all(t *testing.T, view *bus.Instances) map[string]wire.Instance {
+	t.Helper()
+	all := map[string]wire.Instance{}
+	for _, role := range []string{"encode", "prefill", "decode"} {
+		all[role] = c.heartbeat(t, view, role)
+	}
+	return all
+}
+
 // happen has it happen, and returns how the operation has ended.
 func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances, server *bustest.Process) string {
 	t.Helper()
@@ -136,10 +149,11 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 	if err != nil {
 		t.Fatal(err)
 	}
-	role := map[string]string{"decoder": "decode", "prefill": "prefill"}[x.who]
-	before := c.heartbeat(t, view, role)
+	before := c.all(t, view)
+	args := slices.Clone(x.args)
+	args[1] = strings.Replace(args[1], "NODE", before["encode"].Node, 1)
 	var out, said bytes.Buffer
-	cmd := exec.Command(path, append(slices.Clone(x.args), "--json", "--nats-url", "nats://"+c.nats)...)
+	cmd := exec.Command(path, append(args, "--json", "--nats-url", "nats://"+c.nats)...)
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -168,17 +182,16 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 	failed := cmd.Wait()
 	if x.victim == "command" { // what it has begun goes on, and only one operation can be under way
 		c.await(t, "nothing is under way", func() bool {
-			_, err := c.change(t, "rebalance", before.ID, "--dry-run")
-			return err == nil || !strings.Contains(err.Error(), "is under way")
+			for _, i := range before {
+				if _, err := c.change(t, "scale", i.ID, fmt.Sprint(len(i.NPUs)), "--dry-run"); err != nil && strings.Contains(err.Error(), "is under way") {
+					return false
+				}
+			}
+			return true
 		}, func() string { return strings.Join(x.args, " ") })
 	}
 	end := strings.TrimSpace(said.String())
-	var r wire.ChangeReport
-	if len(out.Bytes()) > 0 {
-		if err := json.Unmarshal(out.Bytes(), &r); err != nil {
-			t.Errorf("%v wrote no JSON: %v\n%s", x.args, err, out.Bytes())
-		}
-	}
+	known := x.said(t, out.Bytes())
 	if x.victim == "nats" { // who asks then sees no instance before its next heartbeat
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -186,25 +199,59 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 			t.Fatal(err)
 		}
 	}
-	now, record := x.settled(t, c, b, view, role)
-	if known := r.Number > 0 && !slices.Contains(x.args, "--dry-run"); known && r.Committed != (now.Epoch == before.Epoch+1) || now.Epoch > before.Epoch+1 {
-		t.Errorf("%v, %v: from epoch %d to %d, the command says committed %v, the record %+v\n%s", x.args, failed, before.Epoch, now.Epoch, r.Committed, record, end)
+	now, records := x.settled(t, c, b, view)
+	done := false
+	for role, was := range before {
+		is, record := now[role], records[role]
+		switch r := known[was.Record()]; {
+		case is.Epoch > was.Epoch+1, r != nil && r.Committed != (is.Epoch == was.Epoch+1):
+			t.Errorf("%v, %v: %s from epoch %d to %d, the command says %+v, the record %+v\n%s", x.args, failed, role, was.Epoch, is.Epoch, r, record, end)
+		case r != nil && r.Committed && x.victim == "" && !slices.Equal(npusOf(r.Plan.After), npusOf(record.NPUs)):
+			t.Errorf("%v: NPUs %v, the record has %v", x.args, r.Plan.After, record.NPUs)
+		}
+		if is.Epoch == was.Epoch+1 && role == map[string]string{"decoder": "decode", "prefill": "prefill", "encoder": "encode"}[x.who] {
+			done = true
+		}
 	}
-	if r.Committed && !slices.Equal(npusOf(r.Plan.After), npusOf(record.NPUs)) && x.victim == "" {
-		t.Errorf("%v: NPUs %v, the record has %v", x.args, r.Plan.After, record.NPUs)
-	}
+	wrong := func(s string) bool { return strings.Contains(end, s) }
 	switch {
-	case now.Epoch == before.Epoch+1:
+	case done:
 		return "done"
-	case r.Number > 0 && failed == nil:
+	case len(out.Bytes()) > 0 && failed == nil:
 		return "nothing"
 	case x.victim == "" && failed == nil:
-		t.Errorf("%v ended well, and in epoch %d as before: %+v", x.args, now.Epoch, r)
-	case x.victim == "" && !strings.Contains(end, "not come to its commit in time") && !strings.Contains(end, "more NPUs are wanted") &&
-		!strings.Contains(end, "cannot have") && !strings.Contains(end, "has not ended, and goes on"):
+		t.Errorf("%v ended well, and nothing has changed: %+v", x.args, known)
+	case x.victim == "" && !wrong("not come to its commit in time") && !wrong("more NPUs are wanted") && !wrong("cannot have") &&
+		!wrong("has not ended, and goes on") && !wrong("no other instance with NPUs could"):
 		t.Errorf("%v: %s", x.args, end)
 	}
 	return "given up"
+}
+
+// said are the reports that the command has written, by the records of the instances that they are of, unless they are of a dry run.
+func (x anything) said(t *testing.T, out []byte) map[string]*wire.ChangeReport {
+	t.Helper()
+	known := map[string]*wire.ChangeReport{}
+	if len(out) == 0 {
+		return known
+	}
+	var role bus.RoleReport
+	reports := []**wire.ChangeReport{&role.Leave, &role.Join}
+	into := any(&role)
+	if x.args[0] != "role" {
+		var r *wire.ChangeReport
+		into, reports = &r, []**wire.ChangeReport{&r}
+	}
+	if err := json.Unmarshal(out, into); err != nil {
+		t.Errorf("%v wrote no JSON: %v\n%s", x.args, err, out)
+		return known
+	}
+	for _, r := range reports {
+		if *r != nil && (*r).Number > 0 && !slices.Contains(x.args, "--dry-run") {
+			known[(*r).Record] = *r
+		}
+	}
+	return known
 }
 
 // npusOf are the numbers in slots.
@@ -214,26 +261,16 @@ func npusOf(slots []int) []int {
 	return npus
 }
 
-// settled waits until nothing is under way, and all agree on which NPUs the instance has, and which are spare.
-func (x anything) settled(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances, role string) (now wire.Instance, record *wire.Layout) {
+// settled waits until nothing is under way, and all agree on which NPUs the instances have, and which are spare. It returns the instances and
+// their records by role.
+func (x anything) settled(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances) (now map[string]wire.Instance, records map[string]*wire.Layout) {
 	t.Helper()
 	c.waitReady(t)
 	state := ""
-	c.await(t, "record, heartbeat and HMM say the same", func() bool {
-		c.heartbeat(t, view, "encode")
-		others := map[string]string{"decode": "prefill", "prefill": "decode"}[role]
-		all := map[string][]int{}
-		other := c.heartbeat(t, view, others)
-		now = c.heartbeat(t, view, role)
-		for _, i := range []wire.Instance{now, other} { // the dead have one for a while, and NPUs until the HMM has noticed
-			if !slices.ContainsFunc(c.children(), func(p process) bool { return p.pid == i.PID }) {
-				return false
-			}
-		}
-		var err error
-		record, _, err = b.Layout(t.Context(), now.Record())
+	c.await(t, "records, heartbeats and HMM say the same", func() bool {
+		now, records = c.all(t, view), map[string]*wire.Layout{}
 		stats := c.memory(t)
-		had := 0
+		all, had := map[string][]int{}, 0
 		for _, m := range stats.Memory {
 			if m.NPU >= 0 {
 				all[m.Instance] = append(all[m.Instance], m.NPU)
@@ -242,15 +279,24 @@ func (x anything) settled(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instan
 				}
 			}
 		}
-		state = fmt.Sprintf("record %+v, %v; instances %+v and %+v; the HMM %v, %d reserved", record, err, now, other, all, had)
-		if errors.Is(err, bus.ErrNoLayout) {
-			record = &wire.Layout{NPUs: now.NPUs, Epoch: now.Epoch}
-			err = nil
-		} else if err == nil && (record.Instance != now.ID || record.Pending != nil) {
-			return false
+		state = fmt.Sprintf("the HMM has %v, %d reserved", all, had)
+		for role, i := range now { // the dead have one for a while, and NPUs until the HMM has noticed
+			record, _, err := b.Layout(t.Context(), i.Record())
+			state += fmt.Sprintf("; instance %+v, record %+v, %v", i, record, err)
+			switch {
+			case !slices.ContainsFunc(c.children(), func(p process) bool { return p.pid == i.PID }):
+				return false
+			case errors.Is(err, bus.ErrNoLayout):
+				record = &wire.Layout{NPUs: i.NPUs, Epoch: i.Epoch}
+			case err != nil || record.Instance != i.ID || record.Pending != nil:
+				return false
+			}
+			if records[role] = record; record.Epoch != i.Epoch || !slices.Equal(npusOf(record.NPUs), npusOf(i.NPUs)) ||
+				!slices.Equal(npusOf(i.NPUs), all[i.ID]) {
+				return false
+			}
 		}
-		return err == nil && had == 0 && record.Epoch == now.Epoch && slices.Equal(npusOf(record.NPUs), npusOf(now.NPUs)) &&
-			slices.Equal(npusOf(now.NPUs), all[now.ID]) && slices.Equal(npusOf(other.NPUs), all[other.ID])
+		return had == 0
 	}, func() string { return state })
-	return now, record
+	return now, records
 }
