@@ -200,9 +200,12 @@ func TestScalerIsSucceeded(t *testing.T) {
 		{what: "add, in the middle", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Add, Stage: autoscale.Encode, Roles: "E", NPUs: 1, Count: 1}
 		}, killed: func(string) bool { return c.count("encoder") == 2 }, npus: []string{"encoder-1 1"}},
+		{what: "move to a new process, between the halves", change: func() autoscale.Change {
+			return autoscale.Change{Action: autoscale.Move, Stage: autoscale.Prefill, Roles: "P", NPUs: 1, From: "decoder-0", Numbers: last("decoder-0")}
+		}, until: "left", npus: []string{"decoder-0 1", "prefill-1 1"}, commits: 1},
 		{what: "remove, in the middle", change: func() autoscale.Change {
 			return autoscale.Change{Action: autoscale.Remove, Stage: autoscale.Decode, Roles: "D", Instance: "decoder-1"}
-		}, killed: func(string) bool { return c.count("decoder") == 1 }, npus: []string{"decoder-0 2"}},
+		}, killed: func(string) bool { return c.count("decoder") == 1 }, npus: []string{"decoder-0 1"}},
 	} {
 		id := fmt.Sprintf("op%d", i)
 		d := doomed{NATS: "nats://" + c.nats, Operation: lead.Operation{ID: id, Change: x.change()}, Until: x.until, Rate: x.rate}
@@ -256,7 +259,7 @@ func TestScalerIsSucceeded(t *testing.T) {
 	if len(all) != commits {
 		t.Errorf("%d operations came to their commit, %d were asked for", len(all), commits)
 	}
-	if e, p, d := c.count("encoder"), c.count("prefill"), c.count("decoder"); e != 2 || p != 1 || d != 1 {
+	if e, p, d := c.count("encoder"), c.count("prefill"), c.count("decoder"); e != 2 || p != 2 || d != 1 {
 		t.Errorf("there are %d encoders, %d of prefill and %d decoders", e, p, d)
 	}
 	l.end(t)
