@@ -28,7 +28,7 @@ type Report struct {
 
 // Compare runs a scenario in all ways, and what its bars compare with besides; rate 0 is the scenario's own.
 func (l *Lab) Compare(s *Scenario, rate float64) (*Report, error) {
-	r := &Report{Scenario: s, Name: s.Name, Text: s.Text, Rate: rate, NPUs: s.NPUs()}
+	r := &Report{Scenario: s, Name: s.Name, Text: s.Text, Rate: rate, NPUs: s.NPUs(), Bars: []Bar{}}
 	if r.Rate == 0 {
 		r.Rate = s.Rate
 	}

@@ -87,6 +87,7 @@ type Run struct {
 	TTFT       float64 `json:"ttft_met"`
 	TPOT       float64 `json:"tpot_met"`
 	Latency    float64 `json:"mean_latency_s"` // to the last token
+	MeanTTFT   float64 `json:"mean_ttft_s"`
 	TTFT90     float64 `json:"p90_ttft_s"`
 	NPUHours   float64 `json:"npu_hours"`
 	MeanNPUs   float64 `json:"mean_npus"`
@@ -118,7 +119,7 @@ func (l *Lab) Play(s *Scenario, rate float64, w Way) (*Run, error) {
 			of float64
 		}{
 			{&mean.Requests, r.Requests}, {&mean.Attainment, r.Attainment}, {&mean.TTFT, r.TTFT}, {&mean.TPOT, r.TPOT}, {&mean.Latency, r.Latency},
-			{&mean.TTFT90, r.TTFT90}, {&mean.NPUHours, r.NPUHours}, {&mean.MeanNPUs, r.MeanNPUs}, {&mean.Changes, r.Changes}, {&mean.Hours, r.Hours},
+			{&mean.TTFT90, r.TTFT90}, {&mean.MeanTTFT, r.MeanTTFT}, {&mean.NPUHours, r.NPUHours}, {&mean.MeanNPUs, r.MeanNPUs}, {&mean.Changes, r.Changes}, {&mean.Hours, r.Hours},
 		} {
 			*x.to += x.of / n
 		}
@@ -158,10 +159,12 @@ func (l *Lab) once(s *Scenario, rate float64, w Way, seed uint64) (*Run, error) 
 		met(&r.TTFT, !o.Refused && o.TTFT <= s.Targets.TTFT)
 		met(&r.TPOT, !o.Refused && o.TPOT <= s.Targets.TPOT)
 		r.Latency += o.E2E.Seconds()
+		r.MeanTTFT += o.TTFT.Seconds()
 		ttfts = append(ttfts, o.TTFT.Seconds())
 	}
 	if n := r.Requests; n > 0 {
 		r.Attainment, r.TTFT, r.TPOT, r.Latency = r.Attainment/n, r.TTFT/n, r.TPOT/n, r.Latency/n
+		r.MeanTTFT /= n
 		slices.Sort(ttfts)
 		r.TTFT90 = ttfts[len(ttfts)*9/10]
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"trireme.dev/shared/sched"
+	"trireme.dev/shared/sched/autoscale"
 	"trireme.dev/shared/sched/simulate"
 )
 
@@ -35,6 +36,17 @@ func (l *Lab) Replay(topology string, load []simulate.Request) (*Felt, error) {
 		felt.Add(o.Arrive, o.TTFT, o.TPOT, o.E2E, o.Output)
 	}
 	return felt.End(), nil
+}
+
+// Burst simulates phases on a fleet that begins as topology, with the scaler or without.
+func (l *Lab) Burst(t sched.Targets, start, topology string, phases func() []simulate.Phase, scaled bool) (*Run, error) {
+	s := &Scenario{Name: "live", Start: start, Targets: t, Phases: func(float64) []simulate.Phase { return phases() }}
+	w := Static(topology)
+	if scaled {
+		l.Policy = autoscale.Default()
+		w = l.Scaler(s)
+	}
+	return l.Play(s, 1, w)
 }
 
 // Feeling collects what clients felt.

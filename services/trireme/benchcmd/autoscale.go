@@ -29,6 +29,7 @@ type Autoscale struct {
 	Seed      uint64        `help:"Of arrivals, delays of signals, and how long changes take. The same seed gives the same figures." default:"1"`
 	Seeds     int           `help:"Runs of each, with one seed after the other: figures are their means." default:"5"`
 	Validate  bool          `help:"Instead: run small loads on real fleets of paced NPUs, and print what the simulator says of the same requests beside it."`
+	Live      bool          `help:"Instead: run a burst of 50 s on a real fleet of paced NPUs with the real scaler, and on a static one of as many NPUs on average; both are simulated beside."`
 	Real      time.Duration `help:"Time that each load of --validate is sent for." default:"40s"`
 	JSON      bool          `name:"json" help:"Write one JSON object instead of tables."`
 	CSV       string        `name:"csv" help:"Write load, NPUs by role, queues and attainment over time to a file besides." placeholder:"FILE" type:"path"`
@@ -52,7 +53,8 @@ Examples:
   trireme bench autoscale burst --rate 20 --seeds 1
   trireme bench autoscale wave --policy scaler.yaml --json
   trireme bench autoscale noise --csv noise.csv
-  trireme bench autoscale --validate                      the simulator beside the real thing, four minutes`
+  trireme bench autoscale --validate                      the simulator beside the real thing, four minutes
+  trireme bench autoscale --live                          the real scaler, in real time, four minutes`
 }
 
 // AutoscaleReport is what Autoscale writes with --json.
@@ -85,6 +87,9 @@ func (c *Autoscale) Run(e Env) error {
 			return fmt.Errorf("--real 1s to 1h: %w", ErrUsage)
 		}
 		return c.validate(e, profile)
+	}
+	if c.Live {
+		return c.live(e, profile)
 	}
 	policy := autoscale.Default()
 	if c.Policy != "" {
@@ -229,8 +234,9 @@ func (c *Autoscale) draw(r *autoscaling.Report, profile string) error {
 			name += " " + run.Topology
 		}
 		add(held, k, name, points, func(p *autoscaling.Point) float64 { return p.Held })
-		add(attained, k, name, points, func(p *autoscaling.Point) float64 { return 100 * p.Attainment })
+		add(attained, k, "", points, func(p *autoscaling.Point) float64 { return 100 * p.Attainment })
 	}
+	roles.Y.Max, held.Y.Max = 1.4*roles.Y.Max, 1.8*held.Y.Max // room for their legends
 	ext := filepath.Ext(c.Plot)
 	path := strings.TrimSuffix(c.Plot, ext) + "-" + r.Name + ext
 	if err := drawRows(path, []*plot.Plot{arrivals, roles, held, attained}); err != nil {
