@@ -145,7 +145,7 @@ func TestScaleMemory(t *testing.T) {
 			t.Errorf("%v: %d bytes at most, before %d, after %d; %d more than the larger of both were foreseen, of %d bytes that come", change,
 				r.Peak, r.UsedBefore, r.UsedAfter, r.Plan.Memory, r.Plan.Bytes)
 		}
-		if now := inUse(c.memory(t), c.decoder(t).NPUs); now != r.UsedAfter {
+		if now := inUse(c.memory(t), npusOf(r.Plan.After)); now != r.UsedAfter {
 			t.Errorf("%v: the HMM's books say %d bytes, the operation %d", change, now, r.UsedAfter)
 		}
 		t.Logf("%v: %.1f to %.1f MB, %.1f at most; foreseen are %.1f beside the larger layout", change, float64(r.UsedBefore)/1e6, float64(r.UsedAfter)/1e6,
