@@ -15,6 +15,7 @@ type State struct {
 	needs    []needed // in order of time, as far back as the longer window
 	changed  bool     // something was, the last time at:
 	last     time.Duration
+	given    []given // in order of time: for whose sake NPUs were moved
 }
 
 // needed is how many NPUs were needed at a moment.
@@ -73,8 +74,11 @@ func (s *State) Decide(v *View) Decision {
 		d.Why = "a change is under way"
 	case w.seen < s.policy.Grow.Window:
 		d.Why = fmt.Sprintf("the need is known for %v, %v are wanted before something changes", w.seen.Round(time.Second), s.policy.Grow.Window)
-	case s.grow(&d, o, w, missed), s.shrink(&d, o, w, missed), s.rebalance(&d, o):
+	case s.grow(&d, o, w, missed, arriving), s.shrink(&d, o, w, missed), s.rebalance(&d, o):
 		s.changed, s.last = true, v.Now
+		if d.Change.Action == Move {
+			s.give(v.Now, d.Change, &o.best().after, arriving)
+		}
 	}
 	d.LeftOut = max(0, len(o.listed)-told)
 	return d
@@ -173,7 +177,7 @@ func (s *State) attained(v *View, in *Inputs) (missed bool) {
 }
 
 // grow gives NPUs to stages that have too few. While targets are missed it takes less for that: what NPUs can do was overestimated.
-func (s *State) grow(d *Decision, o *options, w window, missed bool) bool {
+func (s *State) grow(d *Decision, o *options, w window, missed bool, arriving amounts) bool {
 	band := 1 + s.policy.Band
 	if missed {
 		band = 1
@@ -218,6 +222,9 @@ func (s *State) grow(d *Decision, o *options, w window, missed bool) bool {
 		a := &o.listed[i]
 		if a.Refused == "" && a.Change.Action == Move && slices.Max(a.Effect.Utilisation[:]) > max(1, worst/(1+s.policy.Band)) {
 			a.Refused = "the stage that gives would be as badly off"
+		}
+		if a.Refused == "" && a.Change.Action == Move {
+			a.Refused = s.keeps(d.Now, &a.after, arriving)
 		}
 		if a.Refused == "" && a.Score >= before {
 			a.Refused = "it would not be worth what it costs"
