@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -262,11 +263,33 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	return objs[0], handles[0], nil
 }
 
+// freeFirst is the number of the NPU that can begin with another picture first: of those with the least in work.
+func (e *encoder) freeFirst() int {
+	npus := e.NPUs()
+	var slots []int
+	fewest := math.MaxInt
+	for slot, n := range npus {
+		if n.Compute == nil || !e.Takes(slot) {
+			continue
+		}
+		switch has := e.Held(slot).Seqs; {
+		case has < fewest:
+			fewest, slots = has, append(slots[:0], slot)
+		case has == fewest:
+			slots = append(slots, slot)
+		}
+	}
+	if len(slots) == 0 {
+		return -1
+	}
+	return npus[e.ahead.soonest(slots)].Number
+}
+
 // room allocates an MM object of so many tokens on an NPU that has room for it.
 func (e *encoder) room(ctx context.Context, tokens int) (objs []*hbm.Object, seat *stage.Seat, err error) {
 	levels, hidden := e.Model.Vision.Levels(), e.Model.Text.Hidden
 	spec := hbm.Spec{Kind: mem.KindMM, Bytes: int64(levels*tokens*hidden) * 4, Shape: []int{levels, tokens, hidden}}
-	err = e.Seat(-1, e.SlabsOf(spec.Bytes), func(s *stage.Seat) (err error) {
+	err = e.Seat(e.freeFirst(), e.SlabsOf(spec.Bytes), func(s *stage.Seat) (err error) {
 		seat, spec.NPU = s, s.Number()
 		objs, err = e.HBM.Alloc(ctx, spec)
 		return err

@@ -44,7 +44,7 @@ type picture struct {
 // compute encodes p, unless its claim is lost or its request ends before.
 func (e *encoder) compute(ctx context.Context, p *picture, prep *preparation) error {
 	p.done, p.ctx = make(chan error, 1), ctx
-	prep.ready()
+	prep.ready(p.npu)
 	e.Runner.Do(func() { e.line.waiting = append(e.line.waiting, p) }) // the runner outlives all handlers
 	select {
 	case err := <-p.done:
@@ -62,7 +62,7 @@ func (e *encoder) drop(p *picture, err error) {
 		if b := &e.line.npus[p.npu]; b.on == p {
 			b.on = nil
 		}
-		e.ahead.out()
+		e.ahead.out(p.npu)
 		p.done <- err
 	}
 }
@@ -132,7 +132,7 @@ func (e *encoder) advanced(p *picture) {
 	}
 	e.Reached(p.claim, 1+p.pieces) // the pixels are the first
 	if p.more {
-		e.ahead.progress(p.spent/time.Duration(p.pieces), e.line.npus[p.npu].engine.Pieces()-p.pieces)
+		e.ahead.progress(p.npu, p.spent/time.Duration(p.pieces), e.line.npus[p.npu].engine.Pieces()-p.pieces)
 		return
 	}
 	e.took.Observe(p.spent.Seconds())
