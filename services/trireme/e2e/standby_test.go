@@ -35,7 +35,7 @@ func (c *cluster) expectNPUs(tb testing.TB, want ...string) {
 			_, _ = fmt.Sscan(w, &name, &npus)
 			there := false
 			for _, i := range now {
-				there = there || i.Name == name && len(i.NPUs) == npus && i.Ready && i.Standby == (npus == 0)
+				there = there || i.Name == name && len(i.NPUs) == npus && i.Ready && i.Standby == (npus == 0) && alive(i)
 			}
 			if !there {
 				return false

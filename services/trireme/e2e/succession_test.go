@@ -283,12 +283,16 @@ func (c *cluster) count(service string) (n int) {
 func (c *cluster) named(tb testing.TB, name string) wire.Instance {
 	tb.Helper()
 	all := c.instances(tb)
-	i := slices.IndexFunc(all, func(i wire.Instance) bool { return i.Name == name })
+	i := slices.IndexFunc(all, func(i wire.Instance) bool { return i.Name == name && alive(i) })
 	if i < 0 {
 		tb.Fatalf("there is no %s, but %+v", name, all)
 	}
 	return all[i]
 }
+
+// alive reports whether the process of a heartbeat is there: heartbeats outlive those that are killed, and what a dead one had its
+// successor may not have.
+func alive(i wire.Instance) bool { return syscall.Kill(i.PID, 0) == nil }
 
 // startDoomed starts a scaler that is to be killed, and waits until it has begun.
 func startDoomed(t *testing.T, d *doomed) (*exec.Cmd, *syncBuffer) {
