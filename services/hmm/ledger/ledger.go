@@ -197,7 +197,7 @@ func (l *Ledger) Disconnect(id Conn) {
 }
 
 // Reap drops the holds and NPUs of a client that has no maps any more: it said so, or its process has exited. The requests that a
-// gateway named first end soon, unless somebody works on them: nobody else can end them.
+// gateway named first end soon.
 func (l *Ledger) Reap(now time.Time, id Conn) {
 	c := l.conn(id)
 	if !c.gone {

@@ -337,8 +337,8 @@ func TestRequestsWithoutEnd(t *testing.T) {
 	must(t, l.End(start.Add(2*time.Minute), "r6"))
 }
 
-// What a gateway has put into memory before it died ends a margin later, unless somebody works on the request: nobody else
-// knows of it.
+// What a gateway has put into memory before it died ends a margin later, also if somebody has begun to work on it: nobody waits for
+// it. Where only its connection was lost, it goes on with it over another one.
 func TestRequestsOfAGoneGateway(t *testing.T) {
 	l := ledger.New(config())
 	g, _, err := l.Connect(start, protocol.Hello{Instance: "g", Role: protocol.RoleGateway})
@@ -351,7 +351,7 @@ func TestRequestsOfAGoneGateway(t *testing.T) {
 		must(t, l.Free(g, []protocol.Object{{ID: out[0].Handle.Object, Generation: out[0].Handle.Generation}}))
 		return out[0].Handle
 	}
-	alone, worked := put("alone"), put("worked")
+	alone, worked, again := put("alone"), put("worked"), put("again")
 	l.Disconnect(g)
 	l.Reap(start, g)
 	if !alive(t, l, stage, alone) {
@@ -360,12 +360,18 @@ func TestRequestsOfAGoneGateway(t *testing.T) {
 	claim := protocol.Claim{Part: protocol.Part{Request: "worked", Attempt: 1, Stage: "encode", Left: time.Hour}, Reply: "x"}
 	_, err = l.Claim(start, stage, claim)
 	must(t, err)
+	g, _, err = l.Connect(start, protocol.Hello{Instance: "g", Role: protocol.RoleGateway})
+	must(t, err)
+	must(t, l.Keep(start, g, protocol.Keep{Ref: protocol.Ref{Request: "again", Attempt: 1, Left: time.Hour}}))
 	l.Tick(start.Add(config().Margin))
 	if alive(t, l, stage, alone) {
 		t.Error("a request of a gone gateway is kept for as long as the gateway wanted it")
 	}
-	if !alive(t, l, stage, worked) {
-		t.Error("a request that somebody works on has ended")
+	if alive(t, l, stage, worked) {
+		t.Error("a request of a gone gateway is kept by who works on it")
+	}
+	if !alive(t, l, stage, again) {
+		t.Error("a request has ended with which its gateway goes on")
 	}
 }
 

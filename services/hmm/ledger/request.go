@@ -23,6 +23,7 @@ type request struct {
 	records map[claimKey]record  // of parts of which there is anything to say
 	index   int                  // in its queue
 	by      *conn                // who named it first; nil once it has ended
+	orphan  bool                 // that was a gateway, which is gone
 }
 
 // maxLeft bounds the time to a deadline that a client may name.
@@ -63,7 +64,10 @@ func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time
 	case attempt > r.newest:
 		l.supersede(r, attempt)
 	}
-	if left > 0 {
+	if c.role == protocol.RoleGateway { // the same one, over another connection
+		r.orphan = false
+	}
+	if left > 0 && !r.orphan {
 		if e := now.Add(min(left, maxLeft) + l.cfg.Margin); !r.known || e.After(r.expiry) {
 			r.known, r.expiry = true, e
 			heap.Fix(&l.live, r.index)
@@ -98,12 +102,16 @@ func (l *Ledger) EndAttempts(now time.Time, id string, last int) {
 	}
 }
 
-// abandon shortens the time of the requests that a client named first to the margin: it was a gateway, whose requests nobody
-// can end any more. Who still works on one of them tells its deadline anew with the next claim.
+// abandon shortens the time of the requests that a client named first to the margin: it was a gateway, and nobody waits for their
+// answers any more, nor can end them. Who works on one of them does not prolong it: of a request of which not all messages were
+// published when the gateway died nobody may come to know that it will never be complete.
 func (l *Ledger) abandon(now time.Time, c *conn) {
 	for _, r := range l.live {
-		if r.by == c && r.expiry.After(now.Add(l.cfg.Margin)) {
-			r.known, r.expiry = false, now.Add(l.cfg.Margin)
+		if r.by == c {
+			r.orphan = true
+			if e := now.Add(l.cfg.Margin); r.expiry.After(e) {
+				r.known, r.expiry = false, e
+			}
 		}
 	}
 	heap.Init(&l.live)
