@@ -113,19 +113,22 @@ func (c *Cluster) start(i int) {
 	c.servers[i] = s
 }
 
-// await waits until the servers have a leader and all that run are current.
+// await waits until the servers have a leader that knows all that run, so that it can place copies on them, and these are current.
 func (c *Cluster) await() {
 	c.tb.Helper()
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		ready, led := true, false
+		ready, running, known := true, 0, 0
 		for _, s := range c.servers {
 			if s == nil {
 				continue
 			}
 			ready = ready && s.ReadyForConnections(50*time.Millisecond) && s.Healthz(nil).Status == "ok"
-			led = led || s.JetStreamIsLeader()
+			running++
+			if s.JetStreamIsLeader() {
+				known = len(s.JetStreamClusterPeers())
+			}
 		}
-		if ready && led {
+		if ready && known >= running {
 			return
 		}
 	}
