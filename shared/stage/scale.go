@@ -60,7 +60,7 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 			w.numbers[slot] = -1
 		}
 	}
-	p.After = w.numbers
+	p.After = slices.Clone(w.numbers) // it is told while numbers are filled in
 	if p.Moves = w.join|w.leave != 0; !p.Moves {
 		return nil
 	}
