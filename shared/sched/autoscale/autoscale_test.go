@@ -136,6 +136,21 @@ func TestConverges(t *testing.T) {
 	})
 }
 
+// A fleet that is too small for its load comes to rest, too. In this one an NPU once went to and fro between decode and encode for as long
+// as the load lasted, as each needed it more than the other when it had not got it.
+func TestTooSmallAFleetComesToRest(t *testing.T) {
+	w := newWorld("EP P D e e", 3)
+	s := autoscale.New(policy(func(p *autoscale.Policy) { p.Shrink.Window = 2 * time.Second }))
+	w.run(t, s, 250, nil)
+	w.load = 8
+	if made := w.run(t, s, 250, nil); len(made) > 6 {
+		t.Errorf("%d changes with 6 NPUs: %+v", len(made), made)
+	}
+	if made := w.run(t, s, 3000, nil); len(made) > 0 {
+		t.Errorf("the load has not changed for 250 s, and there is %+v", made)
+	}
+}
+
 // A load that is noise around a threshold, wherever it is, makes a change now and then at most: an hour of it.
 func TestNoiseChangesNothing(t *testing.T) {
 	const hours = 40
