@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -263,26 +262,13 @@ func (e *encoder) produce(ctx context.Context, m *wire.Encode, grid engine.Grid,
 	return objs[0], handles[0], nil
 }
 
-// freeFirst is the number of the NPU that can begin with another picture first: of those with the least in work.
+// freeFirst is the number of the NPU that can begin with another picture first, of those with the least in work; -1: none takes any.
 func (e *encoder) freeFirst() int {
-	npus := e.NPUs()
-	var slots []int
-	fewest := math.MaxInt
-	for slot, n := range npus {
-		if n.Compute == nil || !e.Takes(slot) {
-			continue
-		}
-		switch has := e.Held(slot).Seqs; {
-		case has < fewest:
-			fewest, slots = has, append(slots[:0], slot)
-		case has == fewest:
-			slots = append(slots, slot)
-		}
-	}
+	slots := e.Idlest()
 	if len(slots) == 0 {
 		return -1
 	}
-	return npus[e.ahead.soonest(slots)].Number
+	return e.NPUs()[e.ahead.soonest(slots)].Number
 }
 
 // room allocates an MM object of so many tokens on an NPU that has room for it.

@@ -2,6 +2,7 @@ package prefill
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -130,7 +131,8 @@ func (p *prefill) near(ctx context.Context, spec *wire.Spec, mm []mem.Handle) in
 		}
 		most = max(most, r)
 	}
-	if npu < 0 || most-least < p.Routing().Least || !p.Idlest(npu) {
+	idle := func(slot int) bool { return p.NPUs()[slot].Number == npu }
+	if npu < 0 || most-least < p.Routing().Least || !slices.ContainsFunc(p.Idlest(), idle) {
 		return -1
 	}
 	return npu

@@ -237,20 +237,20 @@ func (s *Stage) Held(slot int) sched.Held {
 	return s.seats.held[slot]
 }
 
-// Idlest reports whether no NPU that takes new work has fewer sequences than the one with a number on the node, which takes some, too.
-func (s *Stage) Idlest(number int) bool {
+// Idlest is the slots of the NPUs that take new work and have the fewest sequences and pictures, rising.
+func (s *Stage) Idlest() (slots []int) {
 	s.seats.mu.Lock()
 	defer s.seats.mu.Unlock()
-	npus := s.NPUs()
-	has, fewest := -1, math.MaxInt
-	for npu := range s.seats.open.All() {
-		seqs := s.seats.held[npu].Seqs
-		fewest = min(fewest, seqs)
-		if npus[npu].Number == number {
-			has = seqs
+	fewest := math.MaxInt
+	for slot := range s.seats.open.All() {
+		switch has := s.seats.held[slot].Seqs; {
+		case has < fewest:
+			fewest, slots = has, append(slots[:0], slot)
+		case has == fewest:
+			slots = append(slots, slot)
 		}
 	}
-	return has >= 0 && has == fewest
+	return slots
 }
 
 // Seat is a sequence's, or a picture's, place on one of the NPUs.
