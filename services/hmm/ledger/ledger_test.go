@@ -351,8 +351,11 @@ func TestRequestsOfAGoneGateway(t *testing.T) {
 		must(t, l.Free(g, []protocol.Object{{ID: out[0].Handle.Object, Generation: out[0].Handle.Generation}}))
 		return out[0].Handle
 	}
-	alone, worked, again := put("alone"), put("worked"), put("again")
+	alone, worked, again, before := put("alone"), put("worked"), put("again"), put("before")
 	l.Disconnect(g)
+	other, _, err := l.Connect(start, protocol.Hello{Instance: "g, over another connection", Role: protocol.RoleGateway})
+	must(t, err)
+	must(t, l.Keep(start, other, protocol.Keep{Ref: protocol.Ref{Request: "before", Attempt: 1, Left: time.Hour}}))
 	l.Reap(start, g)
 	if !alive(t, l, stage, alone) {
 		t.Error("a request's memory went with its gateway: its message may be on its way")
@@ -370,7 +373,7 @@ func TestRequestsOfAGoneGateway(t *testing.T) {
 	if alive(t, l, stage, worked) {
 		t.Error("a request of a gone gateway is kept by who works on it")
 	}
-	if !alive(t, l, stage, again) {
+	if !alive(t, l, stage, again) || !alive(t, l, stage, before) {
 		t.Error("a request has ended with which its gateway goes on")
 	}
 }

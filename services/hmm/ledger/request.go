@@ -22,8 +22,7 @@ type request struct {
 	logs    map[claimKey]*object // token logs by the part that they are of, see Inherit; each has the request's hold
 	records map[claimKey]record  // of parts of which there is anything to say
 	index   int                  // in its queue
-	by      *conn                // who named it first; nil once it has ended
-	orphan  bool                 // that was a gateway, which is gone
+	by      *conn                // who named it first, or its gateway since; nil once it has ended
 }
 
 // maxLeft bounds the time to a deadline that a client may name.
@@ -64,10 +63,12 @@ func (l *Ledger) raise(now time.Time, c *conn, id string, attempt int, left time
 	case attempt > r.newest:
 		l.supersede(r, attempt)
 	}
-	if c.role == protocol.RoleGateway { // the same one, over another connection
-		r.orphan = false
+	if c.role == protocol.RoleGateway && r.by != c { // the same one, over another connection
+		r.by.named--
+		c.named++
+		r.by = c
 	}
-	if left > 0 && !r.orphan {
+	if orphan := r.by.gone && r.by.role == protocol.RoleGateway; left > 0 && !orphan {
 		if e := now.Add(min(left, maxLeft) + l.cfg.Margin); !r.known || e.After(r.expiry) {
 			r.known, r.expiry = true, e
 			heap.Fix(&l.live, r.index)
@@ -102,16 +103,13 @@ func (l *Ledger) EndAttempts(now time.Time, id string, last int) {
 	}
 }
 
-// abandon shortens the time of the requests that a client named first to the margin: it was a gateway, and nobody waits for their
-// answers any more, nor can end them. Who works on one of them does not prolong it: of a request of which not all messages were
+// abandon shortens the time of the requests of a client to the margin: it was their gateway, and nobody waits for their
+// answers any more, nor can end them. Who works on one of them does not prolong it (see raise): of a request of which not all messages were
 // published when the gateway died nobody may come to know that it will never be complete.
 func (l *Ledger) abandon(now time.Time, c *conn) {
 	for _, r := range l.live {
-		if r.by == c {
-			r.orphan = true
-			if e := now.Add(l.cfg.Margin); r.expiry.After(e) {
-				r.known, r.expiry = false, e
-			}
+		if r.by == c && r.expiry.After(now.Add(l.cfg.Margin)) {
+			r.known, r.expiry = false, now.Add(l.cfg.Margin)
 		}
 	}
 	heap.Init(&l.live)
