@@ -13,8 +13,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/wire"
@@ -61,12 +59,11 @@ func (d *deadFlags) with(ctx context.Context, f func(ctx context.Context, b *bus
 
 // look connects a command that looks at a running system: unlike the services, it does not wait for a NATS that is not there.
 func look(ctx context.Context, url, name string, a ackFlag) (*bus.Bus, error) {
-	probe, err := nats.Connect(url, nats.Timeout(2*time.Second))
-	if err != nil {
+	b, err := bus.Look(ctx, url, name, slog.New(slog.DiscardHandler), bus.WithAckWait(a.AckWait), bus.WithReplicas(a.Replicas))
+	if errors.Is(err, bus.ErrUnreachable) {
 		return nil, fmt.Errorf("no NATS at %s (%w): start everything with `trireme up`, or say where with --nats-url", url, err)
 	}
-	probe.Close()
-	return bus.Connect(ctx, url, name, slog.New(slog.DiscardHandler), bus.WithAckWait(a.AckWait), bus.WithReplicas(a.Replicas))
+	return b, err
 }
 
 // explainLetter adds the remedy to an error about a dead letter.

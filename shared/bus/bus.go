@@ -48,7 +48,7 @@ const (
 	joinTTL       = 24 * time.Hour
 )
 
-// Errors of Connect, Publish and Consumer.
+// Errors of Connect, Look, Publish and Consumer.
 var (
 	// ErrStage is returned for a stage that is none of the Stage constants.
 	ErrStage = errors.New("no such stage")
@@ -56,6 +56,8 @@ var (
 	ErrNoJetStream = errors.New("NATS server runs without JetStream (start it with -js)")
 	// ErrNoStore is returned by PublishWithin and CreateJoinWithin when the server stores nothing.
 	ErrNoStore = errors.New("NATS stores no messages")
+	// ErrUnreachable is returned by Look when no server answers.
+	ErrUnreachable = errors.New("no NATS server answers")
 	// ErrClosed is returned by calls that wait while the Bus is closed.
 	ErrClosed = errors.New("bus is closed")
 )
@@ -102,7 +104,8 @@ type Bus struct {
 	log         *slog.Logger
 	ackWait     time.Duration
 	instanceTTL time.Duration
-	replicas    int // 0: automatic
+	replicas    int  // 0: automatic
+	looks       bool // made by Look
 
 	conn       *nats.Conn
 	js         jetstream.JetStream
@@ -129,7 +132,19 @@ type Bus struct {
 // without JetStream (ErrNoJetStream) are errors at once. The connection is made again for ever when it breaks, and
 // what is missing then is made again too. Name is what monitoring shows for the connection.
 func Connect(ctx context.Context, url, name string, log *slog.Logger, opts ...Option) (*Bus, error) {
+	return connect(ctx, url, name, log, false, opts)
+}
+
+// Look is Connect for commands, which look at a running system, or ask it for something, and end. It fails with ErrUnreachable when no
+// server answers, and where all buckets are there it makes and changes nothing: streams and consumers stay as the services have made
+// them. Close does not wait for subscriptions.
+func Look(ctx context.Context, url, name string, log *slog.Logger, opts ...Option) (*Bus, error) {
+	return connect(ctx, url, name, log, true, opts)
+}
+
+func connect(ctx context.Context, url, name string, log *slog.Logger, looks bool, opts []Option) (*Bus, error) {
 	b := &Bus{
+		looks:       looks,
 		log:         log,
 		ackWait:     DefaultAckWait,
 		instanceTTL: DefaultInstanceTTL,
@@ -164,9 +179,17 @@ func (b *Bus) open(ctx context.Context) (err error) {
 	if b.js, err = jetstream.New(b.conn, jetstream.WithDefaultTimeout(setupTimeout)); err != nil {
 		return err
 	}
+	if b.looks && b.openBuckets(ctx) == nil {
+		return nil
+	}
 	if err := b.setup(ctx); err != nil {
 		return err
 	}
+	return b.openBuckets(ctx)
+}
+
+// openBuckets opens the buckets, which are there.
+func (b *Bus) openBuckets(ctx context.Context) (err error) {
 	if b.joins, err = b.js.KeyValue(ctx, wire.BucketJoin); err != nil {
 		return fmt.Errorf("bucket %s: %w", wire.BucketJoin, err)
 	}
@@ -222,8 +245,11 @@ func (b *Bus) dial(ctx context.Context, url, name string) error {
 		if b.conn, err = nats.Connect(url, opts...); err == nil {
 			return nil
 		}
-		if !unreachable(err) {
+		switch {
+		case !unreachable(err):
 			return err
+		case b.looks:
+			return fmt.Errorf("%w: %w", ErrUnreachable, err)
 		}
 		if wait.tries == 0 {
 			b.log.Info("NATS cannot be reached yet; trying again", "url", url, "error", err)
@@ -434,7 +460,12 @@ func (b *Bus) Close() {
 	b.mu.Unlock()
 	b.cancel()
 	b.wg.Wait()
-	if err := b.conn.Drain(); err != nil {
+	if b.looks { // a drain looks every 10 ms whether subscriptions have ended
+		if b.conn.IsConnected() {
+			_ = b.conn.FlushTimeout(drainTimeout) // what cannot be sent by then is lost
+		}
+		b.conn.Close()
+	} else if err := b.conn.Drain(); err != nil {
 		b.conn.Close()
 	}
 	<-b.gone

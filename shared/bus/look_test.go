@@ -1,0 +1,101 @@
+package bus_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/wire"
+)
+
+func TestLookDoesNotWaitForAServer(t *testing.T) {
+	t.Parallel()
+	s := bustest.Run(t)
+	s.Stop()
+	if _, err := bus.Look(t.Context(), s.URL(), "early", quiet()); !errors.Is(err, bus.ErrUnreachable) || !strings.Contains(err.Error(), s.URL()) {
+		t.Errorf("Look without a server: %v", err)
+	}
+	s.Start() // as the test's end expects
+}
+
+// Streams and consumers are as the services have made them: a command knows less.
+func TestLookChangesNothing(t *testing.T) {
+	t.Parallel()
+	b := connect(t, bustest.Run(t).URL(), bus.WithAckWait(time.Hour))
+	const bucket = "KV_" + wire.BucketInstances
+	s, err := b.JetStream().Stream(t.Context(), bucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := s.CachedInfo().Config
+	other.MaxMsgSize = 1 << 10
+	if _, err := b.JetStream().UpdateStream(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	l, err := bus.Look(t.Context(), b.Conn().ConnectedUrl(), "look", quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if s, err = b.JetStream().Stream(t.Context(), bucket); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.CachedInfo().Config.MaxMsgSize; got != 1<<10 {
+		t.Errorf("messages of %s may have %d bytes now, before %d", bucket, got, 1<<10)
+	}
+	c, err := b.JetStream().Consumer(t.Context(), wire.StreamDecode, wire.ConsumerDecode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.CachedInfo().Config.AckWait; got != time.Hour {
+		t.Errorf("acks are waited for for %v now, before an hour", got)
+	}
+}
+
+// A server to which nobody has connected yet is one with no instances.
+func TestLookAtAnEmptyServer(t *testing.T) {
+	t.Parallel()
+	l, err := bus.Look(t.Context(), bustest.Run(t).URL(), "look", quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	view, err := l.Instances(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := view.All(); len(all) != 0 {
+		t.Errorf("instances %v", all)
+	}
+	if queues, err := l.Queues(t.Context()); err != nil || len(queues) != 3 {
+		t.Errorf("queues %v, %v", queues, err)
+	}
+}
+
+// What a command has sent before Close arrives.
+func TestLookSendsAllBeforeItCloses(t *testing.T) {
+	t.Parallel()
+	b := connect(t, bustest.Run(t).URL())
+	told, err := b.Conn().SubscribeSync(wire.EventSubjects(wire.EventReached))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Conn().Flush(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := bus.Look(t.Context(), b.Conn().ConnectedUrl(), "look", quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Instances(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.Emit(wire.Event{Kind: wire.EventReached, Text: "here"})
+	l.Close()
+	if _, err := told.NextMsg(long); err != nil {
+		t.Error(err)
+	}
+}
