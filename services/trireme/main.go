@@ -11,7 +11,9 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"runtime/pprof"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -129,6 +131,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	var c cli
 	exited := -1
 	parser, err := kong.New(&c,
+		kong.IgnoreFields(unneeded(args, os.Getenv("TRIREME_CONFIG"))...),
 		kong.Name("trireme"),
 		kong.Description(description),
 		kong.Writers(out, errOut),
@@ -187,6 +190,29 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	return report(errOut, k.Command(), err)
+}
+
+// unneeded are the commands, as kong.IgnoreFields takes them, that a command line does not mean as it begins with another one: to describe them
+// all to the parser would take half of the time in which a short command is done. A file of settings may name flags of each.
+func unneeded(args []string, config string) (patterns []string) {
+	if len(args) == 0 || config != "" || slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, "--config") }) {
+		return nil
+	}
+	known := false
+	for f := range reflect.TypeFor[cli]().Fields() {
+		if _, command := f.Tag.Lookup("cmd"); !command {
+			continue
+		}
+		if args[0] == strings.ToLower(f.Name) {
+			known = true
+		} else {
+			patterns = append(patterns, `^cli\.`+f.Name+`$`)
+		}
+	}
+	if !known {
+		return nil
+	}
+	return patterns
 }
 
 // cpuProfile writes a CPU profile from now until done is called.

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+// said is what a command line says, and its exit status.
+func said(args ...string) (string, int) {
+	var out bytes.Buffer
+	status := run(args, strings.NewReader(""), &out, &out)
+	return out.String(), status
+}
+
+// A command is the same whether the parser knows all others, as with a file of settings, or it alone.
+func TestCommandsStandAlone(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "settings.yaml")
+	if err := os.WriteFile(file, []byte("log-level: warn\nup: {topology: 1EPD}\nbench: {memory: {}}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	commands := 0
+	for f := range reflect.TypeFor[cli]().Fields() {
+		if _, command := f.Tag.Lookup("cmd"); !command {
+			continue
+		}
+		commands++
+		name := strings.ToLower(f.Name)
+		for _, more := range []string{"--help", "--no-such-flag"} {
+			alone, a := said(name, more)
+			among, b := said(name, more, "--config", file)
+			if alone != among || a != b {
+				t.Errorf("%s %s: status %d,\n%s\namong all commands: status %d,\n%s", name, more, a, alone, b, among)
+			}
+			if !strings.Contains(alone, map[string]string{"--help": "Usage: trireme " + name, "--no-such-flag": "unknown flag --no-such-flag"}[more]) {
+				t.Errorf("%s %s:\n%s", name, more, alone)
+			}
+		}
+		if n := len(unneeded([]string{name}, "")); n == 0 {
+			t.Errorf("for %s all commands are described", name)
+		}
+	}
+	if commands < 10 {
+		t.Errorf("%d commands", commands)
+	}
+	if n := len(unneeded([]string{"version"}, "")); n != commands-1 {
+		t.Errorf("%d of %d commands are not needed for one of them", n, commands)
+	}
+	for _, args := range [][]string{{}, {"--help"}, {"--log-level", "up"}, {"versoin"}, {"version", "--config", file}, {"version", "--config=" + file}} {
+		if some := unneeded(args, ""); some != nil {
+			t.Errorf("%q: not needed: %v", args, some)
+		}
+	}
+	if some := unneeded([]string{"version"}, file); some != nil {
+		t.Errorf("with settings of a file that the environment names, not needed: %v", some)
+	}
+	if text, status := said("versoin"); status != exitUsage || !strings.Contains(text, `"version"`) {
+		t.Errorf("a misspelt command: status %d, %s", status, text)
+	}
+}
