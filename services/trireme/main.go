@@ -39,8 +39,9 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 
 // Exit statuses.
 const (
-	exitFailed = 1 // something went wrong while running
-	exitUsage  = 2 // the command line, configuration or model folder cannot be used: trying again will not help
+	exitFailed = 1   // something went wrong while running
+	exitUsage  = 2   // the command line, configuration or model folder cannot be used: trying again will not help
+	exitSignal = 128 // and a signal's number: it ended the command before that was done
 )
 
 // cli is the whole command line.
@@ -172,9 +173,8 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		fmt.Fprintf(errOut, "trireme: %v\n", err)
 		return exitUsage
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := interruptible()
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once, and its children with it
 	inherit := []string{"--log-level", c.LogLevel, "--log-format", c.LogFormat}
 	if c.Config != "" {
 		inherit = append(inherit, "--config", string(c.Config))
@@ -189,7 +189,36 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	}
 	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
-	return report(errOut, k.Command(), err)
+	group := k.Selected().ClosestGroup()
+	return report(errOut, k.Command(), err, context.Cause(ctx), group.Key == "Run" || group.Key == "Services")
+}
+
+// interrupted is why the context of a command ends: a signal.
+type interrupted syscall.Signal
+
+func (i interrupted) Error() string { return syscall.Signal(i).String() + " signal received" }
+
+// Is says that it is a way to be cancelled.
+func (i interrupted) Is(target error) bool { return target == context.Canceled }
+
+// interruptible returns a context that the first SIGINT or SIGTERM ends, with interrupted as its cause. The second one ends the process at
+// once, and its children with it.
+func interruptible() (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		select {
+		case s := <-c:
+			signal.Stop(c)
+			cancel(interrupted(s.(syscall.Signal)))
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(c)
+		cancel(nil)
+	}
 }
 
 // unneeded are the commands, as kong.IgnoreFields takes them, that a command line does not mean as it begins with another one: to describe them
@@ -232,10 +261,15 @@ func cpuProfile(file string) (done func(), err error) {
 
 type exitNow struct{}
 
-// report prints an error as one line and says which exit status it is.
-func report(w io.Writer, command string, err error) int {
-	if err == nil || errors.Is(err, context.Canceled) {
+// report prints an error as one line and says which exit status it is. cause is why the command's context has ended, if it has. A service runs
+// until a signal ends it; what another command was to do is not done then, and its status is 128 and the signal's number, as shells have it.
+func report(w io.Writer, command string, err, cause error, service bool) int {
+	if err == nil || service && errors.Is(err, context.Canceled) {
 		return 0
+	}
+	var i interrupted
+	if errors.Is(err, context.Canceled) && errors.As(cause, &i) {
+		return exitSignal + int(i)
 	}
 	command, _, _ = strings.Cut(command, " <")
 	fmt.Fprintf(w, "trireme %s: %v\n", command, err)

@@ -70,7 +70,7 @@ and what is left of elastic when one thing after the other is taken away:
 
 Reading from disk is slowed down to --disk-rate where others need not read. The model is made up, but its answers are compared with those of
 an instance that never changes. NPUs are paced, so that figures are the profile's as far as the host keeps up; then there are bars for elastic.
-With --pace none the tables are the same, without bars. Ctrl-C ends it with what the runs so far say. On the default model a run takes
+With --pace none the tables are the same, without bars. Ctrl-C ends it with what the runs so far say, and exit status 130. On the default model a run takes
 half a minute or more on two cores, and the first one as long again to make the model, unless --keep has it.
 
 Examples:

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -142,8 +143,8 @@ func TestBenchScaleEnded(t *testing.T) {
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-ended; err != nil {
-		t.Fatalf("%v: %s", err, &said)
+	if err := <-ended; cmd.ProcessState.ExitCode() != 128+int(syscall.SIGINT) {
+		t.Fatalf("%v: %s; want 130, so that a script sees that runs are missing", err, &said)
 	}
 	file, err := os.ReadFile(saved)
 	if err != nil {

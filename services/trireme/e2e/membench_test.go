@@ -122,16 +122,17 @@ func TestMemoryBenchEndsEarly(t *testing.T) {
 		end  func(t *testing.T, cmd *exec.Cmd, dir string) error
 		says string // on standard error, a regular expression
 		left bool   // its folder, which nobody is there to remove
+		code int    // it exits with; -1: a signal ends it
 	}{
-		"interrupted": {func(_ *testing.T, cmd *exec.Cmd, _ string) error { return cmd.Process.Signal(os.Interrupt) }, "", false},
-		"killed":      {func(_ *testing.T, cmd *exec.Cmd, _ string) error { return cmd.Process.Kill() }, "", true},
+		"interrupted": {func(_ *testing.T, cmd *exec.Cmd, _ string) error { return cmd.Process.Signal(os.Interrupt) }, "", false, 130},
+		"killed":      {func(_ *testing.T, cmd *exec.Cmd, _ string) error { return cmd.Process.Kill() }, "", true, -1},
 		"its HMM killed": {func(t *testing.T, _ *exec.Cmd, dir string) error {
 			hmm, err := findHMM(t, dir)
 			if err != nil {
 				return err
 			}
 			return syscall.Kill(hmm, syscall.SIGKILL)
-		}, `the HMM ended \(signal: killed\)|the giver ended .*the HMM`, false}, // which did not reach it any more
+		}, `the HMM ended \(signal: killed\)|the giver ended .*the HMM`, false, 1}, // which did not reach it any more
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd, dir := memoryBench(t, "--largest", "1MiB", "--time", "1h")
@@ -160,6 +161,9 @@ func TestMemoryBenchEndsEarly(t *testing.T) {
 				}
 			} else {
 				nothingLeft(t, dir)
+			}
+			if code := cmd.ProcessState.ExitCode(); code != c.code {
+				t.Errorf("exit status %d, want %d", code, c.code)
 			}
 			if !regexp.MustCompile(c.says).MatchString(said.String()) || out.Len() > 0 {
 				t.Errorf("it said %q and wrote %q", said.String(), out.String())
