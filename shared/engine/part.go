@@ -56,7 +56,7 @@ func newPart(t *Text, npu int, npus []NPU, count int) *part {
 	n := &npus[npu]
 	m, c, lim := &t.cfg, n.Compute, t.lim
 	p := &part{
-		t: t, npu: npu, place: len(t.parts), w: n.Weights, c: c, wake: make(chan struct{}, 1), memory: scratch{c: c},
+		t: t, npu: npu, place: len(t.parts), c: c, wake: make(chan struct{}, 1), memory: scratch{c: c},
 
 		ids:       make([]int32, 0, lim.Rows),
 		cos:       make([]float32, lim.Rows*m.HeadDim/2),

@@ -97,6 +97,22 @@ func TestScratchIsGivenBack(t *testing.T) {
 	}
 
 	held := floats.Load()
+	text, err := engine.Reserve(r.cfg, []engine.NPU{{Compute: npus[0].Compute}}, lim)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if floats.Load() == held {
+		t.Error("scratch is not there before the weights are")
+	}
+	text.Close()
+	wrong := *r.w
+	wrong.Norm = wrong.Norm[1:]
+	if _, err := engine.NewText(r.cfg, []engine.NPU{npus[0], {Compute: npus[1].Compute, Weights: &wrong}}, lim); !errors.Is(err, engine.ErrModel) {
+		t.Errorf("weights of another shape: %v", err)
+	}
+	if now := floats.Load(); now != held {
+		t.Errorf("%d floats of scratch are left of what had no weights", now-held)
+	}
 	for _, room := range []int64{0, 1000, 100_000, one / 8} {
 		npus[1].Compute.(*counted).most = held + room
 		if _, err := engine.NewText(r.cfg, npus[:3], lim); !errors.Is(err, kernel.ErrNoMemory) {

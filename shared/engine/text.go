@@ -27,6 +27,7 @@ type NPU struct {
 // (dispatch.go). Results of a row are summed where the row is, in the order of the router's ranking, so that answers are the
 // same bits on any number of NPUs, wherever experts lie.
 type Text struct {
+	name   string // of the model
 	cfg    model.Text
 	lim    Limits
 	shape  kernel.AttnShape
@@ -49,7 +50,21 @@ type Text struct {
 // some may be empty: whatever names an NPU (Seq.NPU, SetExperts) names its slot. It allocates its scratch from each NPU's Compute, all of one
 // digest, which must outlive it, and keeps the weights; the NPUs may compute something else meanwhile. It returns ErrModel when the
 // weights do not fit the configuration, kernel.ErrNoMemory when an NPU has no room.
-func NewText(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
+func NewText(cfg model.Config, npus []NPU, lim Limits) (*Text, error) {
+	t, err := Reserve(cfg, npus, lim)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.SetWeights(npus); err != nil {
+		t.Close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// Reserve is NewText before there are weights: it allocates the scratch, which takes a while, and looks at nothing but the NPUs' Computes.
+// Until SetWeights nothing can be computed.
+func Reserve(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
 	count := 0
 	for _, n := range npus {
 		if n.Compute != nil {
@@ -62,7 +77,7 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
 	}
 	m := cfg.Text
 	t := &Text{
-		cfg: m, lim: lim,
+		name: cfg.Name, cfg: m, lim: lim,
 		shape:  kernel.AttnShape{Layers: m.Layers, Heads: m.Heads, KVHeads: m.KVHeads, Dim: m.HeadDim},
 		rotary: newRotary(m.Rope, m.HeadDim),
 		byNPU:  make([]*part, len(npus)),
@@ -74,33 +89,21 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
 			t.free()
 		}
 	}()
-	tables := make([][][]model.Expert, len(npus))
 	var digest string
 	for i, n := range npus {
 		if n.Compute == nil {
 			continue
-		}
-		if err := checkText(&m, n.Weights); err != nil {
-			return nil, fmt.Errorf("language model of %s on NPU %d: %w", cfg.Name, i, err)
 		}
 		if got := n.Compute.Digest(); digest == "" {
 			digest = got
 		} else if got != digest {
 			return nil, fmt.Errorf("language model of %s: kernels %s on NPU %d, %s on those before", cfg.Name, got, i, digest)
 		}
-		if tables[i] = n.Experts; tables[i] == nil {
-			for l := range n.Weights.Layers {
-				tables[i] = append(tables[i], n.Weights.Layers[l].Experts)
-			}
-		}
 		t.byNPU[i] = newPart(t, i, npus, count)
 		t.parts = append(t.parts, t.byNPU[i])
 		if err := t.byNPU[i].memory.err; err != nil {
 			return nil, fmt.Errorf("language model of %s on NPU %d: %w", cfg.Name, i, err)
 		}
-	}
-	if err := t.SetExperts(tables); err != nil {
-		return nil, fmt.Errorf("language model of %s: %w", cfg.Name, err)
 	}
 	for _, p := range t.parts[1:] {
 		t.ended.Go(func() {
@@ -110,6 +113,30 @@ func NewText(cfg model.Config, npus []NPU, lim Limits) (_ *Text, err error) {
 		})
 	}
 	return t, nil
+}
+
+// SetWeights gives a Text that Reserve has made for these NPUs their weights, once, before all else. It returns ErrModel when they do not fit
+// the configuration.
+func (t *Text) SetWeights(npus []NPU) error {
+	tables := make([][][]model.Expert, len(npus))
+	for i, n := range npus {
+		if n.Compute == nil {
+			continue
+		}
+		if err := checkText(&t.cfg, n.Weights); err != nil {
+			return fmt.Errorf("language model of %s on NPU %d: %w", t.name, i, err)
+		}
+		if tables[i] = n.Experts; tables[i] == nil {
+			for l := range n.Weights.Layers {
+				tables[i] = append(tables[i], n.Weights.Layers[l].Experts)
+			}
+		}
+		t.byNPU[i].w = n.Weights
+	}
+	if err := t.SetExperts(tables); err != nil {
+		return fmt.Errorf("language model of %s: %w", t.name, err)
+	}
+	return nil
 }
 
 // Close ends the goroutines and gives the scratch back; logits of the last Forward stay. No Forward may run or follow, but the NPUs may

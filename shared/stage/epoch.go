@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"trireme.dev/shared/npu"
@@ -92,7 +93,13 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 	}
 	e.leave = setOf(present) &^ all
 	o.again = s.weights.less.Remap
-	if e.Copied, err = s.weights.prepare(ctx, e.npus, layout, o); err != nil {
+	var reserving sync.WaitGroup // scratch, while weights come
+	var full error
+	empty := engines(e.npus)
+	reserving.Go(func() { e.next, full = s.Runner.Reserve(empty) })
+	e.Copied, err = s.weights.prepare(ctx, e.npus, layout, o)
+	reserving.Wait()
+	if err = errors.Join(err, full); err != nil {
 		return nil, err
 	}
 	for _, w := range s.workers {
@@ -104,7 +111,7 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 			e.parts = append(e.parts, part)
 		}
 	}
-	if e.next, err = s.Runner.Prepare(engines(e.npus)); err != nil {
+	if err = e.next.Load(engines(e.npus)); err != nil {
 		return nil, err
 	}
 	e.Warm = e.next.Warm

@@ -21,18 +21,28 @@ type epoch struct {
 	step Step
 }
 
-func (r *Runner) newEpoch(npus []engine.NPU) (*epoch, error) {
+// reserve makes an epoch that has no weights yet: engine.Text.SetWeights gives them.
+func (r *Runner) reserve(npus []engine.NPU) (*epoch, error) {
 	set := Slots(npus)
 	e := &epoch{npus: npus, step: Step{Step: sched.NewStep(r.limits, set)}}
 	if len(r.sources) == 0 || set == 0 {
 		return e, nil
 	}
 	var err error
-	if e.text, err = engine.NewText(r.config, npus, engine.Limits{Rows: r.limits.Rows, Seqs: r.limits.Seqs}); err != nil {
+	if e.text, err = engine.Reserve(r.config, npus, engine.Limits{Rows: r.limits.Rows, Seqs: r.limits.Seqs}); err != nil {
 		return nil, err
 	}
 	e.step.seqs = make([]engine.Seq, 0, set.Len()*r.limits.Seqs)
 	return e, nil
+}
+
+// load gives the epoch the weights of its NPUs.
+func (e *epoch) load(npus []engine.NPU) error {
+	e.npus = npus
+	if e.text == nil {
+		return nil
+	}
+	return e.text.SetWeights(npus)
 }
 
 func (e *epoch) close() {
@@ -52,9 +62,10 @@ func Slots(npus []engine.NPU) placement.Set {
 	return set
 }
 
-// Next is the next epoch: other NPUs, ready to take the place of the present ones.
+// Next is the next epoch: other NPUs, ready to take the place of the present ones once they have their weights.
 type Next struct {
-	epoch *epoch
+	runner *Runner
+	epoch  *epoch
 	// Warm is how long the NPUs that join took to compute a first row, with every expert that they have.
 	Warm time.Duration
 }
@@ -62,32 +73,38 @@ type Next struct {
 // Close gives up an epoch that was not switched to.
 func (n *Next) Close() { n.epoch.close() }
 
-// Prepare makes the next epoch beside the present one, in which steps go on: the language model on the NPUs that the instance's slots
-// shall have, each in its slot of now if it stays, with scratch of its own. Those that join, which compute nothing yet, are warmed up.
-// A Next is switched to, or closed. Errors are those of engine.NewText; nothing has changed then.
-func (r *Runner) Prepare(npus []engine.NPU) (*Next, error) {
-	e, err := r.newEpoch(npus)
+// Reserve makes the next epoch beside the present one, in which steps go on: the language model on the NPUs that the instance's slots
+// shall have, each in its slot of now if it stays, with scratch of its own. Of the NPUs only the Computes are looked at: weights may still be
+// on their way, until Load. A Next is loaded and switched to, or closed. Errors are those of engine.Reserve; nothing has changed then.
+func (r *Runner) Reserve(npus []engine.NPU) (*Next, error) {
+	e, err := r.reserve(npus)
 	if err != nil {
 		return nil, fmt.Errorf("preparing NPUs {%v}: %w", Slots(npus), err)
 	}
-	n := &Next{epoch: e}
-	if e.text == nil {
-		return n, nil
-	}
-	r.mu.Lock()
-	present := r.present.npus
-	r.mu.Unlock()
-	var join []int
-	for slot := range Slots(npus).All() {
-		if slot >= len(present) || present[slot].Compute != npus[slot].Compute {
-			join = append(join, slot)
+	return &Next{runner: r, epoch: e}, nil
+}
+
+// Load gives the NPUs of Reserve their weights. Those that join, which compute nothing yet, are warmed up. After an error, which is one of
+// engine.Text.SetWeights, or of a Compute without room, the Next can only be closed.
+func (n *Next) Load(npus []engine.NPU) error {
+	e, r := n.epoch, n.runner
+	err := e.load(npus)
+	if err == nil && e.text != nil {
+		r.mu.Lock()
+		present := r.present.npus
+		r.mu.Unlock()
+		var join []int
+		for slot := range Slots(npus).All() {
+			if slot >= len(present) || present[slot].Compute != npus[slot].Compute {
+				join = append(join, slot)
+			}
 		}
+		n.Warm, err = e.text.Warm(join...)
 	}
-	if n.Warm, err = e.text.Warm(join...); err != nil {
-		n.Close()
-		return nil, fmt.Errorf("preparing NPUs {%v}: %w", Slots(npus), err)
+	if err != nil {
+		return fmt.Errorf("preparing NPUs {%v}: %w", Slots(npus), err)
 	}
-	return n, nil
+	return nil
 }
 
 // Switch makes the next epoch the present one between two steps, and gives up the one before. pause is how long steps waited for it.

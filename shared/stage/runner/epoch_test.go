@@ -142,7 +142,7 @@ func TestNPUsComeAndGo(t *testing.T) {
 	} {
 		between(3)
 		on := l.spread(npus, next, shuffle)
-		n, err := r.Prepare(on)
+		n, err := prepared(r, on)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -192,7 +192,7 @@ func TestNPUsComeAndGo(t *testing.T) {
 			t.Errorf("layer %d has had %d rows for experts, want %d", layer, sum, uint64(rows)*k)
 		}
 	}
-	unused, err := r.Prepare(l.spread(npus, placement.Of(1, 2), shuffle))
+	unused, err := prepared(r, l.spread(npus, placement.Of(1, 2), shuffle))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +265,7 @@ func TestStepsAllocateNothing(t *testing.T) {
 	defer r.Stop()
 	for _, set := range []placement.Set{placement.Of(1), placement.Of(0, 1, 3)} {
 		if set.Len() > 1 {
-			n, err := r.Prepare(l.spread(npus, set, rnd))
+			n, err := prepared(r, l.spread(npus, set, rnd))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -323,7 +323,7 @@ func BenchmarkSwitch(b *testing.B) {
 				quiet = append(quiet, collected()...)
 				collect(1 << 12)
 				start := time.Now()
-				n, err := r.Prepare(l.spread(npus, set, rnd))
+				n, err := prepared(r, l.spread(npus, set, rnd))
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -353,4 +353,21 @@ func BenchmarkSwitch(b *testing.B) {
 			b.ReportMetric(mean(first), "µs-first-step")
 		})
 	}
+}
+
+// prepared makes the next epoch, whose weights come when its scratch is there.
+func prepared(r *runner.Runner, npus []engine.NPU) (*runner.Next, error) {
+	bare := make([]engine.NPU, len(npus))
+	for slot, n := range npus {
+		bare[slot].Compute = n.Compute
+	}
+	next, err := r.Reserve(bare)
+	if err != nil {
+		return nil, err
+	}
+	if err := next.Load(npus); err != nil {
+		next.Close()
+		return nil, err
+	}
+	return next, nil
 }

@@ -106,7 +106,11 @@ func (r *Runner) Start(cfg model.Config, npus []engine.NPU, mixed sched.Mixed, t
 		}
 	}
 	var err error
-	if r.present, err = r.newEpoch(npus); err != nil {
+	if r.present, err = r.reserve(npus); err != nil {
+		return err
+	}
+	if err := r.present.load(npus); err != nil {
+		r.present.close()
 		return err
 	}
 	for _, decodes := range []bool{true, false} {
