@@ -60,6 +60,9 @@ the tables of ElasticMoE (arXiv:2510.02613) for this system. The ways are the pa
   standby       have a second instance that runs already, without NPUs, take those that are to be added (trireme scale), with a copy of all
                 weights from the other one's; it is not one of the paper's, and elastic has no bar against it
 
+For a role there are elastic (trireme role), cold (both instances stop, and start in their new sizes), extravagant and colocated (two
+others beside them); for rebalance there is elastic only.
+
 and what is left of elastic when one thing after the other is taken away:
 
   no-remap      experts that stay on an NPU are copied there, as if they had to be in one piece
@@ -78,7 +81,7 @@ Examples:
   trireme bench scale --from 4 --to 2 --strategy elastic,cold
   trireme bench scale --strategy ablation
   trireme bench scale --change rebalance --from 4 --strategy elastic --repeats 9
-  trireme bench scale --change role --from 2 --to 3 --strategy elastic
+  trireme bench scale --change role --from 2 --to 3
   trireme bench scale --strategy elastic --copy-rate 1GiB,512MiB,256MiB --plot curve.svg`
 }
 
@@ -95,11 +98,12 @@ type ScaleReport struct {
 	Arrivals string            `json:"arrivals"`
 	TTFT     float64           `json:"ttft_bound_ms,omitempty"`
 	TPOT     float64           `json:"tpot_bound_ms,omitempty"`
-	Planned  int               `json:"runs_planned"`     // more than there are Changes: the command was ended before, or a run failed
-	Compared bool              `json:"answers_compared"` // with those of an instance that does not change: else nobody knows of changed ones
-	Changes  []scaling.Figures `json:"changes"`          // each run
-	Ways     []scaling.Summary `json:"ways"`             // the same together
-	Bars     []scaling.Bar     `json:"bars,omitempty"`   // of elastic, on paced NPUs
+	Planned  int               `json:"runs_planned"`               // more than there are Changes: the command was ended before, or a run failed
+	Compared bool              `json:"answers_compared"`           // with those of an instance that does not change: else nobody knows of changed ones
+	Changes  []scaling.Figures `json:"changes"`                    // each run
+	Ways     []scaling.Summary `json:"ways"`                       // the same together
+	Bars     []scaling.Bar     `json:"bars,omitempty"`             // of elastic, on paced NPUs
+	Best     float64           `json:"faster_than_best,omitempty"` // of the other ways: of a change of the number of NPUs there is a bar for it
 	Standby  float64           `json:"faster_than_standby,omitempty"`
 }
 
@@ -183,6 +187,11 @@ func (c *Scale) report(goodput load.Goodput, runs []trial, planned int, answers 
 	r.Ways = scaling.Summaries(r.Changes)
 	if c.Pace != "" {
 		r.Bars = scaling.Bars(r.Changes, r.CopyRate, r.Compared)
+	}
+	if speed, ok := scaling.Speed(r.Changes); ok {
+		if r.Best = speed.Measured; c.Pace != "" && c.Change == wire.ChangeScale {
+			r.Bars = append(r.Bars, speed)
+		}
 	}
 	r.Standby = scaling.Faster(r.Changes, scaling.Standby)
 	return r

@@ -124,19 +124,40 @@ type site struct {
 	hmm   string // socket
 	bus   *bus.Bus
 
-	instance *exec.Cmd
-	name     string
+	members []member // the instances that serve, but for one that stands by
+}
+
+// member is an instance of a site.
+type member struct {
+	name, roles string
+	npus        int
+	cmd         *exec.Cmd // nil: not started
 }
 
 // nodeName is the node's.
 const nodeName = "bench"
 
-// prefillNPUs are those of the instance, in a change of roles, that gives or gets one.
+// The names of a site's instances. In a change of roles there is one that computes prompts, which gives or gets an NPU.
+const (
+	firstName   = "first"
+	secondName  = "second"
+	prefillName = "prefill"
+)
+
+// prefillNPUs are those of the instance of that name before.
 const prefillNPUs = 2
+
+// members are the instances of a change in which the first one has so many NPUs, not started.
+func (c *Scale) members(npus int) []member {
+	if c.Change != wire.ChangeRole {
+		return []member{{name: firstName, roles: "PD", npus: npus}}
+	}
+	return []member{{name: firstName, roles: "D", npus: npus}, {name: prefillName, roles: "P", npus: prefillNPUs + c.From - npus}}
+}
 
 // onSite starts a system with an instance of --from NPUs, and room for a change in a way, has do use it, and ends it.
 func onSite(e Env, c *Scale, w way, rate conf.Bytes, model string, do func(*site) error) error {
-	s := &site{scale: c, way: w, rate: rate, name: "first", model: model}
+	s := &site{scale: c, way: w, rate: rate, model: model}
 	return onThread(func() (err error) {
 		if s.crew, err = newCrew(e.Context); err != nil {
 			return err
@@ -175,47 +196,41 @@ func (s *site) open() error {
 	if s.way.shares {
 		memory /= 2
 	}
+	before, after := c.members(c.From), c.members(c.To)
 	sets := int64(1) // of weights in a domain at a time
 	if c.Domains == "node" {
-		sets = 2
+		sets = 1 + int64(len(after)) // the one of those before, and each of the others its own
 	}
-	npus := max(c.From, c.To)
+	npus := max(npusOf(before), npusOf(after))
 	if s.way.apart {
-		npus = c.From + c.To
+		npus = npusOf(before) + npusOf(after)
 	}
-	roles := "PD"
-	if c.Change == wire.ChangeRole {
-		npus, roles = c.From+prefillNPUs, "D"
-	}
-	if _, err := s.start("the HMM", nil, nil, nil, "hmm", "--nats-url", s.nats, "--node", nodeName, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
+	hmm := []string{"hmm", "--nats-url", s.nats, "--node", nodeName, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
 		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
-		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"); err != nil {
+		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"}
+	if s.way.frees {
+		hmm = append(hmm, "--reserve=0")
+	}
+	if _, err := s.start("the HMM", nil, nil, nil, hmm...); err != nil {
 		return err
 	}
 	flags := s.way.unlike
 	if s.way.disk {
 		flags = append(slices.Clone(flags), "--disk-rate", c.DiskRate.String())
 	}
-	if s.instance, err = s.begin(s.name, roles, c.From, flags...); err != nil {
+	if s.members, err = s.begin(before, flags...); err != nil {
 		return err
 	}
-	others := map[string]int{}
-	switch {
-	case c.Change == wire.ChangeRole:
-		others["prefill"] = prefillNPUs
-		_, err = s.begin("prefill", "P", prefillNPUs)
-	case s.way.standby:
-		others["second"] = 0
-		_, err = s.begin("second", roles, 0)
-	}
-	if err != nil {
-		return err
-	}
-	others[s.name] = c.From
-	for name, npus := range others {
-		if err := s.ready(s.ctx, name, npus); err != nil {
+	there := s.members
+	if s.way.standby {
+		more, err := s.begin([]member{{name: secondName, roles: before[0].roles}})
+		if err != nil {
 			return err
 		}
+		there = append(slices.Clone(there), more...)
+	}
+	if err := s.ready(s.ctx, there); err != nil {
+		return err
 	}
 	http, err := freeAddress()
 	if err != nil {
@@ -232,23 +247,50 @@ func (s *site) open() error {
 // npuMemory is an NPU's memory for sequences.
 const npuMemory = conf.Bytes(256 << 20)
 
-// begin starts an instance of so many NPUs.
-func (s *site) begin(name, roles string, npus int, flags ...string) (*exec.Cmd, error) {
-	args := []string{"stage", "--roles", roles, "--name", name, "--npus", strconv.Itoa(npus), "--threads", strconv.Itoa(max(1, npus)),
-		"--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"}
-	if p := s.scale.Pace; p != "" {
-		args = append(args, "--pace", p)
+func npusOf(members []member) (sum int) {
+	for _, m := range members {
+		sum += m.npus
 	}
-	return s.start("instance "+name, nil, nil, nil, append(args, flags...)...)
+	return sum
 }
 
-// ready waits until an instance serves on so many NPUs.
-func (s *site) ready(ctx context.Context, name string, npus int) error {
-	_, err := s.find(ctx, name, npus)
-	return err
+// begin starts instances and returns them.
+func (s *site) begin(members []member, flags ...string) (_ []member, err error) {
+	members = slices.Clone(members)
+	for i := range members {
+		m := &members[i]
+		args := []string{"stage", "--roles", m.roles, "--name", m.name, "--npus", strconv.Itoa(m.npus), "--threads", strconv.Itoa(max(1, m.npus)),
+			"--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"}
+		if p := s.scale.Pace; p != "" {
+			args = append(args, "--pace", p)
+		}
+		if m.cmd, err = s.start("instance "+m.name, nil, nil, nil, append(args, flags...)...); err != nil {
+			return nil, err
+		}
+	}
+	return members, nil
 }
 
-// find does so, and returns what it says of itself.
+// stopAll ends instances, all at once.
+func (s *site) stopAll(members []member) {
+	var all sync.WaitGroup
+	for _, m := range members {
+		all.Go(func() { s.stop(m.cmd) })
+	}
+	all.Wait()
+}
+
+// ready waits until instances serve on all of their NPUs.
+func (s *site) ready(ctx context.Context, members []member) error {
+	for _, m := range members {
+		if _, err := s.find(ctx, m.name, m.npus); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// find waits until an instance serves on so many NPUs, and returns what it says of itself.
 func (s *site) find(ctx context.Context, name string, npus int) (wire.Instance, error) {
 	view, err := s.bus.Instances(ctx)
 	if err != nil {

@@ -26,7 +26,9 @@ type way struct {
 	name     string
 	ablation bool     // it is elastic with less
 	adds     bool     // it can only add NPUs
-	places   bool     // it can place experts anew, too, and change roles
+	places   bool     // it can place experts anew, too
+	roles    bool     // it can change roles, too
+	frees    bool     // what an instance leaves any other may have at once: NPUs are kept for no name
 	apart    bool     // the new instance has other NPUs than the old one
 	shares   bool     // and these have half of their memory, to stand for the same ones with two copies of the weights
 	unlike   []string // flags of the instance that is to change
@@ -45,8 +47,11 @@ type done struct {
 }
 
 func (w *way) fits(change string, from, to int) bool {
-	if change != wire.ChangeScale {
+	switch change {
+	case wire.ChangeRebalance:
 		return w.places
+	case wire.ChangeRole:
+		return w.roles
 	}
 	return !w.adds || to > from
 }
@@ -54,14 +59,14 @@ func (w *way) fits(change string, from, to int) bool {
 // allWays are those of ElasticMoE (arXiv:2510.02613, section 7.1), and those of its ablation (tables 1 and 3), each of which lacks what those before
 // it lack, too.
 var allWays = []way{
-	{name: scaling.Elastic, places: true, change: elastic},
+	{name: scaling.Elastic, places: true, roles: true, change: elastic},
 	{name: "no-remap", ablation: true, unlike: []string{"--without=remap"}, change: elastic},
 	{name: "no-copy", ablation: true, unlike: []string{"--without=remap,copies"}, disk: true, change: elastic},
 	{name: "no-standby", ablation: true, change: restart},
 	{name: "no-zero-copy", ablation: true, change: cold},
-	{name: "cold", change: cold},
-	{name: "extravagant", apart: true, change: beside},
-	{name: "colocated", apart: true, shares: true, change: beside},
+	{name: "cold", roles: true, frees: true, change: cold},
+	{name: "extravagant", roles: true, apart: true, change: beside},
+	{name: "colocated", roles: true, apart: true, shares: true, change: beside},
 	{name: "horizontal", adds: true, change: replica},
 	{name: scaling.Standby, adds: true, standby: true, change: promote},
 }
@@ -91,7 +96,7 @@ func choose(names []string, change string, from, to int) (ways []way, err error)
 			}
 			return nil, fmt.Errorf("--strategy %s: there are %s, all and ablation: %w", name, strings.Join(known, ", "), ErrUsage)
 		case !allWays[i].fits(change, from, to) && change != wire.ChangeScale:
-			return nil, fmt.Errorf("--strategy %s --change %s: it can only change the number of NPUs: %w", name, change, ErrUsage)
+			return nil, fmt.Errorf("--strategy %s --change %s: it can not make that change: %w", name, change, ErrUsage)
 		case !allWays[i].fits(change, from, to):
 			return nil, fmt.Errorf("--strategy %s: it only adds NPUs, and --to %d is below --from %d: %w", name, to, from, ErrUsage)
 		}
@@ -104,16 +109,16 @@ func choose(names []string, change string, from, to int) (ways []way, err error)
 func elastic(ctx context.Context, s *site) (done, error) {
 	switch s.scale.Change {
 	case wire.ChangeRebalance:
-		return s.operate(ctx, "rebalance", s.name)
+		return s.operate(ctx, "rebalance", firstName)
 	case wire.ChangeRole:
 		return s.switchRole(ctx)
 	}
-	return s.operate(ctx, "scale", s.name, strconv.Itoa(s.scale.To))
+	return s.operate(ctx, "scale", firstName, strconv.Itoa(s.scale.To))
 }
 
 // promote has the instance that stands by take what is to be added.
 func promote(ctx context.Context, s *site) (done, error) {
-	return s.operate(ctx, "scale", "second", strconv.Itoa(s.scale.To-s.scale.From))
+	return s.operate(ctx, "scale", secondName, strconv.Itoa(s.scale.To-s.scale.From))
 }
 
 // command runs an operator's command about an instance, and reads what it says into r.
@@ -158,9 +163,9 @@ func doneBy(r *wire.ChangeReport) done {
 
 // switchRole has an NPU go over from the one instance to the other.
 func (s *site) switchRole(ctx context.Context) (done, error) {
-	from, has, to := "prefill", prefillNPUs, "decoder"
+	from, has, to := prefillName, prefillNPUs, "decoder"
 	if s.scale.To < s.scale.From {
-		from, has, to = s.name, s.scale.From, "prefill"
+		from, has, to = firstName, s.scale.From, "prefill"
 	}
 	giver, err := s.find(ctx, from, has)
 	if err != nil {
@@ -184,10 +189,10 @@ func (s *site) switchRole(ctx context.Context) (done, error) {
 	return done{parts: parts, moved: d.moved + joined.moved, warm: d.warm + joined.warm, release: joined.release}, nil
 }
 
-// cold stops the instance and starts another one.
+// cold stops the instances and starts others on their NPUs.
 func cold(ctx context.Context, s *site) (done, error) {
-	s.stop(s.instance)
-	return done{}, s.replace(ctx, s.name, "--own-weights", "--disk-rate", s.scale.DiskRate.String())
+	s.stopAll(s.members)
+	return done{}, s.replace(ctx, s.scale.members(s.scale.To), s.fromDisk()...)
 }
 
 // restart does so, but has it map what lies on the NPUs, and read only the rest.
@@ -196,12 +201,12 @@ func restart(ctx context.Context, s *site) (done, error) {
 	if err != nil {
 		return done{}, err
 	}
-	s.stop(s.instance)
+	s.stopAll(s.members)
 	// A stop deletes the record; who starts then finds this one, as if it were the successor of one that has died behind a commit.
-	if _, err := s.bus.SwapLayout(ctx, wire.LayoutKey(nodeName, s.name), l, 0); err != nil {
+	if _, err := s.bus.SwapLayout(ctx, wire.LayoutKey(nodeName, firstName), l, 0); err != nil {
 		return done{}, fmt.Errorf("having the next process begin where its experts are: %w", err)
 	}
-	return done{}, s.replace(ctx, s.name, "--without=copies", "--disk-rate", s.scale.DiskRate.String())
+	return done{}, s.replace(ctx, s.scale.members(s.scale.To), "--without=copies", "--disk-rate", s.scale.DiskRate.String())
 }
 
 // least is a record of the layout to which the fewest experts have to move, from the one in which the first instance begins.
@@ -229,30 +234,38 @@ func (s *site) least() (*wire.Layout, error) {
 	}, nil
 }
 
-// beside starts another instance and stops the old one when that serves.
+// beside starts other instances and stops the old ones when all of those serve.
 func beside(ctx context.Context, s *site) (done, error) {
-	old := s.instance
-	if err := s.replace(ctx, "second", "--own-weights", "--disk-rate", s.scale.DiskRate.String()); err != nil {
+	old, after := s.members, s.scale.members(s.scale.To)
+	for i := range after {
+		after[i].name += "-new"
+	}
+	if err := s.replace(ctx, after, s.fromDisk()...); err != nil {
 		return done{}, err
 	}
-	s.stop(old)
+	s.stopAll(old)
 	return done{}, nil
 }
 
-// replace starts an instance of --to NPUs and waits until it serves.
-func (s *site) replace(ctx context.Context, name string, flags ...string) (err error) {
-	if s.instance, err = s.begin(name, "PD", s.scale.To, flags...); err != nil {
+// replace starts instances and waits until they serve.
+func (s *site) replace(ctx context.Context, members []member, flags ...string) (err error) {
+	if s.members, err = s.begin(members, flags...); err != nil {
 		return err
 	}
-	s.name = name
-	return s.ready(ctx, name, s.scale.To)
+	return s.ready(ctx, s.members)
 }
 
 // replica starts a second instance on what is to be added.
 func replica(ctx context.Context, s *site) (done, error) {
-	more := s.scale.To - s.scale.From
-	if _, err := s.begin("second", "PD", more, "--own-weights", "--disk-rate", s.scale.DiskRate.String()); err != nil {
+	more, err := s.begin([]member{{name: secondName, roles: "PD", npus: s.scale.To - s.scale.From}}, s.fromDisk()...)
+	if err != nil {
 		return done{}, err
 	}
-	return done{}, s.ready(ctx, "second", more)
+	return done{}, s.ready(ctx, more)
+}
+
+// fromDisk are the flags of an instance that reads its weights from disk although others have them. Two that start at once each have the disk's
+// rate: they read the same files, and what one has read the page cache has for the other.
+func (s *site) fromDisk() []string {
+	return []string{"--own-weights", "--disk-rate", s.scale.DiskRate.String()}
 }

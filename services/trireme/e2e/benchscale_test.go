@@ -51,11 +51,13 @@ type scaleReport struct {
 	Paced    string
 	Planned  int     `json:"runs_planned"`
 	Compared bool    `json:"answers_compared"`
+	Best     float64 `json:"faster_than_best"`
 	Standby  float64 `json:"faster_than_standby"`
 	Changes  []struct {
 		Strategy      string
 		Rate          int64   `json:"copy_bytes_per_s"`
 		Latency       float64 `json:"latency_s"`
+		Downtime      float64 `json:"downtime_s"`
 		Held          int64   `json:"held_bytes"`
 		Requests      int
 		Failed        int
@@ -107,13 +109,26 @@ func TestBenchRebalance(t *testing.T) {
 	}
 }
 
-// The same for an NPU that goes over from prefill to the decoder, and back.
+// The same for an NPU that goes over from prefill to the decoder, and back: in place, and by other processes of both instances.
 func TestBenchRole(t *testing.T) {
-	for _, to := range []string{"2", "1"} {
-		from := map[string]string{"2": "1", "1": "2"}[to]
-		r := changesOf(t, "--change", "role", "--from", from, "--to", to, "--strategy", "elastic")
-		if len(r.Changes) != 1 || r.Changes[0].Parts["leave_operation_s"] <= 0 || r.Changes[0].Parts["join_operation_s"] <= 0 || len(r.Bars) != 5 {
-			t.Errorf("%+v", r)
+	for _, c := range []struct{ from, to, ways string }{{"1", "2", "all"}, {"2", "1", "elastic,cold"}} {
+		r := changesOf(t, "--change", "role", "--from", c.from, "--to", c.to, "--strategy", c.ways)
+		var ways []string
+		for _, x := range r.Changes {
+			ways = append(ways, x.Strategy)
+		}
+		want := []string{"elastic", "cold", "extravagant", "colocated"}
+		if c.ways != "all" {
+			want = want[:2]
+		}
+		if !slices.Equal(ways, want) || len(r.Bars) != 5 || r.Best <= 0 {
+			t.Fatalf("%+v; want %v, and no bar for how much faster than others", r, want)
+		}
+		if p := r.Changes[0].Parts; p["leave_operation_s"] <= 0 || p["join_operation_s"] <= 0 {
+			t.Errorf("%v", p)
+		}
+		if disk := 64.0 / 205; r.Changes[1].Latency < disk || r.Changes[1].Downtime < disk {
+			t.Errorf("cold took %g s, %g of silence; the disk needs %g", r.Changes[1].Latency, r.Changes[1].Downtime, disk)
 		}
 	}
 }

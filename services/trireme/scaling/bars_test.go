@@ -27,8 +27,9 @@ func TestBars(t *testing.T) {
 		t.Helper()
 		measured := []float64{2, 48.0 / 50, 0.8, 1061.0 / (1 << 20), 0, 7 / 0.8}
 		bound := []float64{2, 0.95, 1.3*0.5 + 0.05 + 0.1, 1060.0 / (1 << 20), 0, 9}
-		bars := scaling.Bars(all, 100, true)
-		if len(bars) != len(measured) {
+		speed, ok := scaling.Speed(all)
+		bars := append(scaling.Bars(all, 100, true), speed)
+		if !ok || len(bars) != len(measured) {
 			t.Fatalf("%d bars, want %d", len(bars), len(measured))
 		}
 		for i, b := range bars {
@@ -43,8 +44,8 @@ func TestBars(t *testing.T) {
 			all[i].Latency += 0.2
 		}
 	}
-	if b := scaling.Bars(all, 100, true); !b[5].Kept {
-		t.Errorf("%+v; want 9 times and kept", b[5])
+	if b, ok := scaling.Speed(all); !ok || !b.Kept {
+		t.Errorf("%+v; want 9 times and kept", b)
 	}
 	all[0].Changed, all[5].Failed, all[5].Before.Gap = 1, 1, 0
 	if b := scaling.Bars(all, 100, true); b[4].Kept || b[4].Measured != 2 {
@@ -52,6 +53,11 @@ func TestBars(t *testing.T) {
 	}
 	if b := scaling.Bars(all[1:3], 100, true); len(b) != 0 {
 		t.Errorf("bars without runs of elastic: %+v", b)
+	}
+	for _, some := range [][]scaling.Figures{nil, all[1:3], all[:1]} {
+		if b, ok := scaling.Speed(some); ok {
+			t.Errorf("faster than others, of which there are none, or faster although it was not run: %+v", b)
+		}
 	}
 }
 
