@@ -440,6 +440,17 @@ func (b *Bus) within(ctx context.Context, d time.Duration) (_ context.Context, s
 	return ctx, func() { unhook(); cancel() }
 }
 
+// background runs f, which ends soon after b.ctx, on a goroutine that Close waits for. It returns false, and does not, when the Bus is closed.
+func (b *Bus) background(f func()) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	b.wg.Go(f)
+	return true
+}
+
 // Conn is the NATS connection, for subjects outside the work queues. Its owner is the Bus.
 func (b *Bus) Conn() *nats.Conn { return b.conn }
 
