@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -29,6 +30,9 @@ type Cluster struct {
 	Account   string            // folder with token, ca.crt and namespace
 	Namespace string            // of the targets
 	Targets   map[string]string // what has the pods of instances, by their roles: D is deployments/decoder; nil: DefaultTargets
+	// Patience is for how long a refusal is asked about again before it is believed: an API server that has just started refuses what is
+	// allowed, until it has read the roles and accounts; 0: 10 seconds.
+	Patience time.Duration
 }
 
 // DefaultTargets are the Deployments that pods of the three kinds of instances are of.
@@ -49,7 +53,6 @@ const (
 type pods struct {
 	cfg   *Config
 	beats *bus.Instances
-	http  *http.Client
 }
 
 // inPod reports whether this process runs in a pod with a service account.
@@ -85,16 +88,42 @@ func newPods(cfg *Config, beats *bus.Instances) (*pods, error) {
 			return nil, fmt.Errorf("target %q of instances %s: write deployments/NAME or statefulsets/NAME", target, roles)
 		}
 	}
-	pem, err := os.ReadFile(filepath.Join(c.Account, "ca.crt"))
+	c.Patience = cmp.Or(c.Patience, 10*time.Second)
+	if _, err := c.client(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoCluster, err)
+	}
+	return &pods{cfg: cfg, beats: beats}, nil
+}
+
+// client makes a client for one request: the certificate is replaced from time to time, and a connection that is kept may be to an API
+// server that is gone.
+func (c *Cluster) client() (*http.Client, error) {
+	file := filepath.Join(c.Account, "ca.crt")
+	pem, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("%w: reading the cluster's certificate: %w", ErrNoCluster, err)
+		return nil, fmt.Errorf("reading the cluster's certificate: %w", err)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%w: %s has no certificate", ErrNoCluster, filepath.Join(c.Account, "ca.crt"))
+		return nil, fmt.Errorf("%s has no certificate", file)
 	}
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}, Timeout: callMost}
-	return &pods{cfg: cfg, beats: beats, http: client}, nil
+	return &http.Client{Timeout: callMost, Transport: &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true,
+	}}, nil
+}
+
+// token is what the API server knows the service account by; it, too, is replaced from time to time.
+func (c *Cluster) token() (string, error) {
+	file := filepath.Join(c.Account, "token")
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("reading the service account's token: %w", err)
+	}
+	token := strings.TrimSpace(string(data))
+	if token == "" { // the API server would speak of what somebody anonymous may do
+		return "", fmt.Errorf("the service account's token is empty: %s", file)
+	}
+	return token, nil
 }
 
 // scale is autoscaling/v1 Scale, as far as it is used.
@@ -142,16 +171,20 @@ func (p *pods) call(ctx context.Context, method, target string, patch any) (*sca
 	if err != nil {
 		return nil, err
 	}
-	token, err := os.ReadFile(filepath.Join(c.Account, "token")) // it is replaced from time to time
+	token, err := c.token()
 	if err != nil {
-		return nil, fmt.Errorf("reading the service account's token: %w", err)
+		return nil, err
 	}
-	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+	client, err := c.client()
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
 	req.Header.Set("Accept", "application/json")
 	if patch != nil {
 		req.Header.Set("Content-Type", "application/merge-patch+json")
 	}
-	resp, err := p.http.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -235,7 +268,14 @@ func (p *pods) to(ctx context.Context, term *lead.Term, op *lead.Operation, more
 			return g, Outcome{Why: fmt.Sprintf("it is not said what has the pods of instances %s; said is it of %v", op.Change.Roles,
 				slices.Sorted(maps.Keys(p.cfg.Cluster.Targets)))}, nil
 		}
-		s, out, err := p.persist(ctx, term, http.MethodGet, g.Target, nil)
+		// Nothing was asked for yet, so that other changes need not wait for an API server that is away.
+		why := fmt.Errorf("nothing has come of it within %v", p.cfg.Timeout)
+		bounded, cancel := context.WithTimeoutCause(ctx, p.cfg.Timeout, why)
+		defer cancel()
+		s, out, err := p.persist(bounded, term, http.MethodGet, g.Target, nil)
+		if errors.Is(err, why) {
+			return g, Outcome{Why: err.Error()}, nil
+		}
 		if s == nil {
 			return g, out, err
 		}
@@ -277,26 +317,49 @@ func (p *pods) swap(ctx context.Context, term *lead.Term, target string, from, t
 	}
 }
 
+// refusal is why the API server does not let the scaler do it, with the remedy; "": it does.
+func (p *pods) refusal(status *statusError, target string) string {
+	switch {
+	case status == nil:
+		return ""
+	case status.code == http.StatusUnauthorized:
+		return fmt.Sprintf("%v; the service account's token has expired, or the account is gone: %s", status, filepath.Join(p.cfg.Cluster.Account, "token"))
+	case status.code == http.StatusForbidden:
+		kind, name, _ := strings.Cut(target, "/")
+		return fmt.Sprintf("%v; if that is RBAC, the scaler's service account needs the verbs get and patch of %s/scale of %q: see deploy/kubernetes/scaler.yaml",
+			status, kind, name)
+	}
+	return ""
+}
+
 // persist calls, again while that may help. Without a scale the outcome says why, or that it is to be looked at again (Done).
 func (p *pods) persist(ctx context.Context, term *lead.Term, method, target string, patch any) (*scale, Outcome, error) {
+	level := slog.LevelWarn // once: an operation that waits keeps all others waiting
+	var refused time.Time   // since when every answer was that
 	for {
 		if err := term.Check(); err != nil {
 			return nil, Outcome{}, err
 		}
 		s, err := p.call(ctx, method, target, patch)
 		var status *statusError
+		answered := errors.As(err, &status)
+		refusal := p.refusal(status, target)
 		switch {
 		case err == nil:
 			return s, Outcome{}, nil
-		case errors.As(err, &status) && status.code == http.StatusConflict:
+		case answered && status.code == http.StatusConflict:
 			return nil, Outcome{Done: true}, nil
-		case errors.As(err, &status) && (status.code == http.StatusForbidden || status.code == http.StatusUnauthorized):
-			kind, _, _ := strings.Cut(target, "/")
-			return nil, Outcome{Why: fmt.Sprintf("%v; the scaler's service account needs the verbs get and patch of %s/scale: see deploy/kubernetes/scaler.yaml", err, kind)}, nil
-		case errors.As(err, &status) && status.code < 500 && status.code != http.StatusTooManyRequests:
+		case answered && refusal == "" && status.code < 500 && status.code != http.StatusTooManyRequests:
 			return nil, Outcome{Why: fmt.Sprintf("scaling %s in namespace %s: %v", target, p.cfg.Cluster.Namespace, err)}, nil
+		case refusal == "":
+			refused = time.Time{}
+		case refused.IsZero():
+			refused = time.Now()
+		case time.Since(refused) >= p.cfg.Cluster.Patience:
+			return nil, Outcome{Why: refusal}, nil
 		}
-		p.cfg.Log.Debug("asking Kubernetes", "target", target, "error", err)
+		p.cfg.Log.Log(ctx, level, "Kubernetes does not do what it is asked for; it is asked again", "method", method, "target", target, "error", err)
+		level = slog.LevelDebug
 		select {
 		case <-time.After(askAgain):
 		case <-ctx.Done():
