@@ -207,7 +207,7 @@ func (s *site) open() error {
 	}
 	hmm := []string{"hmm", "--nats-url", s.nats, "--node", nodeName, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
 		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
-		"--weights-memory", conf.Bytes(sets*(int64(c.Bytes)+int64(c.Bytes)/8+256<<20)).String(), "--log-level=warn"}
+		"--weights-memory", conf.Bytes(sets * (int64(c.Bytes) + int64(c.Bytes)/8 + 256<<20)).String(), "--log-level=warn"}
 	if s.way.frees {
 		hmm = append(hmm, "--reserve=0")
 	}
