@@ -4,7 +4,21 @@ import (
 	"testing"
 
 	"trireme.dev/services/gateway/admission"
+	"trireme.dev/shared/wire"
 )
+
+// An NPU counts once, whatever its instance does with it, and one that stands by has none.
+func TestCountNPUs(t *testing.T) {
+	wide := wire.Instance{ID: "wide", Role: "encode+prefill", NPUs: []int{0, 1, 2}}
+	prefill := wire.Instance{ID: "other", Role: "prefill", NPUs: []int{0}} // of another node
+	standby := wire.Instance{ID: "standby", Role: "prefill", Standby: true}
+	if n := countNPUs([]wire.Instance{wide}, []wire.Instance{wide, prefill, standby}); n != 4 {
+		t.Errorf("%d NPUs, want 4", n)
+	}
+	if n := countNPUs(nil, []wire.Instance{standby}); n != 0 {
+		t.Errorf("%d NPUs of a standby", n)
+	}
+}
 
 // What there is for KV and pictures follows from the roles of the instances that have the NPUs.
 func TestCapacitiesFollowRoles(t *testing.T) {

@@ -37,8 +37,8 @@ type Config struct {
 	Targets       sched.Targets      // of requests that state none and whose class has none of its own
 	Classes       map[string]Class   // by name, beside or instead of default, priority and flex
 	TenantWeights map[string]float64 // shares of tenants; one that is not named has 1
-	// Ahead is how many requests without their first token are let in for each encode and prefill instance; 0 means 32, as
-	// many as a prefill instance works on at once. The others wait where they are put in order.
+	// Ahead is how many requests without their first token are let in for each NPU that encodes or computes prompts; 0 means 32, as
+	// many prompts as one works on at once. The others wait where they are put in order.
 	Ahead int
 
 	Deadline   time.Duration // longest life of a request; 0 means 10 min

@@ -180,7 +180,7 @@ func (g *Gateway) emit(kind, text string) {
 // stopWait is how long requests may take to end once they were told to.
 const stopWait = 2 * time.Second
 
-// watchRoles leaves a value in changed when there are other instances, or with other roles, than before, until ctx ends: whose
+// watchRoles leaves a value in changed when there are other instances, or with other roles or NPUs, than before, until ctx ends: whose
 // NPUs they have says what fits, which must not be found out only when requests have been let in.
 func (g *Gateway) watchRoles(ctx context.Context, changed chan<- struct{}) {
 	var before []string
@@ -189,7 +189,7 @@ func (g *Gateway) watchRoles(ctx context.Context, changed chan<- struct{}) {
 		var now []string
 		for _, i := range g.instances.All() {
 			if !i.Standby {
-				now = append(now, i.ID+" "+i.Role)
+				now = append(now, fmt.Sprint(i.ID, i.Role, i.NPUs))
 			}
 		}
 		if !slices.Equal(now, before) {
@@ -231,12 +231,6 @@ func (g *Gateway) refresh(ctx context.Context, m Memory) {
 		return has
 	})
 	g.rooms.Store(&r)
-	ahead := make(map[string]bool) // instances that bring requests to their first token
-	for _, role := range []string{"encode", "prefill"} {
-		for _, i := range g.serving(role) {
-			ahead[i.ID] = true
-		}
-	}
-	g.gate.SetAhead(g.cfg.Ahead * max(1, len(ahead)))
+	g.gate.SetAhead(g.cfg.Ahead * max(1, countNPUs(g.serving("encode"), g.serving("prefill")))) // those that bring requests to their first token
 	g.gate.SetCapacity(c)
 }

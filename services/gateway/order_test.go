@@ -248,26 +248,39 @@ func TestWhoObeysRetryAfterGetsIn(t *testing.T) {
 	f.settled()
 }
 
-// As many requests go ahead without their first token as each encode and prefill instance may have, and no more.
+// As many requests go ahead without their first token as each NPU that encodes or computes prompts may have, and no more, also when an instance
+// gets more of them.
 func TestAheadOfTheFirstToken(t *testing.T) {
 	release := make(chan struct{})
 	f := start(t, func(cfg *gateway.Config, s *stages) {
 		cfg.Ahead = 2
 		s.prefill = func(*wire.Prefill, question) bool { <-release; return false }
 	})
-	f.await("the instances are known", f.healthy)
-	answers := make(chan int, 10)
-	for range 10 {
+	answers := make(chan int, 20)
+	for range 20 {
 		go func() {
 			status, _, _ := f.ask("Hello", "")
 			answers <- status
 		}()
 	}
-	f.await("the others wait", func() bool {
-		return f.metric("trireme_num_requests_running") == "4" && f.metric("trireme_num_requests_waiting") == "6"
-	})
+	want := func(why string, running, waiting int) {
+		t.Helper()
+		f.await(why, func() bool {
+			return f.metric("trireme_num_requests_running") == strconv.Itoa(running) && f.metric("trireme_num_requests_waiting") == strconv.Itoa(waiting)
+		})
+	}
+	scale := func(role string, npus ...int) {
+		f.stages.mu.Lock()
+		defer f.stages.mu.Unlock()
+		f.stages.npus[role] = npus
+	}
+	want("one NPU computes prompts, and one encodes", 4, 16)
+	scale("prefill", 1, 3, 4)
+	want("three compute prompts", 8, 12)
+	scale("encode", 0, 5)
+	want("and two encode", 10, 10)
 	close(release)
-	for range 10 {
+	for range 20 {
 		if status := <-answers; status != http.StatusOK {
 			t.Errorf("answered with %d", status)
 		}

@@ -13,6 +13,7 @@ import (
 	"trireme.dev/services/gateway/openai"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/wire"
 )
 
 // rooms is how much one request can have at most, in bytes: what the smallest NPU of a role has beside weights, as any
@@ -148,4 +149,16 @@ func (l *life) yield(ctx context.Context, why string) error {
 		return err
 	}
 	return l.start(ctx)
+}
+
+// countNPUs is how many NPUs instances have, each counted once, whatever the group in which it is.
+func countNPUs(groups ...[]wire.Instance) (n int) {
+	counted := map[string]bool{}
+	for _, i := range slices.Concat(groups...) {
+		if !counted[i.ID] {
+			counted[i.ID] = true
+			n += len(i.NPUs)
+		}
+	}
+	return n
 }

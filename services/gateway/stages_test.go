@@ -38,7 +38,8 @@ type stages struct {
 	done    map[part]bool
 	resends []wire.Resend
 	changed chan struct{}
-	largest int // bytes of the largest message seen on the bus
+	largest int              // bytes of the largest message seen on the bus
+	npus    map[string][]int // by role; one without any stands by
 }
 
 type part struct {
@@ -62,6 +63,7 @@ func startStages(t *testing.T, url string, m *memory, model *gateway.Model) *sta
 		t.Fatal(err)
 	}
 	s := &stages{t: t, bus: b, memory: m, model: model, each: 1, logs: map[part][]int32{}, done: map[part]bool{}, changed: make(chan struct{})}
+	s.npus = map[string][]int{"encode": {0}, "prefill": {1}, "decode": {2}}
 	s.answer = func(q question) []int32 { return append(s.ids("Hello, world!"), eos) }
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -128,7 +130,12 @@ func startStages(t *testing.T, url string, m *memory, model *gateway.Model) *sta
 	for _, role := range []string{"encode", "prefill", "decode"} {
 		wg.Go(func() {
 			_ = b.Announce(ctx, func() wire.Instance {
-				return wire.Instance{ID: "stages-" + role, Role: role, Ready: true, Digest: fmt.Sprintf("%x", model.Config.Digest)}
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return wire.Instance{
+					ID: "stages-" + role, Role: role, Ready: true, Digest: fmt.Sprintf("%x", model.Config.Digest),
+					NPUs: s.npus[role], Standby: len(s.npus[role]) == 0,
+				}
 			})
 		})
 	}

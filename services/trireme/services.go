@@ -224,7 +224,7 @@ type gatewayCmd struct {
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 	MaxQueue       int           `help:"Requests waiting for capacity at most." default:"1024"`
 	DeadLetters    string        `help:"What is stored for a day of requests that fail for good and not by their clients' fault: whole (with body and pictures, so that they can be replayed), facts or off." default:"whole" enum:"whole,facts,off"`
-	Ahead          int           `help:"Requests without their first token that are let in for each encode and prefill instance; others wait, where they are put in order." default:"32"`
+	Ahead          int           `help:"Requests without their first token that are let in for each NPU that encodes or computes prompts; others wait, where they are put in order." default:"32"`
 	orderFlags
 }
 

@@ -106,7 +106,7 @@ func (l *line) fits(r *request) bool {
 			continue
 		}
 		if i.has(autoscale.Encode) || i.has(autoscale.Prefill) {
-			places += l.f.cfg.Ahead
+			places += i.width() * l.f.cfg.Ahead
 		}
 		if i.has(autoscale.Decode) && l.f.cfg.KV > 0 {
 			room += i.width() * l.f.cfg.KV

@@ -92,7 +92,7 @@ type Config struct {
 	Pieces int           // that a picture is computed in, between steps; 0: 7, as of the bundled model
 	KV     int           // tokens for which an NPU has KV memory; 0: any number
 
-	Ahead int           // requests without first token that are let in, for each encode and prefill instance; 0: 32, the gateway's default
+	Ahead int           // requests without first token that are let in, for each NPU that encodes or computes prompts; 0: 32, the gateway's default
 	Wait  time.Duration // longest wait in the gateway's line until a request is refused; 0: it waits for ever
 	Order sched.Policy  // of the line
 	Aims  sched.Targets // by which the line is ordered under SLO, late ones last; zero: none, as gateways have it by default

@@ -394,3 +394,40 @@ func TestConfigErrors(t *testing.T) {
 		t.Error("a request for which there is no memory is taken")
 	}
 }
+
+// As at the gateway, so many requests are under way to their first token for each NPU that encodes or computes prompts; one of an instance that
+// does both counts once, a standby has none.
+func TestAheadCountsNPUs(t *testing.T) {
+	for _, c := range []struct {
+		fleet []string
+		npus  int
+	}{
+		{[]string{"E", "P", "D*3"}, 2},
+		{[]string{"E*3", "P*2", "D"}, 5},
+		{[]string{"EP*4", "P", "D"}, 5},
+		{[]string{"EP*0", "EPD*2", "D"}, 2},
+	} {
+		f, err := New(fleetOf(Config{Costs: a100, Ahead: 3}, c.fleet...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		load := make([]Request, 40)
+		for i := range load {
+			load[i] = Request{Prompt: 100, Output: 2}
+		}
+		most := 0
+		var look func()
+		look = func() {
+			if most = max(most, f.line.ahead); f.open > 0 {
+				f.after(time.Millisecond, look)
+			}
+		}
+		f.at(time.Millisecond, look)
+		if _, err := f.Run(load, 0); err != nil {
+			t.Fatal(err)
+		}
+		if most != 3*c.npus {
+			t.Errorf("%v: %d requests were under way at once, want 3 for each of %d NPUs", c.fleet, most, c.npus)
+		}
+	}
+}
