@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -56,6 +57,9 @@ func (c *chatCmd) Run(e *env) error {
 	if u, err := url.Parse(c.URL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return fmt.Errorf("%w--url %s is no URL like http://127.0.0.1:8080", errUsage, c.URL)
 	}
+	if c.MaxTokens < 0 {
+		return fmt.Errorf("%w--max-tokens %d cannot be negative", errUsage, c.MaxTokens)
+	}
 	client := openai.NewClient(option.WithBaseURL(strings.TrimSuffix(c.URL, "/")+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
 	p := openai.ChatCompletionNewParams{Model: c.Model, StreamOptions: openai.ChatCompletionStreamOptionsParam{IncludeUsage: openai.Bool(true)}}
 	if c.MaxTokens > 0 {
@@ -85,21 +89,14 @@ func (c *chatCmd) Run(e *env) error {
 		}
 		p.Model = models.Data[0].ID
 	}
-	lines := bufio.NewScanner(e.in)
-	lines.Buffer(nil, 1<<20)
-	talk := c.Question == "" && isTerminal(e.in)
-	for question := c.Question; ; question = "" {
-		if question == "" {
-			if talk {
-				fmt.Fprint(e.err, "> ")
-			}
-			if !lines.Scan() || strings.TrimSpace(lines.Text()) == "" {
-				if !talk && len(p.Messages) == 0 {
-					return fmt.Errorf("%wno question: give one, as in: trireme chat --image x.png \"What is this?\"", errUsage)
-				}
-				return lines.Err()
-			}
-			question = lines.Text()
+	ask, err := c.questions(e)
+	if err != nil {
+		return err
+	}
+	for {
+		question, more, err := ask()
+		if question == "" || err != nil {
+			return err
 		}
 		p.Messages = append(p.Messages, openai.UserMessage(append(parts, openai.TextContentPart(question))))
 		parts = nil
@@ -115,12 +112,53 @@ func (c *chatCmd) Run(e *env) error {
 			fmt.Fprintf(e.err, "%d prompt tokens, %d tokens, TTFT %.0f ms, %.0f tokens/s\n", r.PromptTokens, r.CompletionTokens,
 				r.TTFT*1000, r.Rate)
 		}
-		if !talk {
+		if !more {
 			return nil
 		}
 		p.Messages = append(p.Messages, openai.AssistantMessage(r.Answer))
 	}
 }
+
+// questions returns what gives the next question, empty at the end, and says whether there may be another one: on a terminal one a
+// line, else the argument or all of stdin.
+func (c *chatCmd) questions(e *env) (next func() (question string, more bool, err error), err error) {
+	if c.Question == "" && isTerminal(e.in) {
+		lines := bufio.NewScanner(e.in)
+		lines.Buffer(nil, mostQuestion)
+		return func() (string, bool, error) {
+			fmt.Fprint(e.err, "> ")
+			read := make(chan struct{})
+			go func() {
+				lines.Scan()
+				close(read)
+			}()
+			select { // a signal ends the wait, but not the read
+			case <-read:
+				return strings.TrimSpace(lines.Text()), true, lines.Err()
+			case <-e.ctx.Done():
+				return "", false, e.ctx.Err()
+			}
+		}, nil
+	}
+	question := c.Question
+	if question == "" {
+		all, err := io.ReadAll(io.LimitReader(e.in, mostQuestion+1))
+		if err != nil {
+			return nil, fmt.Errorf("reading the question: %w", err)
+		}
+		if len(all) > mostQuestion {
+			return nil, fmt.Errorf("%wthe question on stdin has more than %d bytes", errUsage, mostQuestion)
+		}
+		question = strings.TrimSuffix(string(all), "\n")
+	}
+	if strings.TrimSpace(question) == "" {
+		return nil, fmt.Errorf("%wno question: give one, as in: trireme chat --image x.png \"What is this?\"", errUsage)
+	}
+	return func() (string, bool, error) { return question, false, nil }, nil
+}
+
+// mostQuestion is the most bytes of a question that is read.
+const mostQuestion = 1 << 20
 
 // ask streams one answer to the output.
 func (c *chatCmd) ask(e *env, client openai.Client, p openai.ChatCompletionNewParams) (*reply, error) {

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+)
+
+// echoServer streams the text of the last message of each chat back.
+func echoServer(t *testing.T) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v1/models" {
+			w.Header().Set("Content-Type", "application/json")
+			fmt.Fprint(w, `{"object":"list","data":[{"id":"echo","object":"model"}]}`)
+			return
+		}
+		var asked struct {
+			Messages []struct {
+				Content []struct{ Text string }
+			}
+		}
+		if err := json.NewDecoder(r.Body).Decode(&asked); err != nil {
+			t.Error(err)
+		}
+		parts := asked.Messages[len(asked.Messages)-1].Content
+		text, _ := json.Marshal(parts[len(parts)-1].Text)
+		w.Header().Set("Content-Type", "text/event-stream")
+		fmt.Fprintf(w, `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":%s},"finish_reason":"stop"}]}`+"\n\ndata: [DONE]\n\n", text)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// All of stdin is the question, and not its first line.
+func TestChatQuestion(t *testing.T) {
+	url := echoServer(t)
+	for _, x := range []struct {
+		args      []string
+		stdin     string
+		want      string
+		wantError string
+	}{
+		{args: []string{"argument"}, stdin: "stdin\n", want: "argument\n"},
+		{stdin: "one line", want: "one line\n"},
+		{stdin: "first\n\n  second\nthird\n", want: "first\n\n  second\nthird\n"},
+		{stdin: " \n\n", wantError: "no question"},
+		{stdin: strings.Repeat("x", mostQuestion+1), wantError: "more than 1048576 bytes"},
+		{args: []string{"--max-tokens=-1", "x"}, wantError: "--max-tokens -1 cannot be negative"},
+	} {
+		var out, said bytes.Buffer
+		status := run(append([]string{"chat", "--url", url}, x.args...), strings.NewReader(x.stdin), &out, &said)
+		switch {
+		case x.wantError == "" && (status != 0 || out.String() != x.want):
+			t.Errorf("%q, stdin %.20q: status %d, %q, %s", x.args, x.stdin, status, out.String(), said.String())
+		case x.wantError != "" && (status != exitUsage || !strings.Contains(said.String(), x.wantError)):
+			t.Errorf("%q, stdin %.20q: status %d, %s; want %q", x.args, x.stdin, status, said.String(), x.wantError)
+		}
+	}
+}
