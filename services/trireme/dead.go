@@ -59,9 +59,15 @@ func (d *deadFlags) with(ctx context.Context, f func(ctx context.Context, b *bus
 
 // look connects a command that looks at a running system: unlike the services, it does not wait for a NATS that is not there.
 func look(ctx context.Context, url, name string, a ackFlag) (*bus.Bus, error) {
-	b, err := bus.Look(ctx, url, name, slog.New(slog.DiscardHandler), bus.WithAckWait(a.AckWait), bus.WithReplicas(a.Replicas))
+	return lookAndTell(ctx, slog.New(slog.DiscardHandler), url, name, a)
+}
+
+// lookAndTell is look for a command that stays: log gets what happens to the connection.
+func lookAndTell(ctx context.Context, log *slog.Logger, url, name string, a ackFlag) (*bus.Bus, error) {
+	b, err := bus.Look(ctx, url, name, log, bus.WithAckWait(a.AckWait), bus.WithReplicas(a.Replicas))
 	if errors.Is(err, bus.ErrUnreachable) {
-		return nil, fmt.Errorf("no NATS at %s (%w): start everything with `trireme up`, or say where with --nats-url", url, err)
+		_, why, _ := strings.Cut(err.Error(), bus.ErrUnreachable.Error()+": ")
+		return nil, fmt.Errorf("no NATS at %s (%s): start everything with `trireme up`, or say where with --nats-url", url, why)
 	}
 	return b, err
 }
@@ -229,7 +235,7 @@ func showLetter(w io.Writer, l *wire.DeadLetter) error {
 
 type deadPurgeCmd struct {
 	ID     []string      `arg:"" optional:"" help:"Dead letters, as list shows them."`
-	All    bool          `help:"All of them."`
+	All    bool          `help:"All of them." env:"-"` // what deletes is said, and not set for all commands
 	Older  time.Duration `help:"Those that are older." placeholder:"6h"`
 	Tenant *string       `help:"With --all or --older: those of a tenant only; an empty one for requests that named none." placeholder:"NAME"`
 	JSON   bool          `name:"json" help:"Write one JSON object."`

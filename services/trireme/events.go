@@ -46,7 +46,7 @@ func (c *eventsCmd) Run(e *env) error {
 	}
 	connect, cancel := context.WithTimeout(e.ctx, 5*time.Second)
 	defer cancel()
-	b, err := bus.Connect(connect, c.NATSURL, "trireme-events", e.log, bus.WithAckWait(c.AckWait))
+	b, err := lookAndTell(connect, e.log, c.NATSURL, "trireme-events", c.ackFlag)
 	if err != nil {
 		return err
 	}
@@ -61,6 +61,9 @@ func (c *eventsCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
+	if len(past) == 0 && !c.Follow && !c.JSON {
+		fmt.Fprintln(e.err, c.none())
+	}
 	for _, ev := range past[max(0, len(past)-c.Last):] {
 		if err := show(ev); err != nil {
 			return err
@@ -74,6 +77,18 @@ func (c *eventsCmd) Run(e *env) error {
 		q.After = past[len(past)-1].Sequence
 	}
 	return b.Events(e.ctx, q, show)
+}
+
+// none says which events there are none of.
+func (c *eventsCmd) none() string {
+	s := "no events"
+	if len(c.Kind) > 0 {
+		s += " of " + strings.Join(c.Kind, ", ")
+	}
+	if c.Since > 0 {
+		s += fmt.Sprintf(" in the last %v; --all shows all that are kept", c.Since)
+	}
+	return s
 }
 
 // printer returns what writes one event.

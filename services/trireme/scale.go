@@ -16,7 +16,7 @@ type scaleCmd struct {
 	NPUs npuCount `arg:"" name:"npus" optional:"" help:"How many NPUs it shall have, or how many more or fewer: 4, +1 or -2."`
 	changeFlags
 
-	Replicas *int   `help:"Instead: how many instances of the kind there shall be, a process each. Whoever runs them has to be asked: this asks trireme up." placeholder:"N"`
+	Replicas *int   `help:"Instead: how many instances of the kind there shall be, a process each. Whoever runs them has to be asked: this asks trireme up." placeholder:"N" env:"-"` // TRIREME_REPLICAS is of NATS
 	Node     string `help:"Node of the instances of --replicas, where there are several." placeholder:"NAME"`
 }
 

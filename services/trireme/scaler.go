@@ -149,7 +149,7 @@ func scalers(ctx context.Context, b *bus.Bus) ([]explain.Status, error) {
 type scalerReplayCmd struct {
 	File   string `arg:"" help:"Record that a scaler has written (trireme scaler run --record)." type:"path"`
 	Policy string `help:"Decide by this policy file, in its mode, instead of the policies of the record." env:"-" type:"path" placeholder:"FILE"`
-	All    bool   `help:"Print also what changes nothing."`
+	All    bool   `help:"Print also what changes nothing." env:"-"`
 	JSON   bool   `name:"json" help:"Write each decision as one JSON object a line."`
 }
 

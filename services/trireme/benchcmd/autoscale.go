@@ -24,7 +24,7 @@ import (
 type Autoscale struct {
 	Scenarios []string      `arg:"" optional:"" help:"Of burst, ramp, wave, mix, paper and noise; by default all."`
 	Pace      string        `help:"Profile of the NPUs: ${profiles}, or a file FILE.yaml." default:"distserve-opt-13b-a100" placeholder:"NAME"`
-	Policy    string        `help:"Policy file of the scaler (scaler.yaml); its mode and its targets for latency are the scenario's." placeholder:"FILE" type:"path"`
+	Policy    string        `help:"Policy file of the scaler (scaler.yaml); its mode and its targets for latency are the scenario's." placeholder:"FILE" type:"path" env:"-"` // TRIREME_POLICY is of gateways
 	Rate      float64       `help:"Requests a second, of the peak where the load changes; by default the scenario's, and in the mix the one at which the static topology attains 40%." placeholder:"N"`
 	Seed      uint64        `help:"Of arrivals, delays of signals, and how long changes take. The same seed gives the same figures." default:"1"`
 	Seeds     int           `help:"Runs of each, with one seed after the other: figures are their means." default:"5"`

@@ -1,0 +1,23 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+// A variable that is set for services, or for other commands, changes no command in which the flag of that name is something else, and
+// nothing is deleted for a variable.
+func TestEnvironmentOfOthers(t *testing.T) {
+	for _, x := range []struct{ variable, value, args, want string }{
+		{"TRIREME_REPLICAS", "3", "scale decoder 2 --nats-url nats://127.0.0.1:1", "no NATS at"},
+		{"TRIREME_REPLICAS", "3", "scale decoder", "to how many NPUs"},
+		{"TRIREME_ALL", "true", "dead purge", "say which"},
+	} {
+		t.Run(x.args, func(t *testing.T) {
+			t.Setenv(x.variable, x.value)
+			if text, status := said(strings.Fields(x.args)...); status == 0 || !strings.Contains(text, x.want) {
+				t.Errorf("with %s=%s: status %d, %s; want %q", x.variable, x.value, status, text, x.want)
+			}
+		})
+	}
+}
