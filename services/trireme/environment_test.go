@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 )
@@ -19,5 +20,21 @@ func TestEnvironmentOfOthers(t *testing.T) {
 				t.Errorf("with %s=%s: status %d, %s; want %q", x.variable, x.value, status, text, x.want)
 			}
 		})
+	}
+}
+
+// Instances of `trireme up` have the NPUs that its topology says, whatever a variable says of others.
+func TestChildrenHaveTheNPUsOfTheTopology(t *testing.T) {
+	c := &upCmd{Topology: "1E1P1Dx4", HostMemory: 1 << 30}
+	p, err := c.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := c.children(&env{}, p, "trireme")
+	for _, g := range p.topology.Groups {
+		args := strings.Join(made.stage(g, "name").Args, " ")
+		if want := fmt.Sprintf("--npus %d", g.NPUs); !strings.Contains(args, want) {
+			t.Errorf("%s is started with %q, want %s in it", g.Roles, args, want)
+		}
 	}
 }

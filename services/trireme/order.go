@@ -52,6 +52,11 @@ func (f *orderFlags) apply(c *gateway.Config) (err error) {
 			return fmt.Errorf("%w--class %s: %w", errUsage, name, err)
 		}
 	}
+	for name, w := range f.TenantWeight {
+		if !(w > 0) {
+			return fmt.Errorf("%w--tenant-weight %s=%v: a weight is above 0", errUsage, name, w)
+		}
+	}
 	return nil
 }
 

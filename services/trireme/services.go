@@ -254,6 +254,9 @@ func (c *gatewayCmd) Run(e *env) error {
 	if err := c.apply(&cfg); err != nil {
 		return err
 	}
+	if err := cfg.Validate(); err != nil {
+		return fmt.Errorf("%w%w", errUsage, err)
+	}
 	return gateway.Run(e.ctx, cfg, e.log)
 }
 
@@ -339,13 +342,17 @@ func (c *hmmCmd) Run(e *env) error {
 		}
 		defer conn.Close()
 	}
-	d, err := hmm.New(hmm.Config{
+	cfg := hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
 		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
 		Peers:   peers,
 		Reserve: cmp.Or(c.Reserve, -1),
 		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
-	}, e.log)
+	}
+	if err := cfg.Validate(); err != nil {
+		return fmt.Errorf("%w%w", errUsage, err)
+	}
+	d, err := hmm.New(cfg, e.log)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -93,6 +94,9 @@ func (c *upCmd) Run(e *env) error {
 	}
 	if err := c.apply(&gateway.Config{}); err != nil { // or the gateway would say it again and again
 		return err
+	}
+	if err := c.hmm(p).Validate(); err != nil {
+		return fmt.Errorf("%w--npu-memory %v, --host-memory %v, --weights-memory %v: %w", errUsage, p.memory, c.HostMemory, c.WeightsMemory, err)
 	}
 	if err := c.scalerFlags.check(); err != nil {
 		return err
@@ -185,6 +189,14 @@ func (c *upCmd) plan() (*plan, error) {
 	return p, nil
 }
 
+// hmm is what of the HMM's configuration follows from the flags.
+func (c *upCmd) hmm(p *plan) hmm.Config {
+	return hmm.Config{
+		Socket: p.socket, Node: nodeName(), NPUs: p.topology.NPUs(), NPUBytes: int64(p.memory), HostBytes: int64(c.HostMemory),
+		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
+	}
+}
+
 // defaultMemory is an NPU's memory: 4 GiB, but all NPUs together at most half of the machine's. It is an upper bound:
 // pages are taken from the system as they are used.
 func defaultMemory(npus int) conf.Bytes {
@@ -198,10 +210,14 @@ func defaultMemory(npus int) conf.Bytes {
 
 // modelDir is the given folder, or the bundled model unpacked.
 func modelDir(given, data string) (string, error) {
-	if given != "" {
-		return given, nil
+	if given == "" {
+		return models.Unpack(data)
 	}
-	return models.Unpack(data)
+	if info, err := os.Stat(given); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
+		return "", fmt.Errorf("%w--model %s: there is no such folder, and models are not downloaded: fetch one first, as with "+
+			"`hf download NAME --local-dir DIR`, or leave --model out for the bundled one", errUsage, given)
+	}
+	return given, nil
 }
 
 // checkModel reads everything of a model folder but the weights' content, so that what is missing or cannot be used is
@@ -387,15 +403,12 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	}
 	stage := func(g conf.Group, name string) supervise.Child {
 		service := serviceOf(g.Roles)
-		args := slices.Concat(common, []string{"--name", name})
+		args := slices.Concat(common, []string{"--name", name, "--npus", strconv.Itoa(g.NPUs)})
 		if service == "stage" {
 			args = append(args, "--roles", g.Roles)
 		}
 		if c.Threads > 0 {
 			args = append(args, "--threads", strconv.Itoa(c.Threads))
-		}
-		if g.NPUs != 1 {
-			args = append(args, "--npus", strconv.Itoa(g.NPUs))
 		}
 		if c.Indirection != "" {
 			args = append(args, "--indirection", c.Indirection)
