@@ -17,7 +17,9 @@ import (
 )
 
 // changes are the operations that change the instance while it serves (shared/sched/elastic): at most one at a time, which the
-// instance drives itself. Who asks for one only watches.
+// instance drives itself. Who asks for one only watches. A dry run changes nothing and refuses nobody, but it plans from a layout that has to stay
+// while it does: what is asked for meanwhile begins when it has ended, in milliseconds. While something is changed a dry run is refused, as what it
+// would plan from is about to go.
 type changes struct {
 	stage  *Stage
 	asked  int        // NPUs that the process was started with; 0: as a standby
@@ -28,7 +30,7 @@ type changes struct {
 	layout placement.Layout // "
 	stored bool             // there is a record
 	recent elastic.Recent
-	known  []*operation // the latest ones; only the last may be under way
+	known  []*operation // the latest ones; only the last may be under way, and dry runs that it waits for
 	fence  wire.Fence
 	closed bool
 
@@ -121,12 +123,26 @@ func (c *changes) begin(ctx context.Context, ask *wire.Change) (_ *operation, ne
 	if err != nil {
 		return nil, 0, err
 	}
-	o := newOperation(c, ask, w)
+	o, before := newOperation(c, ask, w), c.last()
 	if c.known = append(c.known, o); len(c.known) > knownMost {
 		c.known = slices.Delete(c.known, 0, 1)
 	}
-	c.running.Go(func() { o.run(ctx) })
+	c.running.Go(func() {
+		defer close(o.gone)
+		if before != nil {
+			<-before.gone
+		}
+		o.run(ctx)
+	})
 	return o, 0, nil
+}
+
+// last is the last operation if it has not ended, else nil. c.mu is held.
+func (c *changes) last() *operation {
+	if n := len(c.known); n > 0 && !c.known[n-1].over() {
+		return c.known[n-1]
+	}
+	return nil
 }
 
 // task is what is asked for, if it can be begun now. c.mu is held.
@@ -147,8 +163,8 @@ func (c *changes) task(ask *wire.Change) (w task, err error) {
 	default:
 		return nil, fmt.Errorf("the instance knows no %q of %d NPUs", ask.Kind, ask.NPUs)
 	}
-	if n := len(c.known); n > 0 && !c.known[n-1].over() {
-		return nil, fmt.Errorf("operation %s, a %s, is under way: wait until it has ended", c.known[n-1].ask.ID, c.known[n-1].ask.Kind)
+	if o := c.last(); o != nil && !o.ask.DryRun {
+		return nil, fmt.Errorf("operation %s, a %s, is under way: wait until it has ended", o.ask.ID, o.ask.Kind)
 	}
 	return w, nil
 }
@@ -266,12 +282,12 @@ func (c *changes) current() (placement.Layout, uint64) {
 	return c.layout, c.epoch
 }
 
-// underWay is the id of the operation that is under way, or "".
+// underWay is the id of the operation that is under way, or "". A dry run is none: it changes nothing.
 func (c *changes) underWay() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if n := len(c.known); n > 0 && !c.known[n-1].over() {
-		return c.known[n-1].ask.ID
+	if o := c.last(); o != nil && !o.ask.DryRun {
+		return o.ask.ID
 	}
 	return ""
 }

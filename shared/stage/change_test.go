@@ -143,3 +143,50 @@ func (r *rig) serving(t *testing.T) *stage.Stage {
 	})
 	return s
 }
+
+// A dry run refuses nobody: what is asked for meanwhile begins when it has ended. It is refused while something is changed.
+func TestDryRunRefusesNobody(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s := r.serving(t)
+	ask := func(c wire.Change, told func(*wire.ChangeReport)) (*wire.ChangeReport, error) {
+		c.Kind, c.Left = wire.ChangeScale, time.Minute
+		return r.Rig.Bus.Change(t.Context(), s.ID, wire.LayoutKey("n", s.ID), c, told)
+	}
+	held := func(c wire.Change) (ended chan error) { // returns when it waits
+		t.Helper()
+		waits, ended := make(chan struct{}), make(chan error, 1)
+		go func() {
+			_, err := ask(c, func(now *wire.ChangeReport) {
+				if now.Held {
+					close(waits)
+				}
+			})
+			ended <- err
+		}()
+		select {
+		case <-waits:
+		case err := <-ended:
+			t.Fatalf("%s has ended: %v", c.ID, err)
+		}
+		return ended
+	}
+	same, other := len(s.HBM.NPUs()), len(s.HBM.NPUs())+1
+	dry := held(wire.Change{ID: "dry", NPUs: other, DryRun: true, Hold: "plan", HoldTime: time.Second})
+	for _, id := range []string{"another dry run", "a change"} {
+		if got, err := ask(wire.Change{ID: id, NPUs: same, DryRun: id != "a change"}, nil); err != nil || got.Refused {
+			t.Errorf("%s beside a dry run: %+v, %v", id, got, err)
+		}
+		if got, err := ask(wire.Change{ID: "dry", NPUs: other}, nil); err != nil || got.State != "done" || got.Held {
+			t.Errorf("%s has not waited for the dry run: %+v, %v", id, got, err)
+		}
+	}
+	if err := <-dry; err != nil {
+		t.Errorf("the dry run: %v", err)
+	}
+	held(wire.Change{ID: "real", NPUs: other, Hold: "plan", HoldTime: time.Minute}) // it ends with the test
+	for id, dry := range map[string]bool{"dry2": true, "real2": false} {
+		if _, err := ask(wire.Change{ID: id, NPUs: other, DryRun: dry}, nil); !errors.Is(err, bus.ErrRefused) {
+			t.Errorf("%s while another one is under way: %v", id, err)
+		}
+	}
+}

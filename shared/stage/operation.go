@@ -37,9 +37,10 @@ type operation struct {
 	ask               wire.Change
 	task              task // nil when it has ended: it knows a whole language model
 	began             time.Time
-	before            *wire.Layout // the record without the operation
-	revision          uint64       // of the record that is to be replaced
-	mapped            Mapped       // when it began
+	before            *wire.Layout  // the record without the operation
+	revision          uint64        // of the record that is to be replaced
+	mapped            Mapped        // when it began
+	gone              chan struct{} // closed when nothing of it runs any more
 
 	mu     sync.Mutex
 	report wire.ChangeReport
@@ -48,7 +49,7 @@ type operation struct {
 }
 
 func newOperation(c *changes, ask *wire.Change, w task) *operation {
-	return &operation{changes: c, ask: *ask, task: w, began: time.Now(), news: make(chan struct{}), report: wire.ChangeReport{
+	return &operation{changes: c, ask: *ask, task: w, began: time.Now(), news: make(chan struct{}), gone: make(chan struct{}), report: wire.ChangeReport{
 		ID: ask.ID, Kind: ask.Kind, Instance: c.stage.ID, Record: c.key(), State: string(elastic.Plan), Epoch: c.epoch,
 	}}
 }
@@ -113,6 +114,9 @@ func (o *operation) run(life context.Context) {
 		}
 		o.Outcome(result, why)
 		if step == elastic.MakePlan && o.ask.DryRun && result == elastic.OK {
+			if o.holdsBehind(elastic.Begin) { // there is no other step in this state
+				o.hold(ctx)
+			}
 			o.tell(func(r *wire.ChangeReport) { r.State = string(elastic.Done); o.ended = true })
 			return
 		}
