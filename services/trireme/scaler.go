@@ -42,7 +42,7 @@ type scalerRunCmd struct {
 	Settle     time.Duration `help:"So long after a change its outcome is measured." default:"20s"`
 
 	Processes string            `help:"Who starts and stops processes: up (trireme up), kubernetes (the scale subresource), advise (nobody: the command is told), or auto (kubernetes in a pod, else trireme up on nodes where it runs)." enum:"auto,up,kubernetes,advise" default:"auto" env:"TRIREME_SCALER_PROCESSES"`
-	Target    map[string]string `help:"Of kubernetes: what has the pods of instances, by their roles, as D=deployments/decoder or EPD=statefulsets/all. By default deployments/encoder, prefill and decoder." placeholder:"ROLES=KIND/NAME" mapsep:"," env:"TRIREME_SCALER_TARGET"`
+	Target    map[string]string `help:"Of kubernetes: what has the pods of instances, by their roles, as D=deployments/decoder or EPD=statefulsets/all. By default deployments/encoder, prefill and decoder. Of advise: their service of docker compose, as EPD=all; by default encoder, prefill or decoder, by the first role." placeholder:"ROLES=NAME" mapsep:"," env:"TRIREME_SCALER_TARGET"`
 	Namespace string            `help:"Of kubernetes: the namespace of these; by default the scaler's own." placeholder:"NAME"`
 	Rate      conf.Bytes        `name:"copy-rate" help:"Most bytes of weights that a change copies in a second, beside serving; 0: as fast as it goes." default:"0" placeholder:"SIZE"`
 	Timeout   time.Duration     `help:"A change of an instance is given up if it is not in force by then." default:"1m"`

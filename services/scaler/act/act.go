@@ -70,7 +70,7 @@ type Config struct {
 	Rate      int64         // most bytes that an operation copies in a second; 0: as fast as it goes
 	Spare     *float64      // see wire.Change; nil: wire.DefaultSpare
 	Slack     *float64      // "; nil: wire.DefaultSlack
-	Cluster   Cluster       // for Kubernetes
+	Cluster   Cluster       // for Kubernetes; of Advise the targets only
 	Log       *slog.Logger  // nil: none
 }
 
@@ -104,9 +104,14 @@ func New(ctx context.Context, cfg Config) (Actuator, error) {
 		return nil, err
 	}
 	a := &actuator{cfg: cfg, beats: beats}
-	person := &advice{beats}
+	person := &advice{beats, cfg.Cluster.Targets}
 	switch {
 	case cfg.Processes == Advise:
+		for roles, service := range cfg.Cluster.Targets {
+			if strings.Contains(service, "/") {
+				return nil, fmt.Errorf("target %q of instances %s: write a service of docker compose", service, roles)
+			}
+		}
 		a.starter = person
 	case cfg.Processes == Kubernetes || cfg.Processes == Auto && inPod():
 		if a.starter, err = newPods(&a.cfg, beats); err != nil {

@@ -11,16 +11,27 @@ import (
 )
 
 // advice tells people what to run where nobody else changes the number of processes.
-type advice struct{ beats *bus.Instances }
+type advice struct {
+	beats   *bus.Instances
+	targets map[string]string // Cluster.Targets
+}
 
-// services are the services of compose.yaml by the first of their roles: one with several runs in the place of that
-// (docs/compose.md).
+// services are those of compose.yaml by their role. Instances with several run in the place of the first of these (docs/compose.md), as far
+// as nobody says otherwise.
 var services = map[byte]string{'E': "encoder", 'P': "prefill", 'D': "decoder"}
 
 // able implements starter. The number is that of the instances with NPUs that show signs of life, and the change.
 func (a *advice) able(_ context.Context, node, roles string, more int) (string, bool) {
 	n := count(a.beats, node, roles) + more
-	return fmt.Sprintf("docker compose up -d --no-recreate --scale %s=%d", services[roles[0]], max(0, n)), false
+	service, known := a.targets[roles]
+	if !known || strings.Contains(service, "/") { // which is what Kubernetes has
+		service = services[roles[0]]
+	}
+	command := fmt.Sprintf("docker compose up -d --no-recreate --scale %s=%d", service, max(0, n))
+	if !known && len(roles) > 1 {
+		command += fmt.Sprintf(" # if %s is the service that runs %s: scaler run --target %s=SERVICE names another one", service, roles, roles)
+	}
+	return command, false
 }
 
 // count is how many instances with certain roles a node has that have NPUs; node "" is all nodes.

@@ -138,7 +138,7 @@ func TestAdvice(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	for _, processes := range []act.Processes{act.Advise, act.Auto} {
-		a, err := act.New(t.Context(), act.Config{Bus: r, Processes: processes})
+		a, err := act.New(t.Context(), act.Config{Bus: r, Processes: processes, Cluster: act.Cluster{Targets: map[string]string{"PD": "llm"}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +148,8 @@ func TestAdvice(t *testing.T) {
 		}{
 			{autoscale.Change{Action: autoscale.Add, Roles: "D", Count: 2}, "docker compose up -d --no-recreate --scale decoder=4"},
 			{autoscale.Change{Action: autoscale.Remove, Roles: "D", Instance: "y"}, "docker compose up -d --no-recreate --scale decoder=1"},
-			{autoscale.Change{Action: autoscale.Add, Roles: "EPD", Count: 1}, "docker compose up -d --no-recreate --scale encoder=1"},
+			{autoscale.Change{Action: autoscale.Add, Roles: "EPD", Count: 1}, "docker compose up -d --no-recreate --scale encoder=1 # if encoder is the service that runs EPD: scaler run --target EPD=SERVICE names another one"},
+			{autoscale.Change{Action: autoscale.Add, Roles: "PD", Count: 1}, "docker compose up -d --no-recreate --scale llm=1"},
 			{autoscale.Change{Action: autoscale.Move, Roles: "P", From: "x"}, "docker compose up -d --no-recreate --scale prefill=1"},
 			{autoscale.Change{Action: autoscale.Move, Roles: "P", From: "x", Instance: "p"}, ""},
 			{autoscale.Change{Action: autoscale.Widen, Instance: "x"}, ""},
@@ -158,6 +159,10 @@ func TestAdvice(t *testing.T) {
 				t.Errorf("%s, %s: %q, %v; want %q", processes, x.change.Sentence(), advice, ok, x.want)
 			}
 		}
+	}
+	wrong := act.Cluster{Targets: map[string]string{"PD": "deployments/llm"}}
+	if _, err := act.New(t.Context(), act.Config{Bus: r, Processes: act.Advise, Cluster: wrong}); err == nil {
+		t.Error("a Deployment passes for a service of docker compose")
 	}
 	if _, err := act.New(t.Context(), act.Config{Bus: r, Processes: "cook"}); err == nil {
 		t.Error("there is a way called cook")

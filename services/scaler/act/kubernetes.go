@@ -26,10 +26,12 @@ import (
 
 // Cluster is a Kubernetes cluster, as a pod sees it. What is empty is as in a pod with a service account.
 type Cluster struct {
-	API       string            // https://host:port
-	Account   string            // folder with token, ca.crt and namespace
-	Namespace string            // of the targets
-	Targets   map[string]string // what has the pods of instances, by their roles: D is deployments/decoder; nil: DefaultTargets
+	API       string // https://host:port
+	Account   string // folder with token, ca.crt and namespace
+	Namespace string // of the targets
+	// Targets are what has the pods of instances, by their roles: D is deployments/decoder; nil: DefaultTargets. Where commands for docker compose
+	// are told they are its services: D is decoder, one of several roles is by default that of the first.
+	Targets map[string]string
 	// Patience is for how long a refusal is asked about again before it is believed: an API server that has just started refuses what is
 	// allowed, until it has read the roles and accounts; 0: 10 seconds.
 	Patience time.Duration
