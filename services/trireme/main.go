@@ -155,11 +155,18 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 				panic(p)
 			}
 			status = exited
+			if len(args) == 0 {
+				status = exitUsage
+			}
 		}
 	}()
+	if len(args) == 0 { // what there is to say is more than which commands there are
+		parser.Stdout = errOut
+		_, _ = parser.Parse([]string{"--help"}) // leaves by a panic
+	}
 	k, err := parser.Parse(shielded(args))
 	if err != nil {
-		fmt.Fprintf(errOut, "trireme: %v\n", err)
+		fmt.Fprintf(errOut, "trireme: %v%s\n", err, hint(err))
 		return exitUsage
 	}
 	if c.LogLevel == "" {
@@ -191,6 +198,21 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	group := k.Selected().ClosestGroup()
 	return report(errOut, k.Command(), err, context.Cause(ctx), group.Key == "Run" || group.Key == "Services")
+}
+
+// hint says where more is said of a command line that cannot be read.
+func hint(err error) string {
+	var p *kong.ParseError
+	if !errors.As(err, &p) || p.Context == nil {
+		return ""
+	}
+	command := "trireme"
+	if n := p.Context.Selected(); n != nil {
+		command = n.FullPath()
+	} else if len(p.Context.Path) > 0 {
+		command = p.Context.Path[len(p.Context.Path)-1].Node().FullPath()
+	}
+	return fmt.Sprintf(" (%s --help tells more)", command)
 }
 
 // interrupted is why the context of a command ends: a signal.

@@ -61,3 +61,25 @@ func TestCommandsStandAlone(t *testing.T) {
 		t.Errorf("a misspelt command: status %d, %s", status, text)
 	}
 }
+
+// A command line that cannot be read is one line that says where more is said; none at all is answered with the help.
+func TestCommandLineThatCannotBeRead(t *testing.T) {
+	for args, want := range map[string]string{
+		"model verify x":               "trireme: missing flags: --golden=STRING (trireme model verify --help tells more)\n",
+		"model":                        "trireme: expected one of \"verify\", \"tokenize\" (trireme model --help tells more)\n",
+		"scale":                        "trireme: expected \"<instance>\" (trireme scale --help tells more)\n",
+		"nonsense":                     "trireme: unexpected argument nonsense (trireme --help tells more)\n",
+		"status --jsn":                 "trireme: unknown flag --jsn, did you mean \"--json\"? (trireme status --help tells more)\n",
+		"up --npu-memory much":         "trireme: --npu-memory: \"much\" is no size: write 512MiB or 4GiB (trireme up --help tells more)\n",
+		"scale decoder two --dry-run":  "trireme: [<npus>]: \"two\" is no number of NPUs: write 4, +1 or -2 (trireme scale --help tells more)\n",
+		"version --config /not/a/file": "trireme: open /not/a/file: no such file or directory (trireme version --help tells more)\n",
+	} {
+		if text, status := said(strings.Fields(args)...); status != exitUsage || text != want {
+			t.Errorf("%s: status %d, %q; want %q", args, status, text, want)
+		}
+	}
+	help, _ := said("--help")
+	if text, status := said(); status != exitUsage || text != help {
+		t.Errorf("no command: status %d, %q", status, text)
+	}
+}
