@@ -15,6 +15,15 @@ type healthcheckCmd struct {
 	Timeout time.Duration `help:"Longest wait for the answer." default:"3s"`
 }
 
+// Help is shown by `trireme healthcheck --help`.
+func (healthcheckCmd) Help() string {
+	return `Any other answer, and none within --timeout, is an error with the exit status 1.
+
+Examples:
+  trireme healthcheck http://127.0.0.1:8080/health
+  trireme healthcheck http://127.0.0.1:9090/health --timeout 1s     a stage that was started with --metrics :9090`
+}
+
 // Run returns nil if the answer is 200, and else an error with the first line of what the service says.
 func (c *healthcheckCmd) Run(e *env) error {
 	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout)

@@ -131,24 +131,7 @@ command's flags stand under its name:
 func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	var c cli
 	exited := -1
-	parser, err := kong.New(&c,
-		kong.IgnoreFields(unneeded(args, os.Getenv("TRIREME_CONFIG"))...),
-		kong.Name("trireme"),
-		kong.Description(description),
-		kong.Writers(out, errOut),
-		kong.Exit(func(code int) { exited = code; panic(exitNow{}) }),
-		kong.Configuration(conf.YAML),
-		kong.DefaultEnvars("TRIREME"),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
-		kong.Vars{
-			"data": defaultData(), "lease": stage.DefaultLease.String(), "offerWait": stage.DefaultOfferWait.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
-			"spare": fmt.Sprint(wire.DefaultSpare), "slack": fmt.Sprint(wire.DefaultSlack),
-			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
-		},
-	)
-	if err != nil {
-		panic("BUG: command line: " + err.Error())
-	}
+	parser := newParser(&c, args, out, errOut, func(code int) { exited = code; panic(exitNow{}) })
 	defer func() { // --help and --version leave the parser this way
 		if p := recover(); p != nil {
 			if _, ok := p.(exitNow); !ok {
@@ -198,6 +181,29 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	group := k.Selected().ClosestGroup()
 	return report(errOut, k.Command(), err, context.Cause(ctx), group.Key == "Run" || group.Key == "Services")
+}
+
+// newParser makes the parser of a command line into c; exit is called after --help.
+func newParser(c *cli, args []string, out, errOut io.Writer, exit func(int)) *kong.Kong {
+	parser, err := kong.New(c,
+		kong.IgnoreFields(unneeded(args, os.Getenv("TRIREME_CONFIG"))...),
+		kong.Name("trireme"),
+		kong.Description(description),
+		kong.Writers(out, errOut),
+		kong.Exit(exit),
+		kong.Configuration(conf.YAML),
+		kong.DefaultEnvars("TRIREME"),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
+		kong.Vars{
+			"data": defaultData(), "lease": stage.DefaultLease.String(), "offerWait": stage.DefaultOfferWait.String(), "drain": stage.DefaultDrain.String(), "reserve": hmm.DefaultReserve.String(), "profiles": strings.Join(pace.Names(), ", "),
+			"spare": fmt.Sprint(wire.DefaultSpare), "slack": fmt.Sprint(wire.DefaultSlack),
+			"stepTokens": strconv.Itoa(stage.MixedDefault.Tokens), "stepBlocks": strconv.Itoa(stage.MixedDefault.Blocks),
+		},
+	)
+	if err != nil {
+		panic("BUG: command line: " + err.Error())
+	}
+	return parser
 }
 
 // hint says where more is said of a command line that cannot be read.

@@ -125,6 +125,16 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 
 type encoderCmd struct{ stageFlags }
 
+// Help is shown by `trireme encoder --help`.
+func (encoderCmd) Help() string {
+	return `It needs NATS and the HMM of its node, and waits for them.
+
+Examples:
+  trireme encoder
+  trireme encoder --nats-url nats://10.0.0.5:4222 --metrics :9090
+  trireme encoder --name encoder-1 --npus 2`
+}
+
 // Run runs an encoder.
 func (c *encoderCmd) Run(e *env) error { return c.run(e, stage.Encode, encoder.Serve) }
 
@@ -133,6 +143,16 @@ type prefillCmd struct {
 	Rows  int `help:"Most prompt tokens of one batch on each NPU." default:"512"`
 	Slots int `help:"Requests in work at once on each NPU." default:"32"`
 	policyFlag
+}
+
+// Help is shown by `trireme prefill --help`.
+func (prefillCmd) Help() string {
+	return `It needs NATS and the HMM of its node, and waits for them.
+
+Examples:
+  trireme prefill
+  trireme prefill --nats-url nats://10.0.0.5:4222 --metrics :9090
+  trireme prefill --npus 2 --policy sjf`
 }
 
 // Run runs a prefill instance.
@@ -149,6 +169,17 @@ func (c *prefillCmd) Run(e *env) error {
 type decoderCmd struct {
 	stageFlags
 	Slots int `help:"Sequences in work at once on each NPU." default:"256"`
+}
+
+// Help is shown by `trireme decoder --help`.
+func (decoderCmd) Help() string {
+	return `It needs NATS and the HMM of its node, and waits for them.
+
+Examples:
+  trireme decoder
+  trireme decoder --nats-url nats://10.0.0.5:4222 --metrics :9090
+  trireme decoder --npus 4                      its experts are spread over four NPUs
+  trireme decoder --name standby --npus 0       trireme scale standby 1 gives it an NPU`
 }
 
 // Run runs a decoder.
@@ -321,6 +352,16 @@ func cacheBytes(flag *conf.Bytes) int64 {
 		return -1 // none
 	}
 	return int64(*flag)
+}
+
+// Help is shown by `trireme hmm --help`.
+func (hmmCmd) Help() string {
+	return `One runs on each node. It must start before the stages and outlive them: what they hold in device memory ends with it.
+
+Examples:
+  trireme hmm --npus 4 --npu-memory 2GiB
+  trireme hmm --nats-url nats://10.0.0.5:4222 --peer-listen :7400     one of several nodes
+  trireme hmm --peer-listen :7400 --peer node2=10.0.0.6:7400          another one that NATS does not tell of`
 }
 
 // Run runs the HMM.

@@ -19,6 +19,15 @@ type Tokenize struct {
 	Decode bool   `help:"The reverse: JSON arrays of token ids in, JSON strings out."`
 }
 
+// Help is shown by `trireme model tokenize --help`.
+func (Tokenize) Help() string {
+	return `Special tokens that stand in the text become their ids.
+
+Examples:
+  echo '"Hello!"' | trireme model tokenize models/shapes-vl-moe
+  echo '[450,0]' | trireme model tokenize models/shapes-vl-moe --decode`
+}
+
 // Run reads s.In to its end. It returns an error that names the line when one is not what it should be.
 func (c *Tokenize) Run(s Streams) error {
 	t, err := token.Load(c.Dir)
@@ -37,6 +46,11 @@ func (c *Tokenize) Run(s Streams) error {
 			var ids []int
 			if err := json.Unmarshal(line, &ids); err != nil {
 				return nil, fmt.Errorf("want a JSON array of token ids: %w", err)
+			}
+			for _, id := range ids {
+				if _, _, ok := t.Token(id); !ok {
+					return nil, fmt.Errorf("no token has the id %d", id)
+				}
 			}
 			return t.Decode(ids, false), nil
 		}

@@ -26,6 +26,16 @@ type Verify struct {
 	Threads int    `help:"Worker threads; 0: one for each processor." default:"0"`
 }
 
+// Help is shown by `trireme model verify --help`.
+func (Verify) Help() string {
+	return `Compares prompt ids, patch grids, pixel values, the encoder's output, router logits, logits and every greedy id with what transformers
+computed. The exit status is 1 if a case differs.
+
+Examples:
+  trireme model verify models/shapes-vl-moe --golden shared/testdata/golden/shapes-vl-moe
+  trireme model verify models/shapes-vl-moe --golden shared/testdata/golden/shapes-vl-moe --json`
+}
+
 // Run verifies. It returns an ErrDiffers when a case fails, an ErrGolden when the reference cannot be read, or an
 // error of opening the model.
 func (c *Verify) Run(s Streams) (err error) {
