@@ -8,6 +8,7 @@
 package scaler
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -59,6 +60,8 @@ const (
 	ableWait   = 2 * time.Second        // for an actuator that says whether it can make a change
 	againWait  = time.Second            // until an operation of which nobody knows how it ended is asked for again
 	readyFor   = 5 * time.Second        // since the last decision: longer, and the process is not ready
+	lookWait   = 2 * time.Second        // for the events of a predecessor
+	lately     = time.Minute            // so long after it should have been measured an outcome is not any more
 	policyWait = 500 * time.Millisecond // between two looks at the policy file, which come with decisions
 )
 
@@ -198,9 +201,10 @@ func (s *service) tell(ctx context.Context, f func()) {
 
 // term is one time of leading: first what a predecessor has begun, then what is decided. It runs on the goroutine of lead.
 func (s *service) term(ctx context.Context, t *lead.Term) error {
-	left := t.Pending()
+	left, told := t.Pending(), s.lastOutcome(ctx)
 	s.tell(ctx, func() {
 		s.leads = true
+		s.desk.Await(s.now(), told)
 		l := explain.Lead{Scaler: s.id}
 		if left != nil {
 			l.Operation, l.Change = left.ID, &left.Change
@@ -215,8 +219,8 @@ func (s *service) term(ctx context.Context, t *lead.Term) error {
 		case <-s.ops:
 			s.emit(s.desk.Ended(s.now(), decide.Result{Why: "it was not begun: " + lead.ErrDeposed.Error()}))
 		default:
-			s.desk.Drop()
 		}
+		s.desk.Drop()
 	})
 	if left != nil {
 		s.perform(ctx, t, left)
@@ -234,6 +238,26 @@ func (s *service) term(ctx context.Context, t *lead.Term) error {
 			return nil
 		}
 	}
+}
+
+// lastOutcome is the last outcome that was told lately, by whatever scaler: of a change that was made, and of which nobody has said what came
+// of it, this one is to say that.
+func (s *service) lastOutcome(ctx context.Context) (last explain.Outcome) {
+	ctx, cancel := context.WithTimeout(ctx, lookWait)
+	defer cancel()
+	q := bus.EventQuery{Kinds: []string{wire.EventScalerOutcome}, Since: cmp.Or(s.cfg.Settle, decide.Settle) + lately}
+	err := s.bus.Events(ctx, q, func(e wire.Event) error {
+		var o explain.Outcome
+		if json.Unmarshal(e.Data, &o) == nil && o.Made { // one that failed does not end the wait of the one before
+			last = o
+		}
+		return nil
+	})
+	if err != nil {
+		s.log.Debug("it is not known whether an outcome waits to be measured", "error", err)
+		return explain.Outcome{}
+	}
+	return last
 }
 
 // perform has an operation carried out that stands in the record, and takes it out of there. When the term ends before that it is the

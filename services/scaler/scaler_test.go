@@ -314,3 +314,30 @@ func TestASuccessorEndsWhatWasBegun(t *testing.T) {
 		t.Errorf("asked for were %v, and left was %s", h.ops, l.Operation)
 	}
 }
+
+// The outcome of a change that its scaler has made, but not measured when it goes, is measured by its successor.
+func TestASuccessorMeasuresTheOutcome(t *testing.T) {
+	t.Parallel()
+	url := bustest.Run(t).URL()
+	s := newSystem(t, url)
+	s.load = 3000
+	h := &hands{system: s, made: map[string]bool{}}
+	cfg := Config{
+		NATSURL: url, Mode: autoscale.Auto, Settle: time.Hour, Lease: time.Second,
+		Actuator: func(*bus.Bus, *slog.Logger) (act.Actuator, error) { return h, nil },
+	}
+	first := run(t, cfg)
+	var made, measured explain.Outcome
+	await(t, s.bus, "of a change that is made", func(e wire.Event) bool {
+		return e.Kind == wire.EventScalerOutcome && json.Unmarshal(e.Data, &made) == nil && made.Made
+	})
+	if err := first(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Settle = time.Second
+	run(t, cfg)
+	e := await(t, s.bus, "of its outcome", outcome(made.ID))
+	if err := json.Unmarshal(e.Data, &measured); err != nil || !measured.Succeeded || measured.Scaler == made.Scaler || measured.Expected == nil || measured.Change.Instance != "prefill" {
+		t.Errorf("%+v, %v", measured, err)
+	}
+}

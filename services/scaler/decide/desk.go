@@ -144,8 +144,18 @@ func (d *Desk) Adopt(id string, c autoscale.Change) {
 	d.adopted = true
 }
 
-// Drop forgets what is under way: another scaler leads now, and tells what becomes of it.
-func (d *Desk) Drop() { d.underWay = nil }
+// Await takes over an outcome that a predecessor has told, and perhaps not measured: of one that was made it is measured here. When that was
+// is not known by this one's clock, so that the time is counted from now.
+func (d *Desk) Await(now time.Duration, o explain.Outcome) {
+	if o.Made && o.Measured == nil {
+		o.Succeeded = o.Succeeded || o.Scaler != d.options.Scaler
+		o.Scaler = d.options.Scaler
+		d.awaiting = &awaiting{o, now}
+	}
+}
+
+// Drop forgets what is under way, and what waits to be measured: another scaler leads now, and tells what becomes of it.
+func (d *Desk) Drop() { d.underWay, d.awaiting = nil, nil }
 
 // UnderWay is what is being carried out; nil: nothing.
 func (d *Desk) UnderWay() *explain.Decision { return d.underWay }

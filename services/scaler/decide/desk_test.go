@@ -214,3 +214,39 @@ func TestAdopted(t *testing.T) {
 		t.Errorf("%+v", o)
 	}
 }
+
+// An outcome that waits to be measured when another scaler comes to lead is that one's: it measures it when it is time, beside what its
+// predecessor has expected, and the one that leads no more says nothing of it.
+func TestOutcomeOfAPredecessor(t *testing.T) {
+	t.Parallel()
+	d, f := newDesk(autoscale.Auto), newFleet(3, 4, 5)
+	f.load = 20
+	told := until(t, d, f, able)
+	made := read[explain.Outcome](t, d.Ended(f.view.Now, decide.Result{Made: true, Took: time.Second})[0], wire.EventScalerOutcome)
+	d.Drop()
+	f.load = 1
+	for range 30 {
+		if turn := d.Turn(f.tick(), false, able); len(turn.Events) > 0 {
+			t.Fatalf("who does not lead tells %+v", turn.Events)
+		}
+	}
+
+	n := decide.New(policy(autoscale.Auto), decide.Options{Scaler: "next", NewID: func() string { return "n" }})
+	n.Turn(f.tick(), false, able)
+	n.Await(f.view.Now, made)
+	began := f.view.Now
+	turn := until(t, n, f, able)
+	o := read[explain.Outcome](t, turn.Events[0], wire.EventScalerOutcome)
+	if o.ID != told.Do || o.Scaler != "next" || !o.Succeeded || o.Measured == nil || o.Expected == nil || o.Before == nil || o.Took != time.Second || f.view.Now-began < decide.Settle {
+		t.Errorf("after %v: %+v", f.view.Now-began, o)
+	}
+
+	n.Await(f.view.Now, explain.Outcome{ID: "failed", Why: "no memory"})
+	o.Measured = new(explain.Measured)
+	n.Await(f.view.Now, o)
+	for range 30 {
+		if turn := n.Turn(f.tick(), true, able); len(turn.Events) > 0 && turn.Events[0].Kind == wire.EventScalerOutcome {
+			t.Fatalf("of one that was not made, or is measured: %+v", turn.Events)
+		}
+	}
+}

@@ -34,8 +34,8 @@ type Outcome struct {
 	Made   bool             `json:"made"`
 	Why    string           `json:"why,omitempty"` // it was not made, or what went wrong beside
 	Took   time.Duration    `json:"took_ns"`       // to be made, or to fail
-	// Succeeded says that the scaler which has decided is gone, and this one has brought the change to its end. It does not know what was
-	// expected.
+	// Succeeded says that the scaler which has decided is gone. This one has brought the change to its end, and does not know what was
+	// expected; or only measured what came of it, and After is counted from when it began to lead.
 	Succeeded bool `json:"succeeded,omitempty"`
 
 	Expected *autoscale.Effect `json:"expected,omitempty"` // of changes that were made

@@ -196,8 +196,11 @@ func (b *writer) outcome(s *Story) {
 		b.line("  it is not known yet.")
 		return
 	}
-	if o.Succeeded {
+	switch {
+	case o.Succeeded && o.Expected == nil:
 		b.line("  The scaler that had begun it was gone; %s has brought it to its end.", o.Scaler)
+	case o.Succeeded:
+		b.line("  The scaler that had made it was gone; %s has measured what came of it.", o.Scaler)
 	}
 	if o.Measured == nil {
 		if o.Made {
