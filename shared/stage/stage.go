@@ -196,7 +196,10 @@ func Open(ctx context.Context, role string, cfg Config, log *slog.Logger) (_ *St
 		return nil, err
 	}
 	s.gateways = newGateways(s, gateways, cfg.Lease, bus.DefaultInstanceTTL)
-	if s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, Name: s.Name}); err != nil {
+	slow := time.AfterFunc(slowHMM, func() { s.Log.Warn("no HMM answers yet: waiting for `trireme hmm` of this node", "socket", cfg.HMM) })
+	s.HBM, err = hbm.Dial(ctx, cfg.HMM, hbm.Hello{Instance: s.ID, Role: role, Name: s.Name})
+	slow.Stop()
+	if err != nil {
 		return nil, err
 	}
 	s.changes = changes{stage: s, asked: asked}
@@ -257,6 +260,9 @@ func (s *Stage) Close() {
 
 // Ended reports whether an attempt at a request, or at this choice of it, is known to need nothing any more; choice -1: all.
 func (s *Stage) Ended(req wire.Request, choice int) bool { return s.ended.has(req, choice) }
+
+// slowHMM is how long the start waits for the HMM of the node without a word.
+const slowHMM = 2 * time.Second
 
 // pullWait is how long one pull waits for a message at the server.
 const pullWait = 5 * time.Second
