@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -66,6 +67,10 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 		}
 		writeAdmin(w, status, answer)
 	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		writeAdmin(w, http.StatusNotFound, adminAnswer{Error: "there is nothing at " + r.Method + " " + r.URL.EscapedPath() +
+			"; there are GET /admin/instances, POST /admin/instances/NAME/scale and …/rebalance, and POST /admin/npus/NODE/NUMBER/role"})
+	})
 	mux.HandleFunc("POST /admin/npus/{node}/{npu}/role", func(w http.ResponseWriter, r *http.Request) {
 		report, err := g.adminRole(w, r)
 		answer, status := struct {
@@ -110,6 +115,16 @@ func writeAdmin(w http.ResponseWriter, status int, v any) {
 	_ = json.NewEncoder(w).Encode(v) // who asked has gone
 }
 
+// readAdmin reads the body of a POST, of which nothing is needed where all is to be as with the commands.
+func readAdmin(w http.ResponseWriter, r *http.Request, body any) error {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, adminBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(body); err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%w: %w", errAdmin, err)
+	}
+	return nil
+}
+
 // adminChange has an instance change, and waits for that.
 func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.ChangeReport, error) {
 	kind := r.PathValue("kind")
@@ -121,10 +136,8 @@ func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.Cha
 		return nil, err
 	}
 	var body adminChange
-	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, adminBody))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&body); err != nil {
-		return nil, fmt.Errorf("%w: %w", errAdmin, err)
+	if err := readAdmin(w, r, &body); err != nil {
+		return nil, err
 	}
 	change, err := body.change(kind, len(i.NPUs))
 	if err != nil {
@@ -138,10 +151,8 @@ func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.Cha
 // adminRole has an NPU go over to an instance of a role, and waits for that.
 func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleReport, error) {
 	var body adminRole
-	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, adminBody))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&body); err != nil {
-		return nil, fmt.Errorf("%w: %w", errAdmin, err)
+	if err := readAdmin(w, r, &body); err != nil {
+		return nil, err
 	}
 	q := bus.RoleSwitch{Node: r.PathValue("node"), Instance: body.Instance}
 	var err error
@@ -179,6 +190,9 @@ func (a *adminChange) change(kind string, has int) (wire.Change, error) {
 	}
 	if kind != wire.ChangeScale {
 		return c, nil
+	}
+	if a.NPUs == nil {
+		return c, fmt.Errorf("%w: npus is missing: write 4, \"+1\" or \"-2\"", errAdmin)
 	}
 	text := []byte(a.NPUs) // a number, or a string
 	if s := ""; json.Unmarshal(a.NPUs, &s) == nil {

@@ -112,6 +112,36 @@ func TestBadInput(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	})
+	t.Run("errors that tell the remedy", func(t *testing.T) {
+		for _, x := range []struct{ method, path, encoding, body, want string }{
+			{"POST", "/chat/completions", "", "{}", "There is nothing at POST /chat/completions; paths of the API begin with /v1, as /v1/chat/completions."},
+			{"POST", "/v1/v1/chat/completions", "", "{}", "There is nothing at POST /v1/v1/chat/completions; there are /v1/chat/completions, /v1/completions and /v1/models."},
+			{"GET", chat, "", "", "GET is not taken at /v1/chat/completions; POST is."},
+			{"POST", "/v1/models", "", "{}", "POST is not taken at /v1/models; GET is."},
+			{"POST", chat, "gzip", "{}", "A body with Content-Encoding gzip is not taken; send it as it is."},
+			{"POST", chat, "", picture("http://127.0.0.1/x.png"), "Picture URL leads to an address that is not allowed: loopback, private and metadata addresses are not, " +
+				"unless the server was started with --allow-media-host."},
+			{"POST", chat, "", picture("gopher://x/y"), "Unusable picture URL: "},
+			{"POST", chat, "", `{"modalities":["audio"],` + hello + `}`, "This server answers with text only."},
+		} {
+			req, err := http.NewRequestWithContext(t.Context(), x.method, f.url+x.path, strings.NewReader(x.body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if x.encoding != "" {
+				req.Header.Set("Content-Encoding", x.encoding)
+			}
+			resp, err := f.http.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil || resp.StatusCode < 400 || !strings.HasPrefix(parseError(t, string(body)).Error.Message, x.want) {
+				t.Errorf("%s %s: %s, %s; want %q", x.method, x.path, resp.Status, body, x.want)
+			}
+		}
+	})
 	t.Run("methods", func(t *testing.T) {
 		resp, err := f.http.Get(f.url + chat)
 		if err != nil {

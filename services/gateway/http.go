@@ -52,6 +52,9 @@ func (g *Gateway) routes() {
 func (g *Gateway) fail(err error, c echo.Context) {
 	status := statusClientGone
 	e := g.toError(err)
+	if web := (*echo.HTTPError)(nil); errors.As(err, &web) {
+		sayWhere(e, c)
+	}
 	if e != nil {
 		status = e.Status
 	}
@@ -78,6 +81,31 @@ func (g *Gateway) fail(err error, c echo.Context) {
 	if status == http.StatusRequestEntityTooLarge {
 		_ = w.Flush()
 		g.drain(c.Request(), w)
+	}
+}
+
+// sayWhere says what there is instead of a path or a method that there is not.
+func sayWhere(e *openai.Error, c echo.Context) {
+	r := c.Request()
+	path := r.URL.EscapedPath()
+	if len(path) > 100 {
+		path = path[:100] + "…"
+	}
+	switch e.Status {
+	case http.StatusNotFound:
+		there := "there are /v1/chat/completions, /v1/completions and /v1/models"
+		if !strings.HasPrefix(path, "/v1/") {
+			there = "paths of the API begin with /v1, as /v1/chat/completions"
+		}
+		e.Message = fmt.Sprintf("There is nothing at %s %s; %s.", r.Method, path, there)
+	case http.StatusMethodNotAllowed:
+		var others []string
+		for m := range strings.SplitSeq(c.Response().Header().Get("Allow"), ", ") {
+			if m != http.MethodOptions {
+				others = append(others, m)
+			}
+		}
+		e.Message = fmt.Sprintf("%s is not taken at %s; %s is.", r.Method, path, strings.Join(others, " or "))
 	}
 }
 
@@ -119,10 +147,6 @@ func (g *Gateway) toError(err error) *openai.Error {
 		}
 		e := &openai.Error{Status: web.Code, Type: openai.TypeInvalid, Message: fmt.Sprintf("%v.", web.Message)}
 		switch {
-		case web.Code == http.StatusNotFound:
-			e.Message = "There is nothing at this path."
-		case web.Code == http.StatusMethodNotAllowed:
-			e.Message = "This path does not take this method."
 		case web.Code >= 500:
 			e.Type = openai.TypeServer
 		}
@@ -134,6 +158,11 @@ func (g *Gateway) toError(err error) *openai.Error {
 
 // body reads a request's body. echo's middleware bounds its length.
 func (g *Gateway) body(c echo.Context) ([]byte, error) {
+	if how := c.Request().Header.Get("Content-Encoding"); how != "" && !strings.EqualFold(how, "identity") {
+		e := openai.Invalid("", "A body with Content-Encoding %.20s is not taken; send it as it is.", how)
+		e.Status = http.StatusUnsupportedMediaType
+		return nil, e
+	}
 	w := http.NewResponseController(c.Response())
 	_ = w.SetReadDeadline(time.Now().Add(g.cfg.BodyWait))
 	data, err := io.ReadAll(c.Request().Body)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -308,7 +309,7 @@ func (g *Gateway) picture(ctx context.Context, p *picture, total *atomic.Int64) 
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	case err != nil:
-		e := openai.Invalid(p.param, "%v.", err)
+		e := openai.Invalid(p.param, "%s.", sentence(err))
 		e.Code = "invalid_image_url"
 		if errors.Is(err, media.ErrTooLarge) {
 			e.Code = "image_too_large"
@@ -322,4 +323,13 @@ func (g *Gateway) picture(ctx context.Context, p *picture, total *atomic.Int64) 
 	}
 	p.content = sha256.Sum256(p.data)
 	return nil
+}
+
+// sentence is what an error says, with a capital letter. A way around is told of what only an operator can allow.
+func sentence(err error) string {
+	s := err.Error()
+	if errors.Is(err, media.ErrAddress) {
+		s += ": loopback, private and metadata addresses are not, unless the server was started with --allow-media-host"
+	}
+	return strings.ToUpper(s[:1]) + s[1:]
 }

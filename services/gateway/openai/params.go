@@ -201,6 +201,6 @@ func (o *object) refuse() {
 		}
 	}
 	if raw, ok := o.get("modalities"); ok && compact(raw) != `["text"]` {
-		o.fail(Invalid("modalities", "this server answers with text only."))
+		o.fail(Invalid("modalities", "This server answers with text only."))
 	}
 }
