@@ -33,7 +33,7 @@ type job struct {
 	mm      []*hbm.Object // mapped for reading
 	hits    int           // pictures that were in the MM cache
 	memory  []*hbm.Object // KV and logs
-	keys    []hbm.Key     // of the prompt's full KV blocks
+	keys    []hbm.Key     // of the prompt's full KV blocks; nil: not known yet
 	shared  int           // of these, from the first on, in others' slabs, which are in memory, too
 	cached  int           // prompt tokens that came from the cache
 	left    int           // choices whose first token is still to come
@@ -94,7 +94,10 @@ func (p *prefill) prepare(ctx context.Context, j *job, mm []mem.Handle) error {
 	}
 	j.rope, j.delta = engine.Positions(prompt, grids, p.Model.Vision)
 
-	err = p.Seat(p.near(ctx, j.spec, mm), kv.Slabs(len(prompt))+j.spec.Choices-1, func(seat *stage.Seat) error {
+	if j.keys == nil {
+		j.keys = p.BlockKeys(j.spec, prompt)
+	}
+	err = p.Seat(p.near(ctx, j.spec, mm, j.keys), kv.Slabs(len(prompt))+j.spec.Choices-1, func(seat *stage.Seat) error {
 		p.Free(ctx, append(j.mm, j.memory...)...) // there was no room on the NPU before
 		j.mm, j.memory, j.visual, j.seat = nil, nil, nil, seat
 		return p.room(ctx, j, mm, spans)
@@ -162,7 +165,6 @@ func (p *prefill) room(ctx context.Context, j *job, mm []mem.Handle, spans []eng
 // admission counts (RATIONALE.md).
 func (p *prefill) allocate(ctx context.Context, j *job) error {
 	s := j.spec
-	j.keys = p.BlockKeys(s, s.Prompt)
 	prefix, err := p.Prefix(ctx, j.seat.Number(), s, j.keys)
 	if err != nil {
 		return fmt.Errorf("looking for the prompt in the cache: %w", err)

@@ -101,14 +101,15 @@ func (p *prefill) Handle(ctx context.Context, d *bus.Delivery) {
 		_ = d.Ack(ctx)
 		return
 	}
-	if !p.offered(ctx, d, &m) {
-		p.handle(ctx, d, &m, 0)
+	if keys, taken := p.offered(ctx, d, &m); !taken {
+		p.handle(ctx, d, &m, keys, 0)
 	}
 }
 
-// handle works on a message and settles it; owes is what is owed for it already (see owe).
-func (p *prefill) handle(ctx context.Context, d *bus.Delivery, m *wire.Prefill, owes int) {
-	j := &job{request: m.Request, hits: m.Hits, owes: owes, done: make(chan error, 1)}
+// handle works on a message and settles it; keys are those of its prompt's blocks, if they are known, and owes is what is owed for it already
+// (see owe).
+func (p *prefill) handle(ctx context.Context, d *bus.Delivery, m *wire.Prefill, keys []hbm.Key, owes int) {
+	j := &job{request: m.Request, hits: m.Hits, keys: keys, owes: owes, done: make(chan error, 1)}
 	defer func() { p.owe(j, 0) }()
 	p.Work(ctx, d, m.Request, 0, func(ctx context.Context, claim *hbm.Claim) error {
 		j.ctx, j.claim = ctx, claim

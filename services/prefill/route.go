@@ -81,10 +81,9 @@ func (n *needs) at(node string, blocks int) time.Duration {
 
 func (n *needs) left(blocks int) int { return n.tokens - blocks*model.BlockTokens }
 
-// needs is what a prompt could begin with; blocks are not known yet, and keys are those of the blocks that may be cached.
-func (p *prefill) needs(spec *wire.Spec, mm []mem.Handle) (n *needs, keys []hbm.Key) {
-	keys = p.BlockKeys(spec, spec.Prompt)
-	keys = keys[:min(len(keys), stage.Reusable(spec))]
+// needs is what a prompt with certain block keys could begin with; blocks are not known yet, and reusable are the keys of those that may be cached.
+func (p *prefill) needs(spec *wire.Spec, mm []mem.Handle, keys []hbm.Key) (n *needs, reusable []hbm.Key) {
+	reusable = keys[:min(len(keys), stage.Reusable(spec))]
 	n = &needs{prefill: p, tokens: len(spec.Prompt)}
 	for i, h := range mm {
 		if h.Kind != 0 {
@@ -92,7 +91,7 @@ func (p *prefill) needs(spec *wire.Spec, mm []mem.Handle) (n *needs, keys []hbm.
 			n.mm, n.ends = append(n.mm, h), append(n.ends, pic.Offset+p.Tokens(pic.Grid))
 		}
 	}
-	return n, keys
+	return n, reusable
 }
 
 // most is how many bytes would have to be copied if all of it were cached in one place, elsewhere.
@@ -105,16 +104,17 @@ func (n *needs) most(keys int) int64 {
 }
 
 // near is the NPU of the instance, by its number, where a prompt has to wait least for copies, if that is worth looking for and no other
-// NPU has less in work; -1: none. That way a beginning that many prompts have comes to several NPUs when one is not enough.
-func (p *prefill) near(ctx context.Context, spec *wire.Spec, mm []mem.Handle) int {
+// NPU has less in work; -1: none. That way a beginning that many prompts have comes to several NPUs when one is not enough. keys are those of
+// its blocks.
+func (p *prefill) near(ctx context.Context, spec *wire.Spec, mm []mem.Handle, keys []hbm.Key) int {
 	if !p.Travels() || len(p.NPUs()) < 2 {
 		return -1
 	}
-	n, keys := p.needs(spec, mm)
-	if p.CopyTime(n.most(len(keys))) < p.Routing().Least {
+	n, reusable := p.needs(spec, mm, keys)
+	if p.CopyTime(n.most(len(reusable))) < p.Routing().Least {
 		return -1
 	}
-	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, n.mm...)
+	at, err := p.HBM.Locate(ctx, stage.Prefill, reusable, n.mm...)
 	if err != nil {
 		return -1
 	}
@@ -139,26 +139,27 @@ func (p *prefill) near(ctx context.Context, spec *wire.Spec, mm []mem.Handle) in
 }
 
 // offered offers a prompt to an instance that has its cached beginning, or its MM objects, in its memory domain or on its node, if
-// that is worth the wait there, and reports whether that one has taken it. What is wrong with the message, whoever works on it will
-// say.
-func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill) bool {
+// that is worth the wait there, and reports whether that one has taken it; if not, keys are those of its blocks, where they had to be known.
+// What is wrong with the message, whoever works on it will say.
+func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill) (keys []hbm.Key, taken bool) {
 	if d.Count > 1 || !p.Offers() || p.Ended(m.Request, -1) {
-		return false
+		return nil, false
 	}
 	if !p.Travels() && m.Spec == nil && p.pace.at(len(m.Inline)) < askLeast { // a token is a byte at least
-		return false
+		return nil, false
 	}
 	spec, err := p.Spec(ctx, m.Inline, m.Spec)
 	if err != nil || len(m.MM) != len(spec.Pictures) {
-		return false
+		return nil, false
 	}
-	n, keys := p.needs(spec, m.MM)
-	if p.CopyTime(n.most(len(keys))) < p.Routing().Least && p.pace.at(n.tokens) < askLeast {
-		return false
+	keys = p.BlockKeys(spec, spec.Prompt)
+	n, reusable := p.needs(spec, m.MM, keys)
+	if p.CopyTime(n.most(len(reusable))) < p.Routing().Least && p.pace.at(n.tokens) < askLeast {
+		return keys, false
 	}
-	at, err := p.HBM.Locate(ctx, stage.Prefill, keys, n.mm...)
+	at, err := p.HBM.Locate(ctx, stage.Prefill, reusable, n.mm...)
 	if err != nil {
-		return false
+		return keys, false
 	}
 	n.blocks = at.Blocks
 	own, others, subjects := p.Sites(&at, n.on)
@@ -168,8 +169,8 @@ func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill)
 	}
 	if p.pace.at(n.left(n.blocks)) >= askLeast {
 		var ends []hbm.Key // of slabs: fewer, and what is shared is shared by slabs
-		for i := kv.SlabBlocks; i <= len(keys); i += kv.SlabBlocks {
-			ends = append(ends, keys[i-1])
+		for i := kv.SlabBlocks; i <= len(reusable); i += kv.SlabBlocks {
+			ends = append(ends, reusable[i-1])
 		}
 		if node, slabs := p.Reach(ctx, stage.Prefill, ends); slabs > 0 {
 			has = append(has, slabs*kv.SlabBlocks)
@@ -178,10 +179,10 @@ func (p *prefill) offered(ctx context.Context, d *bus.Delivery, m *wire.Prefill)
 	}
 	to, wait := p.Routing().Offer(own, p.ahead(), others)
 	if to < 0 {
-		return false
+		return keys, false
 	}
 	part := hbm.Part{Request: m.Request.ID, Attempt: m.Request.Attempt, Stage: stage.Prefill}
-	return p.Offer(ctx, d, part, subjects[to], wire.Offer{Wait: wait, Tokens: n.left(has[to])})
+	return keys, p.Offer(ctx, d, part, subjects[to], wire.Offer{Wait: wait, Tokens: n.left(has[to])})
 }
 
 // Bid implements stage.Bidder: it takes a prompt that has to wait no longer than the offer says, for the prompts before it. How long
@@ -195,7 +196,7 @@ func (p *prefill) Bid(o *wire.Offer) func(context.Context, *bus.Delivery) {
 		return nil
 	}
 	p.owed.Add(int64(o.Tokens)) // now: the next offer may come before this one's prompt is looked at
-	return func(ctx context.Context, d *bus.Delivery) { p.handle(ctx, d, &m, o.Tokens) }
+	return func(ctx context.Context, d *bus.Delivery) { p.handle(ctx, d, &m, nil, o.Tokens) }
 }
 
 // owe says how many of the job's tokens are to be computed; the loop, or before and after it the handler, calls it.

@@ -236,3 +236,21 @@ func TestCopy(t *testing.T) {
 }
 
 func floatAt(p []byte) float32 { return math.Float32frombits(binary.NativeEndian.Uint32(p)) }
+
+// BenchmarkHashes is what a prompt's keys cost: of text, and of pictures of 256 tokens each.
+func BenchmarkHashes(b *testing.B) {
+	const tokens, each = 8192, 256
+	prompt := make([]int32, tokens)
+	for name, count := range map[string]int{"text": 0, "pictures": tokens / each} {
+		pictures := make([]kv.Picture, count)
+		for i := range pictures {
+			pictures[i] = kv.Picture{Start: i * each, Tokens: each, Grid: [3]int{1, 32, 32}}
+		}
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				kv.Hashes(kv.Origin{}, prompt, pictures)
+			}
+		})
+	}
+}
