@@ -105,7 +105,7 @@ func (g *Gateway) bound(j *job, p *openai.Params) error {
 		len(j.spec.Prompt), j.spec.Choices, *most, conf.Bytes(g.kv(j, *most)+g.mm(j)), conf.Bytes(min(r.decode, r.prefill)))
 }
 
-// overloaded is the 429 of a request that admission refused.
+// overloaded is the 429 of a request that admission refused: what bounds it, and of memory only what is too little.
 func overloaded(r *admission.Refusal, o *objective) *openai.Error {
 	var needs []string
 	for _, k := range []struct {
@@ -116,12 +116,18 @@ func overloaded(r *admission.Refusal, o *objective) *openai.Error {
 		{"pictures", r.Need.MM, r.Used.MM, r.Capacity.MM},
 		{"both together", r.Need.KV + r.Need.MM, r.Used.KV + r.Used.MM, r.Capacity.Both},
 	} {
-		if k.need > 0 && k.capacity > 0 {
+		if k.need > 0 && k.capacity > 0 && k.need+k.used > k.capacity {
 			needs = append(needs, fmt.Sprintf("%v for %s (%v of %v are taken)",
 				conf.Bytes(k.need), k.what, conf.Bytes(k.used), conf.Bytes(k.capacity)))
 		}
 	}
 	why := fmt.Sprintf("%s in work, %d waiting", count(r.Open, "request"), r.Waiting)
+	switch r.Reason {
+	case admission.QueueFull:
+		why += ", which is as many as may (--max-queue)"
+	case admission.Waited:
+		why += "; this one has waited for as long as it may (--queue-wait)"
+	}
 	if len(needs) > 0 {
 		why += "; this one needs " + strings.Join(needs, " and ")
 	}

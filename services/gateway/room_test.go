@@ -185,7 +185,7 @@ func TestRoomForPictures(t *testing.T) {
 	f.await("it is at work", func() bool { return len(f.asked) == 1 })
 	status, header, answer := f.post("/v1/chat/completions", withPictures(t, 33, 100))
 	if e := parseError(t, answer); status != http.StatusTooManyRequests || header.Get("Retry-After") == "" ||
-		!strings.Contains(e.Error.Message, "and 8.2 MiB for pictures (8.2 MiB of 16 MiB are taken)") {
+		!strings.Contains(e.Error.Message, "8.2 MiB for pictures (8.2 MiB of 16 MiB are taken)") {
 		t.Errorf("no room for pictures: %d %s", status, answer)
 	}
 	if got, err := f.chat(openai.ChatCompletionNewParams{MaxTokens: openai.Int(20)}); err != nil || got != "Hello, world!" {

@@ -86,7 +86,13 @@ func (c *eventsCmd) none() string {
 		s += " of " + strings.Join(c.Kind, ", ")
 	}
 	if c.Since > 0 {
-		s += fmt.Sprintf(" in the last %v; --all shows all that are kept", c.Since)
+		since := c.Since.String() // 24h0m0s
+		for _, zero := range []string{"m0s", "h0m"} {
+			if strings.HasSuffix(since, zero) {
+				since = since[:len(since)-2]
+			}
+		}
+		s += fmt.Sprintf(" in the last %s; --all shows all that are kept", since)
 	}
 	return s
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"regexp"
 	"slices"
 	"sort"
 	"strings"
@@ -280,12 +281,19 @@ func (r *Report) JSON(g Goodput) map[string]any {
 	return m
 }
 
-// Failures counts the errors of requests by their text, the commonest first, at most n of them.
+var number = regexp.MustCompile(`[0-9]+(\.[0-9]+)?`)
+
+// Failures counts the errors of requests by their text, those that differ in numbers only together, the commonest first, at most n of them.
 func (r *Report) Failures(n int) []string {
-	count := map[string]int{}
+	count, alike := map[string]int{}, map[string]string{}
 	for i := range r.Samples {
 		if err := r.Samples[i].Err; err != nil {
-			count[err.Error()]++
+			status, text, _ := strings.Cut(err.Error(), ": ")
+			kind := status + ": " + number.ReplaceAllString(text, "0")
+			if alike[kind] == "" {
+				alike[kind] = err.Error()
+			}
+			count[alike[kind]]++
 		}
 	}
 	texts := make([]string, 0, len(count))

@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -169,5 +170,17 @@ func TestPlot(t *testing.T) {
 	}
 	if err := Plot(filepath.Join(t.TempDir(), "c.txt"), "", curves); err == nil {
 		t.Error("a plot was written as text")
+	}
+}
+
+// Errors that differ in numbers only are one, of another status they are not.
+func TestFailuresAlike(t *testing.T) {
+	var r Report
+	for _, text := range []string{"429: 3 wait, 1.5 MiB", "503: 3 wait, 1.5 MiB", "429: 1024 wait, 9 MiB", "eof"} {
+		r.Samples = append(r.Samples, Sample{Err: errors.New(text)})
+	}
+	want := []string{"2 times: 429: 3 wait, 1.5 MiB", "1 times: 503: 3 wait, 1.5 MiB", "1 times: eof"}
+	if got := r.Failures(5); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
