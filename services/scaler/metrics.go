@@ -39,9 +39,9 @@ func newMetrics() *metrics {
 		spare:       gauge("spare_npus", "NPUs that nobody has."),
 		mode:        gauge("mode", "1 of the mode in force: off, advise or auto.", "mode"),
 		age:         gauge("signal_age_seconds", "Age of what is known when it is decided by: demand, queues, instances; -1 when it is not known.", "signal"),
-		need:        gauge("need_npus", "NPUs that a stage needs for what arrives and what waits.", "stage"),
+		need:        gauge("need_npus", "NPUs that a stage needs for what arrives and what waits. None while there is work and it is not known how much an NPU does.", "stage"),
 		npus:        gauge("npus", "NPUs with the role that are ready.", "stage"),
-		utilisation: gauge("utilisation", "What is asked of a stage over what it is sized for: 1 is what is wanted.", "stage"),
+		utilisation: gauge("utilisation", "What is asked of a stage over what it is sized for: 1 is what is wanted. None where need_npus has none.", "stage"),
 		met:         gauge("slo_met_ratio", "Part of the requests of lately that met the target: ttft, tpot. None when there were no requests.", "target"),
 		decisions:   counter("decisions_total", "Changes that were chosen, by action and result: begun, or advised.", "action", "result"),
 		changes:     counter("changes_total", "Changes that have ended, by action and result: made, or failed.", "action", "result"),
@@ -82,8 +82,13 @@ func (m *metrics) tell(s *explain.Status) {
 	m.spare.WithLabelValues().Set(float64(d.Inputs.Spare))
 	for k := range autoscale.Stages {
 		stage, in := autoscale.Stage(k).String(), &d.Inputs.Stages[k]
-		m.need.WithLabelValues(stage).Set(in.Need)
 		m.npus.WithLabelValues(stage).Set(float64(in.NPUs))
+		if in.Unknown { // 0 would be a reason to take away
+			m.need.DeleteLabelValues(stage)
+			m.utilisation.DeleteLabelValues(stage)
+			continue
+		}
+		m.need.WithLabelValues(stage).Set(in.Need)
 		m.utilisation.WithLabelValues(stage).Set(d.Inputs.Utilisation[k])
 	}
 	for target, met := range map[string]float64{"ttft": d.Inputs.TTFT, "tpot": d.Inputs.TPOT} {
