@@ -183,6 +183,7 @@ func (p *pods) call(ctx context.Context, method, target string, patch any) (*sca
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
 	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "trireme-scaler") // which the audit log has
 	if patch != nil {
 		req.Header.Set("Content-Type", "application/merge-patch+json")
 	}
