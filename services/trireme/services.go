@@ -382,6 +382,9 @@ func (c *hmmCmd) Run(e *env) error {
 			return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
 		}
 		defer conn.Close()
+		if err := alone(e.ctx, conn, c.Node); err != nil {
+			return err
+		}
 	}
 	cfg := hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
@@ -406,6 +409,24 @@ func (c *hmmCmd) Run(e *env) error {
 		}
 	}
 	return d.Serve(e.ctx)
+}
+
+// alone returns an error if another HMM answers for the same node: what one has given out the other would be asked for, in vain. While
+// NATS is away nobody can be asked.
+func alone(ctx context.Context, nc *nats.Conn, node string) error {
+	if !nc.IsConnected() {
+		return nil
+	}
+	others, err := nodes(ctx, nc)
+	if err != nil {
+		return err
+	}
+	for _, o := range others {
+		if o.Node == node {
+			return fmt.Errorf("%wanother HMM on this NATS calls its node %s: give this one another name with --node", errUsage, node)
+		}
+	}
+	return nil
 }
 
 // npuName is how operators see an NPU: node/index, node/host, or node/shared and the number of a memory domain.

@@ -49,6 +49,7 @@ type upCmd struct {
 	Model      string     `help:"Hugging Face folder of the model; by default the bundled one." type:"path" placeholder:"DIR"`
 	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; 1Dx4 a decoder of four NPUs; 1Dx0 one that stands by without NPUs; +2 two spare NPUs." default:"1E1P1D"`
 	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
+	Node       string     `help:"Name of this machine, which no other on the same NATS has; by default the host's." placeholder:"NAME"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
 	Threads    int        `help:"Worker threads of each instance, shared by its host NPUs; 0: one for each core."`
@@ -189,10 +190,13 @@ func (c *upCmd) plan() (*plan, error) {
 	return p, nil
 }
 
+// node is the name of this machine.
+func (c *upCmd) node() string { return cmp.Or(c.Node, nodeName()) }
+
 // hmm is what of the HMM's configuration follows from the flags.
 func (c *upCmd) hmm(p *plan) hmm.Config {
 	return hmm.Config{
-		Socket: p.socket, Node: nodeName(), NPUs: p.topology.NPUs(), NPUBytes: int64(p.memory), HostBytes: int64(c.HostMemory),
+		Socket: p.socket, Node: c.node(), NPUs: p.topology.NPUs(), NPUBytes: int64(p.memory), HostBytes: int64(c.HostMemory),
 		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
 	}
 }
@@ -421,7 +425,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		}
 		return child(name, service, args...)
 	}
-	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--npus", strconv.Itoa(p.topology.NPUs()),
+	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--node", c.node(), "--npus", strconv.Itoa(p.topology.NPUs()),
 		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10),
 		"--domains", c.Domains}
 	for flag, size := range map[string]*conf.Bytes{"--mm-cache": c.MMCache, "--kv-cache": c.KVCache} {
@@ -462,7 +466,7 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	if all.scaler != nil {
 		s.Start(*all.scaler)
 	}
-	leave, err := stages.serve(ctx, p.natsURL, nodeName())
+	leave, err := stages.serve(ctx, p.natsURL, c.node())
 	if err != nil {
 		return errors.Join(err, c.stop(e.err, s, stages.names()))
 	}
