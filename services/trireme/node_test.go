@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -21,8 +22,8 @@ func TestTwoNodesOfOneName(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(nc.Close)
-	if err := alone(t.Context(), nc, "twin"); err != nil {
-		t.Errorf("with no other node: %v", err)
+	if others, err := otherNodes(t.Context(), nc, "twin"); len(others) > 0 || err != nil {
+		t.Errorf("with no other node: %q, %v", others, err)
 	}
 	stats, err := json.Marshal(hbm.Stats{Node: "twin"})
 	if err != nil {
@@ -34,8 +35,8 @@ func TestTwoNodesOfOneName(t *testing.T) {
 	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	if err := alone(t.Context(), nc, "other"); err != nil {
-		t.Errorf("beside another node: %v", err)
+	if others, err := otherNodes(t.Context(), nc, "other"); !slices.Equal(others, []string{"twin"}) || err != nil {
+		t.Errorf("beside another node: %q, %v", others, err)
 	}
 	text, status := said("hmm", "--nats-url", url, "--node", "twin", "--socket", filepath.Join(t.TempDir(), "hmm.sock"))
 	if status != exitUsage || !strings.Contains(text, "calls its node twin") || !strings.Contains(text, "--node") {

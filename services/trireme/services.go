@@ -382,8 +382,13 @@ func (c *hmmCmd) Run(e *env) error {
 			return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
 		}
 		defer conn.Close()
-		if err := alone(e.ctx, conn, c.Node); err != nil {
+		others, err := otherNodes(e.ctx, conn, c.Node)
+		if err != nil {
 			return err
+		}
+		if len(others) > 0 && c.PeerListen == "" {
+			e.log.Warn("other nodes are on this NATS, and this HMM serves them nothing: requests that pass between nodes fail; start all with --peer-listen, as in --peer-listen :7400",
+				"node", c.Node, "others", others)
 		}
 	}
 	cfg := hmm.Config{
@@ -411,22 +416,20 @@ func (c *hmmCmd) Run(e *env) error {
 	return d.Serve(e.ctx)
 }
 
-// alone returns an error if another HMM answers for the same node: what one has given out the other would be asked for, in vain. While
-// NATS is away nobody can be asked.
-func alone(ctx context.Context, nc *nats.Conn, node string) error {
+// otherNodes are the names of the nodes whose HMMs answer; one that has this node's name is an error: what one has given out the other
+// would be asked for, in vain. While NATS is away nobody can be asked.
+func otherNodes(ctx context.Context, nc *nats.Conn, node string) (names []string, err error) {
 	if !nc.IsConnected() {
-		return nil
+		return nil, nil
 	}
 	others, err := nodes(ctx, nc)
-	if err != nil {
-		return err
-	}
 	for _, o := range others {
 		if o.Node == node {
-			return fmt.Errorf("%wanother HMM on this NATS calls its node %s: give this one another name with --node", errUsage, node)
+			return nil, fmt.Errorf("%wanother HMM on this NATS calls its node %s: give this one another name with --node", errUsage, node)
 		}
+		names = append(names, o.Node)
 	}
-	return nil
+	return names, err
 }
 
 // npuName is how operators see an NPU: node/index, node/host, or node/shared and the number of a memory domain.

@@ -50,6 +50,7 @@ type upCmd struct {
 	Topology   string     `help:"Instances: 2E1P1D is two encoders, one prefill, one decoder; 2EPD two that do all of it; 1Dx4 a decoder of four NPUs; 1Dx0 one that stands by without NPUs; +2 two spare NPUs." default:"1E1P1D"`
 	Data       string     `help:"Folder for state: JetStream, the unpacked model, the HMM's socket." default:"${data}" type:"path"`
 	Node       string     `help:"Name of this machine, which no other on the same NATS has; by default the host's." placeholder:"NAME"`
+	PeerListen string     `help:"Address to serve device memory to the HMMs of other machines on the same NATS at, as :7400; none by default: then no request may pass between them." placeholder:"ADDR"`
 	NPUMemory  conf.Bytes `name:"npu-memory" help:"Memory of each NPU; by default 4 GiB, or an NPU's share of half the machine's." placeholder:"SIZE"`
 	HostMemory conf.Bytes `help:"Memory for pictures and long prompts." default:"1GiB"`
 	Threads    int        `help:"Worker threads of each instance, shared by its host NPUs; 0: one for each core."`
@@ -79,6 +80,8 @@ func (upCmd) Help() string {
   trireme up --slo ttft:2s,tpot:100ms --late refuse   429 for what would come later than that
   trireme up --topology 1E1P1D+3 --scaler auto        stages get spare NPUs, and one another's, as the load wants it
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
+  trireme up --nats-url nats://10.0.0.5:4222 --peer-listen :7400
+                                                      one of several machines on it
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
 second one at once.`
@@ -432,6 +435,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		if size != nil {
 			hmm = append(hmm, flag, strconv.FormatInt(int64(*size), 10))
 		}
+	}
+	if c.PeerListen != "" {
+		hmm = append(hmm, "--peer-listen", c.PeerListen)
 	}
 	if c.WeightsMemory != 0 {
 		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
