@@ -103,7 +103,11 @@ func (c *changeFlags) among(e *env, f func(ctx context.Context, b *bus.Bus, all 
 	if err != nil {
 		return fmt.Errorf("reading heartbeats: %w", err)
 	}
-	return f(ctx, b, view.Named())
+	err = f(ctx, b, view.Named())
+	if err != nil && e.ctx.Err() != nil { // what a signal has ended is not told by report, and here something goes on
+		fmt.Fprintln(e.err, err)
+	}
+	return err
 }
 
 // apply says in a change what the flags say.
@@ -139,7 +143,7 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 		fmt.Fprintf(w, "balance   %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
 	}
 	if dry {
-		_, err := fmt.Fprintf(w, "to copy   %d bytes, in %v at --copy-rate; %d bytes of memory beside what is in use\n", p.Bytes, p.Expect, p.Memory)
+		_, err := fmt.Fprintf(w, "to copy   %v, in %v at --copy-rate; %v of memory beside what is in use\n", conf.Bytes(p.Bytes), p.Expect, conf.Bytes(p.Memory))
 		return err
 	}
 	rate := ""
@@ -147,14 +151,14 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 		rate = fmt.Sprintf(", %.3g GB/s", float64(r.Copied)/r.Copying.Seconds()/1e9)
 	}
 	short := func(d time.Duration) time.Duration { return d.Round(time.Microsecond) }
-	fmt.Fprintf(w, "took      %v until all of it was in force: planned in %v, prepared in %v (%d bytes copied%s), warmed up in %v, committed in %v\n",
-		short(r.Total), short(r.Planning), short(r.Copying), r.Copied, rate, short(r.Warming), short(r.Committal))
+	fmt.Fprintf(w, "took      %v until all of it was in force: planned in %v, prepared in %v (%v copied%s), warmed up in %v, committed in %v\n",
+		short(r.Total), short(r.Planning), short(r.Copying), conf.Bytes(r.Copied), rate, short(r.Warming), short(r.Committal))
 	if r.Maps+r.Unmaps > 0 {
 		fmt.Fprintf(w, "mapped    experts in ranges of addresses: %d maps in %v, %d unmaps\n", r.Maps, short(r.Mapping), r.Unmaps)
 	}
 	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
 	fmt.Fprintf(w, "release   %v, for what only the old layout needed\n", short(r.Releasing))
-	fmt.Fprintf(w, "memory    %d bytes at most, before %d, now %d\n", r.Peak, r.UsedBefore, r.UsedAfter)
+	fmt.Fprintf(w, "memory    %v at most, before %v, now %v\n", conf.Bytes(r.Peak), conf.Bytes(r.UsedBefore), conf.Bytes(r.UsedAfter))
 	if r.Why != "" {
 		fmt.Fprintf(w, "note      %s\n", r.Why)
 	}

@@ -67,7 +67,7 @@ func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change
 			return r, fmt.Errorf("%s of %s %w: %s", r.Kind, instance, ErrGivenUp, r.Why)
 		}
 	}
-	return r, fmt.Errorf("%s of %s has not ended, and goes on by itself (see `trireme events`): %w", c.Kind, instance, context.Cause(ctx))
+	return r, fmt.Errorf("%s of %s has not ended, and goes on by itself (`trireme events --kind scale --follow` shows how): %w", c.Kind, instance, context.Cause(ctx))
 }
 
 // changeEnded finds out how an operation has ended whose instance is gone: its record says so, once the instance's successor has
