@@ -178,7 +178,7 @@ func (s *status) print(w io.Writer) error {
 		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%s\n", q.Stage, q.Stream, q.Pending, q.InWork, q.Redelivered, oldest)
 	}
 	if s.Dead > 0 {
-		fmt.Fprintf(t, "\n%d dead letters: see trireme dead list\n", s.Dead)
+		fmt.Fprintf(t, "\ndead letters: %d, see trireme dead list\n", s.Dead)
 	}
 	fmt.Fprintln(t, "\nNPU\tINSTANCE\tNAME")
 	for _, n := range s.NPUs {

@@ -264,11 +264,11 @@ func (p *Policy) Describe() string {
 		line("Instances may have all NPUs there are.")
 	}
 	for k, bound := range p.Bounds {
-		most := "any number"
+		many := fmt.Sprintf("%d or more", bound.Min)
 		if bound.Max > 0 {
-			most = fmt.Sprint(bound.Max)
+			many = fmt.Sprintf("%d to %d", bound.Min, bound.Max)
 		}
-		line("%-8s %d to %s NPUs, sized to compute %.0f%% of the time (more where many encode or prefill)", Stage(k).String()+":", bound.Min, most, 100*p.Utilisation[k])
+		line("%-8s %s NPUs, sized to compute %.0f%% of the time (more where many encode or prefill)", Stage(k).String()+":", many, 100*p.Utilisation[k])
 	}
 	line("A stage gets more when it has needed %.0f%% more than it has for %v, %v after the last change; what waits should be gone in %v.",
 		100*p.Band, p.Grow.Window, p.Grow.Cooldown, p.Drain)
