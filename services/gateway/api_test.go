@@ -362,3 +362,25 @@ func TestModelsAndMetrics(t *testing.T) {
 		t.Errorf("/metrics: %d", resp.StatusCode)
 	}
 }
+
+// A model's name may have a slash, as those of Hugging Face have, which clients escape in a path, or do not.
+func TestModelWithASlash(t *testing.T) {
+	const name = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+	f := start(t, func(cfg *gateway.Config, _ *stages) { cfg.ModelName = name })
+	m, err := f.client.Models.Get(t.Context(), name)
+	if err != nil || m.ID != name {
+		t.Errorf("the official client: %v, %v", m, err)
+	}
+	for path, want := range map[string]int{
+		name: 200, "Qwen%2FQwen3-VL-30B-A3B-Instruct": 200, "Qwen%2fQwen3-VL-30B-A3B-Instruct": 200, "Qwen%2FQwen4": 404, "Qwen": 404,
+	} {
+		resp, err := f.http.Get(f.url + "/v1/models/" + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%s: %s, want %d", path, resp.Status, want)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -205,7 +206,11 @@ func (g *Gateway) models(c echo.Context) error {
 }
 
 func (g *Gateway) oneModel(c echo.Context) error {
-	if err := g.checkModel(c.Param("model")); err != nil {
+	name := c.Param("model") // as the path has it: %2F stands for a slash
+	if plain, err := url.PathUnescape(name); err == nil {
+		name = plain
+	}
+	if err := g.checkModel(name); err != nil {
 		return err
 	}
 	m := g.modelObject()
