@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"trireme.dev/services/gateway/media"
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/imageprep"
 	"trireme.dev/shared/sched"
 )
@@ -112,7 +113,7 @@ func (c Config) Validate() error {
 	}
 	for one := range strings.SplitSeq(c.NATSURL, ",") {
 		if u, err := url.Parse(strings.TrimSpace(one)); err != nil || u.Host == "" {
-			fault(true, "NATS URL %q is not like nats://host:port, or several of a cluster with commas between", c.NATSURL)
+			fault(true, "NATS URL %q is not like nats://host:port, or several of a cluster with commas between", bus.Redacted(c.NATSURL))
 		}
 	}
 	for _, h := range c.Media.AllowHosts {
@@ -123,11 +124,25 @@ func (c Config) Validate() error {
 	fault(c.HTTP == "", "no address to listen on")
 	fault(c.HMMSocket == "", "no HMM socket")
 	fault(c.ModelDir == "", "no model folder")
-	fault(c.MaxBody < 0 || c.MaxPixels < 0 || c.MaxOpen < 0 || c.MaxQueue < 0 || c.Attempts < 0 || c.Ahead < 0 || c.Inbox < 0 || c.Replicas < 0, "a limit is negative")
+	for _, limit := range []struct {
+		name string
+		is   int64
+	}{
+		{"max-body", c.MaxBody}, {"max-pixels", int64(c.MaxPixels)}, {"max-open", int64(c.MaxOpen)}, {"max-queue", int64(c.MaxQueue)},
+		{"attempts", int64(c.Attempts)}, {"ahead", int64(c.Ahead)}, {"inbox", int64(c.Inbox)}, {"replicas", int64(c.Replicas)},
+	} {
+		fault(limit.is < 0, "%s is %d, a limit cannot be negative", limit.name, limit.is)
+	}
 	fault(c.MaxPixels > imageprep.DecodeLimit, "pictures of %d pixels are more than encoders decode, %d", c.MaxPixels, imageprep.DecodeLimit)
-	fault(c.QueueWait < 0 || c.Deadline < 0 || c.WriteWait < 0 || c.StoreWait < 0 || c.BodyWait < 0 || c.Grace < 0 || c.Notice < 0 || c.ResendWait < 0 ||
-		c.ConfirmWait < 0 || c.AckWait < 0,
-		"a time is negative")
+	for _, wait := range []struct {
+		name string
+		is   time.Duration
+	}{
+		{"queue-wait", c.QueueWait}, {"deadline", c.Deadline}, {"write wait", c.WriteWait}, {"store wait", c.StoreWait}, {"body wait", c.BodyWait},
+		{"grace", c.Grace}, {"notice", c.Notice}, {"resend wait", c.ResendWait}, {"confirm wait", c.ConfirmWait}, {"ack-wait", c.AckWait},
+	} {
+		fault(wait.is < 0, "%s is %v, a time cannot be negative", wait.name, wait.is)
+	}
 	fault(!slices.Contains([]string{"", DeadWhole, DeadFacts, DeadOff}, c.DeadLetters), "dead letters are %s, %s or %s, not %q",
 		DeadWhole, DeadFacts, DeadOff, c.DeadLetters)
 	errs = append(errs, c.checkOrder())

@@ -67,7 +67,7 @@ func lookAndTell(ctx context.Context, log *slog.Logger, url, name string, a ackF
 	b, err := bus.Look(ctx, url, name, log, bus.WithAckWait(a.AckWait), bus.WithReplicas(a.Replicas))
 	if errors.Is(err, bus.ErrUnreachable) {
 		_, why, _ := strings.Cut(err.Error(), bus.ErrUnreachable.Error()+": ")
-		return nil, fmt.Errorf("no NATS at %s (%s): start everything with `trireme up`, or say where with --nats-url", url, why)
+		return nil, fmt.Errorf("no NATS at %s (%s): start everything with `trireme up`, or say where with --nats-url", bus.Redacted(url), why)
 	}
 	return b, err
 }

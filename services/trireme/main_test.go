@@ -83,3 +83,20 @@ func TestCommandLineThatCannotBeRead(t *testing.T) {
 		t.Errorf("no command: status %d, %q", status, text)
 	}
 }
+
+// Services refuse limits of which nothing could be in work, with the name of the flag.
+func TestServicesRefuseLimits(t *testing.T) {
+	for args, want := range map[string]string{
+		"prefill --rows=-1":                "--rows -1",
+		"prefill --slots=0":                "--slots 0",
+		"decoder --slots=0":                "--slots 0",
+		"stage --roles PD --sequences=0":   "--sequences 0",
+		"stage --roles PD --step-tokens=0": "--step-tokens 0",
+		"gateway --max-open=-1":            "max-open is -1",
+		"gateway --queue-wait=-1s":         "queue-wait is -1s",
+	} {
+		if text, status := said(strings.Fields(args + " --nats-url nats://127.0.0.1:1")...); status != exitUsage || !strings.Contains(text, want) {
+			t.Errorf("%s: status %d, %s; want %s", args, status, text, want)
+		}
+	}
+}

@@ -81,6 +81,16 @@ type indirectionFlag struct {
 
 var validName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
+// atLeastOne checks flags, each a name and a number.
+func atLeastOne(flags ...any) error {
+	for i := 0; i < len(flags); i += 2 {
+		if n := flags[i+1].(int); n < 1 {
+			return fmt.Errorf("%w%s %d, must be at least 1", errUsage, flags[i], n)
+		}
+	}
+	return nil
+}
+
 // run opens a stage and serves it; serve gets the open stage.
 func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage.Stage) error) error {
 	if f.NPUs < 0 || f.NPUs > placement.MaxNPUs {
@@ -161,6 +171,9 @@ func (c *prefillCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
+	if err := atLeastOne("--rows", c.Rows, "--slots", c.Slots); err != nil {
+		return err
+	}
 	return c.run(e, stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
 		return prefill.Serve(ctx, s, prefill.Config{Rows: c.Rows, Slots: c.Slots, Policy: policy})
 	})
@@ -184,6 +197,9 @@ Examples:
 
 // Run runs a decoder.
 func (c *decoderCmd) Run(e *env) error {
+	if err := atLeastOne("--slots", c.Slots); err != nil {
+		return err
+	}
 	return c.run(e, stage.Decode, func(ctx context.Context, s *stage.Stage) error {
 		return decoder.Serve(ctx, s, decoder.Config{Slots: c.Slots})
 	})
@@ -217,6 +233,9 @@ One role alone is what the commands encoder, prefill and decoder run. In 'trirem
 func (c *stageCmd) Run(e *env) error {
 	if err := conf.CheckRoles(c.Roles); err != nil {
 		return fmt.Errorf("%w--roles: %w", errUsage, err)
+	}
+	if err := atLeastOne("--rows", c.Rows, "--requests", c.Requests, "--sequences", c.Sequences, "--step-tokens", c.StepTokens); err != nil {
+		return err
 	}
 	policy, err := c.policy()
 	if err != nil {
@@ -379,7 +398,7 @@ func (c *hmmCmd) Run(e *env) error {
 	var conn *nats.Conn
 	if c.NATSURL != "" {
 		if conn, err = nats.Connect(c.NATSURL, append(bus.Lasting("hmm-"+c.Node), nats.RetryOnFailedConnect(true))...); err != nil {
-			return fmt.Errorf("connecting to NATS at %s: %w", c.NATSURL, err)
+			return fmt.Errorf("connecting to NATS at %s: %w", bus.Redacted(c.NATSURL), err)
 		}
 		defer conn.Close()
 		others, err := otherNodes(e.ctx, conn, c.Node)

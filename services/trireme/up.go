@@ -28,6 +28,7 @@ import (
 	"trireme.dev/services/gateway/media"
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/trireme/supervise"
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/bus/embedded"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/hf"
@@ -309,18 +310,18 @@ func checkNATS(ctx context.Context, url string) error {
 	defer cancel()
 	nc, err := nats.Connect(url, nats.Timeout(5*time.Second))
 	if err != nil {
-		return fmt.Errorf("%w--nats-url %s: %w", errUsage, url, err)
+		return fmt.Errorf("%w--nats-url %s: %w", errUsage, bus.Redacted(url), err)
 	}
 	defer nc.Close()
 	if v := nc.ConnectedServerVersion(); tooOld(v) {
-		return fmt.Errorf("%w--nats-url %s: nats-server %s is too old; queues that give work to the idlest instance need 2.12", errUsage, url, v)
+		return fmt.Errorf("%w--nats-url %s: nats-server %s is too old; queues that give work to the idlest instance need 2.12", errUsage, bus.Redacted(url), v)
 	}
 	js, err := jetstream.New(nc)
 	if err == nil {
 		_, err = js.AccountInfo(ctx)
 	}
 	if err != nil {
-		return fmt.Errorf("%w--nats-url %s: no JetStream there (start nats-server with -js): %w", errUsage, url, err)
+		return fmt.Errorf("%w--nats-url %s: no JetStream there (start nats-server with -js): %w", errUsage, bus.Redacted(url), err)
 	}
 	return nil
 }

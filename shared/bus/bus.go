@@ -158,14 +158,14 @@ func connect(ctx context.Context, url, name string, log *slog.Logger, looks bool
 	b.keeper = newKeeper(b.ackWait/3, func(reply string) error { return b.conn.Publish(reply, ackProgress) })
 	if err := b.dial(ctx, url, name); err != nil {
 		b.cancel()
-		return nil, fmt.Errorf("connecting to NATS at %s: %w", url, err)
+		return nil, fmt.Errorf("connecting to NATS at %s: %w", Redacted(url), err)
 	}
 	err := b.open(ctx)
 	if err != nil {
 		b.cancel()
 		b.conn.Close()
 		<-b.gone
-		return nil, fmt.Errorf("preparing JetStream at %s: %w", url, err)
+		return nil, fmt.Errorf("preparing JetStream at %s: %w", Redacted(url), err)
 	}
 	b.wg.Go(func() { b.keeper.run(b.ctx) })
 	b.mu.Lock()
@@ -252,7 +252,7 @@ func (b *Bus) dial(ctx context.Context, url, name string) error {
 			return fmt.Errorf("%w: %w", ErrUnreachable, err)
 		}
 		if wait.tries == 0 {
-			b.log.Info("NATS cannot be reached yet; trying again", "url", url, "error", err)
+			b.log.Info("NATS cannot be reached yet; trying again", "url", Redacted(url), "error", err)
 		}
 		if wait.sleep(ctx) != nil {
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -404,7 +404,7 @@ func (b *Bus) reconnected(conn *nats.Conn) {
 	if b.closed || !b.ready { // setup tries again by itself before Connect is done
 		return
 	}
-	b.log.Info("connected to NATS again", "url", conn.ConnectedUrl())
+	b.log.Info("connected to NATS again", "url", Redacted(conn.ConnectedUrl()))
 	b.Emit(wire.Event{Kind: wire.EventReached, Instance: conn.Opts.Name, Text: "connected to NATS again"})
 	b.wg.Go(func() {
 		if err := b.setup(b.ctx); err != nil {
