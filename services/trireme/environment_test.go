@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
+
+	"trireme.dev/services/trireme/supervise"
 )
 
 // A variable that is set for services, or for other commands, changes no command in which the flag of that name is something else, and
@@ -35,6 +38,25 @@ func TestChildrenHaveTheNPUsOfTheTopology(t *testing.T) {
 		args := strings.Join(made.stage(g, "name").Args, " ")
 		if want := fmt.Sprintf("--npus %d", g.NPUs); !strings.Contains(args, want) {
 			t.Errorf("%s is started with %q, want %s in it", g.Roles, args, want)
+		}
+	}
+}
+
+// The password of a NATS server is no argument of a child, which everybody on the machine can read.
+func TestChildrenGetNATSByTheEnvironment(t *testing.T) {
+	const secret = "nats://me:secret@10.0.0.5:4222"
+	t.Setenv("TRIREME_NATS_URL", "nats://another:4222")
+	c := &upCmd{Topology: "1EPD", HostMemory: 1 << 30, NATSURL: secret, scalerFlags: scalerFlags{Scaler: "auto"}}
+	p, err := c.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := c.children(&env{}, p, "trireme")
+	for _, child := range []supervise.Child{made.gateway, made.hmm, *made.scaler, made.stage(p.topology.Groups[0], "name")} {
+		at := slices.IndexFunc(child.Env, func(v string) bool { return v == "TRIREME_NATS_URL="+secret })
+		last := slices.IndexFunc(child.Env[at+1:], func(v string) bool { return strings.HasPrefix(v, "TRIREME_NATS_URL=") })
+		if args := strings.Join(child.Args, " "); at < 0 || last >= 0 || strings.Contains(args, "secret") || strings.Contains(args, "--nats-url") {
+			t.Errorf("%s: %s, with TRIREME_NATS_URL at %d, and again at %d", child.Name, args, at, last)
 		}
 	}
 }

@@ -398,10 +398,11 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	environ := slices.DeleteFunc(os.Environ(), func(v string) bool {
 		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=")
 	})
+	environ = append(environ, "TRIREME_NATS_URL="+p.natsURL) // which may have a password, and everybody can read arguments
 	child := func(name, service string, args ...string) supervise.Child {
 		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.inherit), Env: environ}
 	}
-	common := []string{"--nats-url", p.natsURL, "--hmm", p.socket, "--model", p.model, "--data", c.Data}
+	common := []string{"--hmm", p.socket, "--model", p.model, "--data", c.Data}
 	gateway := slices.Concat([]string{"--http", p.http, "--grace", c.Grace.String(), "--notice", "0s"}, common, c.args())
 	for _, h := range c.AllowMediaHost {
 		gateway = append(gateway, "--allow-media-host", h)
@@ -429,7 +430,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		}
 		return child(name, service, args...)
 	}
-	hmm := []string{"--nats-url", p.natsURL, "--socket", p.socket, "--node", c.node(), "--npus", strconv.Itoa(p.topology.NPUs()),
+	hmm := []string{"--socket", p.socket, "--node", c.node(), "--npus", strconv.Itoa(p.topology.NPUs()),
 		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10),
 		"--domains", c.Domains}
 	for flag, size := range map[string]*conf.Bytes{"--mm-cache": c.MMCache, "--kv-cache": c.KVCache} {
@@ -445,7 +446,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	}
 	return children{
 		gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage,
-		scaler: c.scaler(p.natsURL, child),
+		scaler: c.scaler(child),
 	}
 }
 

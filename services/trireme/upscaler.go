@@ -25,11 +25,11 @@ func (f *scalerFlags) check() error {
 }
 
 // scaler is its process; nil: there is none.
-func (f *scalerFlags) scaler(natsURL string, child func(name, service string, args ...string) supervise.Child) *supervise.Child {
+func (f *scalerFlags) scaler(child func(name, service string, args ...string) supervise.Child) *supervise.Child {
 	if f.Scaler == "off" {
 		return nil
 	}
-	args := []string{"run", "--nats-url", natsURL, "--mode", f.Scaler}
+	args := []string{"run", "--mode", f.Scaler}
 	if f.ScalerPolicy != "" {
 		args = append(args, "--policy", f.ScalerPolicy)
 	}
