@@ -18,6 +18,8 @@ import (
 	"github.com/openai/openai-go/v3"
 	"github.com/openai/openai-go/v3/option"
 	"golang.org/x/term"
+
+	"trireme.dev/services/trireme/load"
 )
 
 // chatCmd asks a running gateway.
@@ -60,7 +62,7 @@ func (c *chatCmd) Run(e *env) error {
 	if c.MaxTokens < 0 {
 		return fmt.Errorf("%w--max-tokens %d cannot be negative", errUsage, c.MaxTokens)
 	}
-	client := openai.NewClient(option.WithBaseURL(strings.TrimSuffix(c.URL, "/")+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
+	client := openai.NewClient(option.WithBaseURL(load.Base(c.URL)+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
 	p := openai.ChatCompletionNewParams{Model: c.Model, StreamOptions: openai.ChatCompletionStreamOptionsParam{IncludeUsage: openai.Bool(true)}}
 	if c.MaxTokens > 0 {
 		p.MaxTokens = openai.Int(c.MaxTokens)

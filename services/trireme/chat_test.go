@@ -45,6 +45,7 @@ func TestChatQuestion(t *testing.T) {
 		wantError string
 	}{
 		{args: []string{"argument"}, stdin: "stdin\n", want: "argument\n"},
+		{args: []string{"--url", url + "/v1/", "as of OpenAI's clients"}, want: "as of OpenAI's clients\n"},
 		{stdin: "one line", want: "one line\n"},
 		{stdin: "first\n\n  second\nthird\n", want: "first\n\n  second\nthird\n"},
 		{stdin: " \n\n", wantError: "no question"},

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 
+	"trireme.dev/services/trireme/load"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/wire"
 )
@@ -57,7 +58,7 @@ func (c *deadReplayCmd) Run(e *env) error {
 	if err != nil {
 		return err
 	}
-	r, err := http.NewRequestWithContext(e.ctx, http.MethodPost, strings.TrimSuffix(c.URL, "/")+l.Path, bytes.NewReader(body))
+	r, err := http.NewRequestWithContext(e.ctx, http.MethodPost, load.Base(c.URL)+l.Path, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("%w%w", errUsage, err)
 	}

@@ -540,7 +540,9 @@ func waitHealthy(ctx context.Context, address string, w io.Writer) error {
 			return nil
 		case time.Since(told) >= patience:
 			told = time.Now()
-			if err != nil {
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				said = "for the gateway, which does not listen yet"
+			} else if err != nil {
 				said = err.Error()
 			}
 			fmt.Fprintf(w, "waiting   %s\n", said)

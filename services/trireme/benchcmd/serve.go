@@ -189,7 +189,7 @@ func (c *Serve) loads() ([]load.Config, error) {
 
 // firstModel asks the server which models it has, and a Trireme whether its NPUs are slowed down to a profile.
 func (c *Serve) firstModel(e Env) (name, paced string, _ error) {
-	client := openai.NewClient(option.WithBaseURL(strings.TrimSuffix(c.URL, "/")+"/v1"), option.WithAPIKey(c.APIKey), option.WithMaxRetries(0))
+	client := openai.NewClient(option.WithBaseURL(load.Base(c.URL)+"/v1"), option.WithAPIKey(c.APIKey), option.WithMaxRetries(0))
 	page, err := client.Models.List(e.Context)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):

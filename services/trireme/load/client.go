@@ -61,7 +61,7 @@ func newClient(cfg *Config) *client {
 		h.Set(k, v)
 	}
 	return &client{
-		http: &http.Client{Transport: transport()}, url: strings.TrimSuffix(cfg.URL, "/") + "/v1/chat/completions",
+		http: &http.Client{Transport: transport()}, url: Base(cfg.URL) + "/v1/chat/completions",
 		header: h, timeout: cfg.Timeout,
 	}
 }
@@ -194,4 +194,9 @@ func readEvents(r io.Reader, s *Sample) error {
 			}
 		}
 	}
+}
+
+// Base is the URL of a server as it is, or with the /v1 behind it that OpenAI's clients want: without that.
+func Base(url string) string {
+	return strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(url, "/"), "/v1"), "/")
 }
