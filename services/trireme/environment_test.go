@@ -26,7 +26,7 @@ func TestEnvironmentOfOthers(t *testing.T) {
 	}
 }
 
-// Instances of `trireme up` have the NPUs that its topology says, whatever a variable says of others.
+// Instances of `trireme up` have the NPUs that its topology says, whatever a variable says of others; what up has no flag for variables may say.
 func TestChildrenHaveTheNPUsOfTheTopology(t *testing.T) {
 	c := &upCmd{Topology: "1E1P1Dx4", HostMemory: 1 << 30}
 	p, err := c.plan()
@@ -34,6 +34,9 @@ func TestChildrenHaveTheNPUsOfTheTopology(t *testing.T) {
 		t.Fatal(err)
 	}
 	made := c.children(&env{}, p, "trireme")
+	if slices.Contains(made.gateway.Args, "--served-name") {
+		t.Errorf("the gateway is told a name that stands above TRIREME_SERVED_NAME: %q", made.gateway.Args)
+	}
 	for _, g := range p.topology.Groups {
 		args := strings.Join(made.stage(g, "name").Args, " ")
 		if want := fmt.Sprintf("--npus %d", g.NPUs); !strings.Contains(args, want) {

@@ -407,9 +407,6 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	for _, h := range c.AllowMediaHost {
 		gateway = append(gateway, "--allow-media-host", h)
 	}
-	if c.Model == "" {
-		gateway = append(gateway, "--served-name", models.Default)
-	}
 	stage := func(g conf.Group, name string) supervise.Child {
 		service := serviceOf(g.Roles)
 		args := slices.Concat(common, []string{"--name", name, "--npus", strconv.Itoa(g.NPUs)})
