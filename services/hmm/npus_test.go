@@ -3,6 +3,7 @@ package hmm_test
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -97,6 +98,14 @@ func TestNPUsOfAName(t *testing.T) {
 	}
 	_, err := hbm.Dial(t.Context(), socket, hbm.Hello{Instance: "twin", Role: "decode", Name: "decoder-0"})
 	wantErr(t, err, mem.ErrDenied)
+	for _, said := range []string{`"child" has the name "decoder-0"`, "--name"} {
+		if !strings.Contains(err.Error(), said) {
+			t.Errorf("the refusal of a name that is taken is %q, without %s", err, said)
+		}
+	}
+	if strings.Contains(err.Error(), "capability") {
+		t.Errorf("a name that is taken is refused with %q", err)
+	}
 }
 
 func TestNothingIsReserved(t *testing.T) {

@@ -8,7 +8,7 @@ var (
 	ErrGone = errors.New("object is gone")
 	// ErrDenied is returned by attach when the handle's capability does not match, and for what a client's role, or the
 	// instance that an NPU is granted to, rules out.
-	ErrDenied = errors.New("capability does not match, or it is not for this client")
+	ErrDenied = errors.New("not for this client")
 	// ErrExhausted is returned by alloc when the NPU has no room; the error that wraps it carries the sizes.
 	ErrExhausted = errors.New("out of device memory")
 	// ErrCorrupt is returned when content does not match its checksum or header.

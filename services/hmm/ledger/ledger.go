@@ -154,7 +154,7 @@ func (l *Ledger) Connect(now time.Time, h protocol.Hello) (Conn, []int, error) {
 		return 0, nil, fmt.Errorf("instance %q of role %q with %d NPUs: %w", h.Instance, h.Role, max(h.NPUs, len(h.Want)), mem.ErrInvalid)
 	}
 	if c := l.named(h.Name); c != nil {
-		return 0, nil, fmt.Errorf("%q has the name %q: %w", c.instance, h.Name, mem.ErrDenied)
+		return 0, nil, fmt.Errorf("%q has the name %q on this node: end it, or give this one another with --name: %w", c.instance, h.Name, mem.ErrDenied)
 	}
 	npus, err := l.choose(now, h.Name, h.NPUs, h.Want)
 	if err != nil {

@@ -271,7 +271,7 @@ func (l *Ledger) find(h mem.Handle) (*object, error) {
 		return nil, fmt.Errorf("generation is %d, the handle has %d: %w", o.handle.Generation, h.Generation, mem.ErrGone)
 	}
 	if !hmac.Equal(h.Capability, l.capability(h)) {
-		return nil, mem.ErrDenied
+		return nil, fmt.Errorf("capability does not match: %w", mem.ErrDenied)
 	}
 	return o, nil
 }
