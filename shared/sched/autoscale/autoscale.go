@@ -197,7 +197,12 @@ func (s *State) grow(d *Decision, o *options, w window, missed bool, arriving am
 			if o.need[k] > w.low[k]+0.5 {
 				likely = fmt.Sprintf(", likely %.1f,", o.need[k])
 			}
-			why = append(why, fmt.Sprintf("%s needs %.1f NPUs%s and has %d", Stage(k), w.low[k], likely, o.now.with(Stage(k))))
+			has := o.now.with(Stage(k))
+			if u[k] > band {
+				why = append(why, fmt.Sprintf("%s needs %.1f NPUs%s and has %d", Stage(k), w.low[k], likely, has))
+			} else { // what it needs is not why
+				why = append(why, fmt.Sprintf("%s is to have at least %d NPUs (stages.%s.min) and has %d", Stage(k), s.policy.Bounds[k].Min, Stage(k), has))
+			}
 		}
 	}
 	u = o.now.utilisation(o.need)

@@ -356,3 +356,23 @@ func TestOneBatchIsEnoughToTakeAway(t *testing.T) {
 		}
 	}
 }
+
+// A stage that has fewer NPUs than the policy wants at least is said to be short of that, and not of what little it needs.
+func TestTooFewByThePolicy(t *testing.T) {
+	t.Parallel()
+	for bound, load := range map[int]float64{2: 0, 3: 0.2} {
+		w := newWorld("E P D", 4)
+		w.load = load
+		s := autoscale.New(policy(func(p *autoscale.Policy) { p.Bounds[autoscale.Decode].Min = bound }))
+		var why string
+		for range 60 {
+			if d := s.Decide(w.tick()); d.Change.Action != autoscale.None {
+				why = d.Why
+				break
+			}
+		}
+		if want := fmt.Sprintf("decode is to have at least %d NPUs (stages.decode.min) and has 1: ", bound); !strings.HasPrefix(why, want) {
+			t.Errorf("with stages.decode.min %d: %q, want %q…", bound, why, want)
+		}
+	}
+}
