@@ -9,14 +9,12 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"reflect"
 	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"github.com/alecthomas/kong"
 
@@ -179,8 +177,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 	}
 	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
-	group := k.Selected().ClosestGroup()
-	return report(errOut, k.Command(), err, context.Cause(ctx), group.Key == "Run" || group.Key == "Services")
+	return report(errOut, k.Command(), err, context.Cause(ctx), serves(k.Selected()))
 }
 
 // newParser makes the parser of a command line into c; exit is called after --help.
@@ -219,34 +216,6 @@ func hint(err error) string {
 		command = p.Context.Path[len(p.Context.Path)-1].Node().FullPath()
 	}
 	return fmt.Sprintf(" (%s --help tells more)", command)
-}
-
-// interrupted is why the context of a command ends: a signal.
-type interrupted syscall.Signal
-
-func (i interrupted) Error() string { return syscall.Signal(i).String() + " signal received" }
-
-// Is says that it is a way to be cancelled.
-func (i interrupted) Is(target error) bool { return target == context.Canceled }
-
-// interruptible returns a context that the first SIGINT or SIGTERM ends, with interrupted as its cause. The second one ends the process at
-// once, and its children with it.
-func interruptible() (ctx context.Context, stop func()) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		select {
-		case s := <-c:
-			signal.Stop(c)
-			cancel(interrupted(s.(syscall.Signal)))
-		case <-ctx.Done():
-		}
-	}()
-	return ctx, func() {
-		signal.Stop(c)
-		cancel(nil)
-	}
 }
 
 // unneeded are the commands, as kong.IgnoreFields takes them, that a command line does not mean as it begins with another one: to describe them

@@ -124,9 +124,9 @@ func (c *scalerStatusCmd) Run(e *env) error {
 // scalers asks every scaler; those that answer within a short while of the first count. Those that lead come first.
 func scalers(ctx context.Context, b *bus.Bus) ([]explain.Status, error) {
 	all := []explain.Status{}
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	brief, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	err := b.AskAll(ctx, wire.SubjectScaler, struct{}{}, func(data []byte) bool {
+	err := b.AskAll(brief, wire.SubjectScaler, struct{}{}, func(data []byte) bool {
 		var s explain.Status
 		if json.Unmarshal(data, &s) == nil && s.Scaler != "" {
 			all = append(all, s)
@@ -136,6 +136,9 @@ func scalers(ctx context.Context, b *bus.Bus) ([]explain.Status, error) {
 		}
 		return len(data) > 0 // nobody listens
 	})
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("asking scalers: %w", context.Cause(ctx))
+	}
 	slices.SortFunc(all, func(a, b explain.Status) int {
 		if a.Leads != b.Leads {
 			return map[bool]int{true: -1, false: 1}[a.Leads]
@@ -179,7 +182,13 @@ func (c *scalerReplayCmd) Run(e *env) error {
 		}
 	}
 	r := replayed{cmd: c, out: e.out}
-	if err := record.Replay(f, p, r.step); err != nil {
+	step := func(s *record.Step) error {
+		if e.ctx.Err() != nil {
+			return context.Cause(e.ctx)
+		}
+		return r.step(s)
+	}
+	if err := record.Replay(f, p, step); err != nil {
 		return fmt.Errorf("%s: %w", c.File, err)
 	}
 	fmt.Fprintf(e.err, "%d decisions, %d of them changes; in the record %d; %d are not as recorded\n", r.decisions, r.changes, r.recorded, r.others)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -401,7 +402,7 @@ func (c *hmmCmd) Run(e *env) error {
 			return fmt.Errorf("connecting to NATS at %s: %w", bus.Redacted(c.NATSURL), err)
 		}
 		defer conn.Close()
-		others, err := otherNodes(e.ctx, conn, c.Node)
+		others, err := otherNodes(e.ctx, conn, c.Node, e.log)
 		if err != nil {
 			return err
 		}
@@ -436,12 +437,16 @@ func (c *hmmCmd) Run(e *env) error {
 }
 
 // otherNodes are the names of the nodes whose HMMs answer; one that has this node's name is an error: what one has given out the other
-// would be asked for, in vain. While NATS is away nobody can be asked.
-func otherNodes(ctx context.Context, nc *nats.Conn, node string) (names []string, err error) {
+// would be asked for, in vain. While NATS is away nobody can be asked, and an answer that cannot be read keeps no HMM from its work.
+func otherNodes(ctx context.Context, nc *nats.Conn, node string, log *slog.Logger) (names []string, err error) {
 	if !nc.IsConnected() {
 		return nil, nil
 	}
 	others, err := nodes(ctx, nc)
+	if err != nil && ctx.Err() == nil {
+		log.Warn("not all other nodes on this NATS are known", "error", err)
+		err = nil
+	}
 	for _, o := range others {
 		if o.Node == node {
 			return nil, fmt.Errorf("%wanother HMM on this NATS calls its node %s: give this one another name with --node", errUsage, node)

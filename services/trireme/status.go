@@ -110,7 +110,7 @@ func readStatus(ctx context.Context, url string, ackWait time.Duration) (*status
 	return &s, err
 }
 
-// nodes asks every HMM; those that answer within a short while of the first count.
+// nodes asks every HMM; those that answer within a short while of the first count. With an error are those whose answers could be read.
 func nodes(ctx context.Context, nc *nats.Conn) ([]hbm.Stats, error) {
 	found := []hbm.Stats{}
 	inbox := nc.NewRespInbox()
@@ -123,20 +123,24 @@ func nodes(ctx context.Context, nc *nats.Conn) ([]hbm.Stats, error) {
 		return nil, fmt.Errorf("asking the HMMs: %w", err)
 	}
 	for wait := time.Second; ; wait = 100 * time.Millisecond {
-		ctx, cancel := context.WithTimeout(ctx, wait)
-		msg, err := sub.NextMsgWithContext(ctx)
+		brief, cancel := context.WithTimeout(ctx, wait)
+		msg, none := sub.NextMsgWithContext(brief)
 		cancel()
-		if err != nil || len(msg.Data) == 0 { // no more, or no responders at all
+		if none != nil || len(msg.Data) == 0 { // no more, or no responders at all
 			break
 		}
 		var s hbm.Stats
-		if err := json.Unmarshal(msg.Data, &s); err != nil {
-			return nil, fmt.Errorf("reading an HMM's answer: %w", err)
+		if why := json.Unmarshal(msg.Data, &s); why != nil {
+			err = fmt.Errorf("reading an HMM's answer: %w", why)
+			continue
 		}
 		found = append(found, s)
 	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		err = fmt.Errorf("asking the HMMs: %w", context.Cause(ctx))
+	}
 	slices.SortFunc(found, func(a, b hbm.Stats) int { return strings.Compare(a.Node, b.Node) })
-	return found, nil
+	return found, err
 }
 
 // print writes the status as tables.

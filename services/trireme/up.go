@@ -85,7 +85,7 @@ func (upCmd) Help() string {
                                                       one of several machines on it
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
-second one at once.`
+second one, a second or more later, at once.`
 }
 
 // stopGrace is how long the processes of one layer get to stop before they are killed; the gateway gets its grace on top.

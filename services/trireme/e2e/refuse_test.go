@@ -198,6 +198,19 @@ func TestChatAndStatus(t *testing.T) {
 	}
 }
 
+// Who ends up with timeout sends two signals, the second one to its process group: it stops in order all the same.
+func TestTimeoutStopsInOrder(t *testing.T) {
+	c := start(t)
+	_ = syscall.Kill(c.cmd.Process.Pid, syscall.SIGTERM)
+	time.Sleep(20 * time.Millisecond) // two at once could be heard as one anyway
+	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGTERM)
+	<-c.exited
+	c.killed = true
+	if code := c.cmd.ProcessState.ExitCode(); code != 0 || !strings.Contains(c.log.String(), "stopping  hmm") {
+		t.Errorf("up ended with %v:\n%s", c.cmd.ProcessState, c.log)
+	}
+}
+
 // A second Ctrl-C does not wait for open requests.
 func TestSecondInterruptStopsAtOnce(t *testing.T) {
 	c := start(t)
