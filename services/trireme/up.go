@@ -84,6 +84,9 @@ func (upCmd) Help() string {
   trireme up --nats-url nats://10.0.0.5:4222 --peer-listen :7400
                                                       one of several machines on it
 
+/metrics is the gateway's. Other processes have theirs at addresses of their own: in a file of settings (--config) "metrics: 127.0.0.1:9101"
+under encoder, prefill, decoder, stage or hmm says one, where there is one of the kind.
+
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
 second one, a second or more later, at once.`
 }
