@@ -128,16 +128,16 @@ type Bus struct {
 }
 
 // Connect connects to the NATS server at url and makes the streams, consumers and buckets that are missing. It tries
-// until ctx ends, then the error says what the last try failed with; a malformed url, refused credentials and a server
-// without JetStream (ErrNoJetStream) are errors at once. The connection is made again for ever when it breaks, and
+// until ctx ends, then the error says what the last try failed with; a malformed url, refused credentials and an account
+// without JetStream (ErrNoJetStream) are errors at once; a server without it may be one that starts. The connection is made again for ever when it breaks, and
 // what is missing then is made again too. Name is what monitoring shows for the connection.
 func Connect(ctx context.Context, url, name string, log *slog.Logger, opts ...Option) (*Bus, error) {
 	return connect(ctx, url, name, log, false, opts)
 }
 
 // Look is Connect for commands, which look at a running system, or ask it for something, and end. It fails with ErrUnreachable when no
-// server answers, and where all buckets are there it makes and changes nothing: streams and consumers stay as the services have made
-// them. Close does not wait for subscriptions.
+// server answers, with ErrNoJetStream when that has none, and where all buckets are there it makes and changes nothing: streams and consumers stay as the services have made
+// them, also when the connection comes back. Close does not wait for subscriptions.
 func Look(ctx context.Context, url, name string, log *slog.Logger, opts ...Option) (*Bus, error) {
 	return connect(ctx, url, name, log, true, opts)
 }
@@ -179,8 +179,10 @@ func (b *Bus) open(ctx context.Context) (err error) {
 	if b.js, err = jetstream.New(b.conn, jetstream.WithDefaultTimeout(setupTimeout)); err != nil {
 		return err
 	}
-	if b.looks && b.openBuckets(ctx) == nil {
-		return nil
+	if b.looks {
+		if err := b.persist(ctx, b.openBuckets); !missing(err) {
+			return err
+		}
 	}
 	if err := b.setup(ctx); err != nil {
 		return err
@@ -270,17 +272,29 @@ func unreachable(err error) bool {
 		strings.HasSuffix(err.Error(), "EOF")
 }
 
-// setup makes what is missing, trying again on errors that may pass.
-func (b *Bus) setup(ctx context.Context) error {
+// setup makes what is missing.
+func (b *Bus) setup(ctx context.Context) error { return b.persist(ctx, b.ensure) }
+
+// missing says of an error that a bucket, or its stream, is not there.
+func missing(err error) bool {
+	return errors.Is(err, jetstream.ErrBucketNotFound) || errors.Is(err, jetstream.ErrStreamNotFound)
+}
+
+// persist calls f, again on errors that may pass.
+func (b *Bus) persist(ctx context.Context, f func(context.Context) error) error {
 	for wait := newPause(); ; {
-		err := b.ensure(ctx)
+		err := f(ctx)
 		switch {
 		case err == nil:
 			return nil
 		case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
 			return ErrNoJetStream
-		case permanent(err):
+		case permanent(err), missing(err):
 			return err
+		case errors.Is(err, nats.ErrNoResponders) && b.looks:
+			return fmt.Errorf("%w: %w", ErrNoJetStream, err)
+		case errors.Is(err, nats.ErrNoResponders) && wait.tries == 0:
+			b.log.Warn("NATS has no JetStream yet; trying again (nats-server needs -js)")
 		}
 		if wait.sleep(ctx) != nil {
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -397,7 +411,7 @@ func (b *Bus) copies(ctx context.Context, stream string) (int, error) {
 // mostCopies is the automatic number of replicas in a cluster: with three, one may fail.
 const mostCopies = 3
 
-// reconnected makes again what a server with a lost store no longer has, and wakes whoever must ask again.
+// reconnected makes again what a server with a lost store no longer has, unless the Bus only looks, and wakes whoever must ask again.
 func (b *Bus) reconnected(conn *nats.Conn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -405,9 +419,14 @@ func (b *Bus) reconnected(conn *nats.Conn) {
 		return
 	}
 	b.log.Info("connected to NATS again", "url", Redacted(conn.ConnectedUrl()))
-	b.Emit(wire.Event{Kind: wire.EventReached, Instance: conn.Opts.Name, Text: "connected to NATS again"})
+	prepare := b.setup
+	if b.looks {
+		prepare = func(context.Context) error { return nil }
+	} else {
+		b.Emit(wire.Event{Kind: wire.EventReached, Instance: conn.Opts.Name, Text: "connected to NATS again"})
+	}
 	b.wg.Go(func() {
-		if err := b.setup(b.ctx); err != nil {
+		if err := prepare(b.ctx); err != nil {
 			if b.ctx.Err() == nil {
 				b.log.Error("preparing JetStream after a reconnect failed", "error", err)
 			}

@@ -1,10 +1,15 @@
 package bus_test
 
 import (
+	"bytes"
+	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
 
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/bus/bustest"
@@ -52,6 +57,64 @@ func TestLookChangesNothing(t *testing.T) {
 	}
 	if got := c.CachedInfo().Config.AckWait; got != time.Hour {
 		t.Errorf("acks are waited for for %v now, before an hour", got)
+	}
+}
+
+// It is so, too, when the connection breaks and comes back, and no event tells of that: a command is no service.
+func TestLookChangesNothingWhenItComesBack(t *testing.T) {
+	t.Parallel()
+	s := bustest.Run(t)
+	connect(t, s.URL(), bus.WithAckWait(time.Hour)).Close()
+	l, err := bus.Look(t.Context(), s.URL(), "look", quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	back := l.Reconnected()
+	s.Stop()
+	s.Start()
+	select {
+	case <-back:
+	case <-time.After(long):
+		t.Fatal("it does not come back")
+	}
+	c, err := l.JetStream().Consumer(t.Context(), wire.StreamDecode, wire.ConsumerDecode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.CachedInfo().Config.AckWait; got != time.Hour {
+		t.Errorf("acks are waited for for %v now, before an hour", got)
+	}
+	events, err := l.JetStream().Stream(t.Context(), wire.StreamEvents)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := events.CachedInfo().State.Msgs; n > 0 {
+		t.Errorf("%d events", n)
+	}
+}
+
+// Of a server without JetStream a command says that at once; a service says it and waits, as that may be one that starts.
+func TestNoJetStream(t *testing.T) {
+	t.Parallel()
+	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	t.Cleanup(s.Shutdown)
+	if !s.ReadyForConnections(long) {
+		t.Fatal("it does not start")
+	}
+	if _, err := bus.Look(t.Context(), s.ClientURL(), "look", quiet()); !errors.Is(err, bus.ErrNoJetStream) {
+		t.Errorf("Look: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var log bytes.Buffer
+	handler := slog.NewTextHandler(writer(func(p []byte) (int, error) { cancel(); return log.Write(p) }), nil)
+	if _, err := bus.Connect(ctx, s.ClientURL(), "connect", slog.New(handler)); !errors.Is(err, context.Canceled) || !strings.Contains(log.String(), "-js") {
+		t.Errorf("Connect: %v; it said %s", err, &log)
 	}
 }
 
