@@ -157,7 +157,10 @@ func (d *decoder) advance(s *sequence, logits []float32) error {
 	}
 	pos := s.position()
 	s.kv.Seal(pos, pos+1)
-	rec, lp := stage.Draw(s.sampler, &s.spec.Sampling, logits, s.answer)
+	rec, lp, err := stage.Draw(stage.Decode, s.sampler, &s.spec.Sampling, logits, s.answer)
+	if err != nil {
+		return err
+	}
 	if err := s.kv.Append(rec); err != nil {
 		return err
 	}

@@ -245,7 +245,10 @@ func (p *prefill) first(j *job, c int, logits []float32, runs map[string][]wire.
 	if !j.claim.Held() {
 		return mem.ErrFenced
 	}
-	rec, lp := stage.Draw(ch.sampler, &j.spec.Sampling, logits, index)
+	rec, lp, err := stage.Draw(stage.Prefill, ch.sampler, &j.spec.Sampling, logits, index)
+	if err != nil {
+		return err
+	}
 	if err := ch.seq.Append(rec); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"trireme.dev/shared/bus"
@@ -127,7 +128,11 @@ func (s *Stage) tellLost(ctx context.Context, stage string, req wire.Request, er
 	m := wire.Lost{Request: req.ID, Attempt: req.Attempt, Why: err.Error(), Status: 500, Stage: stage}
 	if f := (*Fault)(nil); errors.As(err, &f) {
 		m.Final, m.Status, m.Param, m.Code = true, f.Status, f.Param, f.Code
-		s.Log.Info("request is at fault", "request", req.ID, "error", err)
+		level, what := slog.LevelInfo, "request is at fault"
+		if f.Status >= 500 {
+			level, what = slog.LevelWarn, "request cannot be served"
+		}
+		s.Log.Log(ctx, level, what, "request", req.ID, "error", err)
 	} else if errors.Is(err, ErrNoRoom) || errors.Is(err, mem.ErrExhausted) {
 		m.NoRoom = true
 		s.Log.Info("no room for a request for now", "request", req.ID, "attempt", req.Attempt, "error", err)

@@ -32,12 +32,20 @@ func FinishOf(s *wire.Sampling, index int, token int32) wire.Finish {
 	return wire.FinishNone
 }
 
-// Draw samples the token at index, as a log record and, when logprobs are wanted, as a run's logprobs.
-func Draw(smp *sample.Sampler, s *wire.Sampling, logits []float32, index int) (kv.Record, []wire.Logprob) {
+// CodeNoNumbers is the code of a Fault for logits that are no numbers.
+const CodeNoNumbers = "model_gave_nan"
+
+// Draw samples the token at index in a stage, as a log record and, when logprobs are wanted, as a run's logprobs. The error is a Fault: where
+// logits are no numbers the token would be nothing that the model says. Single ones the sampler passes over.
+func Draw(stage string, smp *sample.Sampler, s *wire.Sampling, logits []float32, index int) (kv.Record, []wire.Logprob, error) {
 	token, logprob, top := smp.Next(logits, index)
+	if of := logits[token]; of != of || logprob != logprob {
+		return kv.Record{}, nil, &Fault{Status: 500, Code: CodeNoNumbers, Err: fmt.Errorf(
+			"the model gave NaN for token %d of the answer, in %s: its weights are damaged, or of a kind that this server does not compute", index+1, stage)}
+	}
 	rec := kv.Record{Index: index, Token: token, Logprob: logprob}
 	if s.Logprobs < 0 {
-		return rec, nil
+		return rec, nil, nil
 	}
 	lp := wire.Logprob{Own: logprob}
 	for _, t := range top {
@@ -45,7 +53,7 @@ func Draw(smp *sample.Sampler, s *wire.Sampling, logits []float32, index int) (k
 		lp.Top = append(lp.Top, t.Logprob)
 	}
 	rec.TopIDs, rec.Top = lp.IDs, lp.Top
-	return rec, []wire.Logprob{lp}
+	return rec, []wire.Logprob{lp}, nil
 }
 
 // Replay reads tokens [from, committed) of a log as runs for the gateway, in pieces that fit messages.

@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"errors"
 	"math"
 	"slices"
 	"strings"
@@ -9,9 +10,41 @@ import (
 
 	"pgregory.net/rapid"
 
+	"trireme.dev/shared/engine/sample"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/wire"
 )
+
+// Logits that are no numbers are an error that says in which stage, and no token.
+func TestDrawWithoutNumbers(t *testing.T) {
+	nan, inf := float32(math.NaN()), float32(math.Inf(1))
+	for name, x := range map[string]struct {
+		logits   []float32
+		logprobs int
+		bad      bool
+	}{
+		"numbers":                  {[]float32{1, 2, 3}, -1, false},
+		"numbers, logprobs":        {[]float32{1, 2, 3}, 2, false},
+		"one impossible, logprobs": {[]float32{1, 2, -inf}, 3, false},
+		"none":                     {[]float32{nan, nan, nan}, -1, true},
+		"none, logprobs":           {[]float32{nan, nan, nan}, 0, true},
+		"some, logprobs":           {[]float32{1, nan, 3}, 3, false}, // which are passed over
+		"one beyond all, logprobs": {[]float32{1, inf, 3}, 1, true},
+		"all impossible, logprobs": {[]float32{-inf, -inf, -inf}, 0, true},
+	} {
+		s := wire.Sampling{Logprobs: x.logprobs}
+		rec, lp, err := Draw(Decode, sample.New(SampleParams(&s, 0), nil, nil, nil), &s, x.logits, 0)
+		if !x.bad {
+			if err != nil || x.logprobs >= 0 && (len(lp) != 1 || math.IsNaN(float64(lp[0].Own))) {
+				t.Errorf("%s: %+v, %v, %v", name, rec, lp, err)
+			}
+			continue
+		}
+		if f := (*Fault)(nil); !errors.As(err, &f) || f.Status != 500 || f.Code != CodeNoNumbers || !strings.Contains(err.Error(), "in decode") {
+			t.Errorf("%s: %+v, %v, %v", name, rec, lp, err)
+		}
+	}
+}
 
 // encoded is the size of a run inside a message.
 func encoded(t *rapid.T, r wire.Run) int {

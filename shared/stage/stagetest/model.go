@@ -109,7 +109,10 @@ func (m *Model) Answer(spec *wire.Spec, choice int, mm ...[]float32) Sequence {
 	smp := sample.New(stage.SampleParams(&spec.Sampling, choice), nil, spec.Prompt, nil)
 	for {
 		n := len(out.IDs)
-		rec, lp := stage.Draw(smp, &spec.Sampling, logits, n)
+		rec, lp, err := stage.Draw("the reference", smp, &spec.Sampling, logits, n)
+		if err != nil {
+			m.tb.Fatal(err)
+		}
 		out.IDs, out.Logprobs = append(out.IDs, rec.Token), append(out.Logprobs, lp...)
 		if out.Finish = stage.FinishOf(&spec.Sampling, n, rec.Token); out.Finish != wire.FinishNone {
 			return out
@@ -224,7 +227,10 @@ func (r *Rig) Prefilled(req wire.Request, spec *wire.Spec, choice int) wire.Deco
 	_, logits := m.prompt(spec, seq.Blocks, nil)
 	seq.Seal(0, len(spec.Prompt))
 	smp := sample.New(stage.SampleParams(&spec.Sampling, choice), nil, spec.Prompt, nil)
-	rec, _ := stage.Draw(smp, &spec.Sampling, logits, 0)
+	rec, _, err := stage.Draw("the reference", smp, &spec.Sampling, logits, 0)
+	if err != nil {
+		r.tb.Fatal(err)
+	}
 	if err := seq.Append(rec); err != nil {
 		r.tb.Fatal(err)
 	}
