@@ -229,7 +229,7 @@ func (r *replicas) with(role byte) (names []string) {
 func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), err error) {
 	conn, err := nats.Connect(url, append(bus.Lasting("up-"+node), nats.RetryOnFailedConnect(true))...)
 	if err != nil {
-		return nil, fmt.Errorf("connecting to NATS at %s: %w", bus.Redacted(url), err)
+		return nil, bus.ConnectError(url, err)
 	}
 	granted := func() (grants, error) {
 		has := grants{named: map[string]bool{}}

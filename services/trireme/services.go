@@ -399,7 +399,7 @@ func (c *hmmCmd) Run(e *env) error {
 	var conn *nats.Conn
 	if c.NATSURL != "" {
 		if conn, err = nats.Connect(c.NATSURL, append(bus.Lasting("hmm-"+c.Node), nats.RetryOnFailedConnect(true))...); err != nil {
-			return fmt.Errorf("connecting to NATS at %s: %w", bus.Redacted(c.NATSURL), err)
+			return bus.ConnectError(c.NATSURL, err)
 		}
 		defer conn.Close()
 		others, err := otherNodes(e.ctx, conn, c.Node, e.log)

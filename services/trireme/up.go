@@ -313,7 +313,7 @@ func checkNATS(ctx context.Context, url string) error {
 	defer cancel()
 	nc, err := nats.Connect(url, nats.Timeout(5*time.Second))
 	if err != nil {
-		return fmt.Errorf("%w--nats-url %s: %w", errUsage, bus.Redacted(url), err)
+		return fmt.Errorf("%w--nats-url: %w", errUsage, bus.ConnectError(url, err))
 	}
 	defer nc.Close()
 	if v := nc.ConnectedServerVersion(); tooOld(v) {

@@ -158,7 +158,7 @@ func connect(ctx context.Context, url, name string, log *slog.Logger, looks bool
 	b.keeper = newKeeper(b.ackWait/3, func(reply string) error { return b.conn.Publish(reply, ackProgress) })
 	if err := b.dial(ctx, url, name); err != nil {
 		b.cancel()
-		return nil, fmt.Errorf("connecting to NATS at %s: %w", Redacted(url), err)
+		return nil, ConnectError(url, err)
 	}
 	err := b.open(ctx)
 	if err != nil {
