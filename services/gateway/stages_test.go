@@ -162,6 +162,9 @@ func (s *stages) note(f func()) {
 func (s *stages) await(what string, f func() bool) {
 	s.t.Helper()
 	deadline := time.After(time.Minute)
+	// f may ask the gateway, which may not answer: then all goroutines say where they are.
+	stuck := time.AfterFunc(2*time.Minute, func() { panic(fmt.Sprintf("%s: %s: what is looked at does not answer", s.t.Name(), what)) })
+	defer stuck.Stop()
 	for {
 		s.mu.Lock()
 		ok, changed := f(), s.changed

@@ -121,7 +121,7 @@ func (c *changeFlags) teller(e *env) func(*wire.ChangeReport) {
 	last := ""
 	return func(r *wire.ChangeReport) {
 		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
-		if line != last && !c.JSON && r.State != "aborted" { // the error says that // figures change more often than what is said of them
+		if line != last && !c.JSON && r.State != "aborted" { // figures change more often than what is said of them, and the error tells of an abort
 			fmt.Fprint(e.err, line)
 			last = line
 		}
