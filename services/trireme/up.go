@@ -103,8 +103,12 @@ func (c *upCmd) Run(e *env) error {
 	if err := c.apply(&gateway.Config{}); err != nil { // or the gateway would say it again and again
 		return err
 	}
+	if !validName.MatchString(c.node()) {
+		return fmt.Errorf("%w--node %q: letters, digits, - and _, at most 64", errUsage, c.node())
+	}
 	if err := c.hmm(p).Validate(); err != nil {
-		return fmt.Errorf("%w--npu-memory %v, --host-memory %v, --weights-memory %v: %w", errUsage, p.memory, c.HostMemory, c.WeightsMemory, err)
+		return fmt.Errorf("%wthe HMM does not start with --npu-memory %v, --host-memory %v, --weights-memory %v and --data %s: %w",
+			errUsage, p.memory, c.HostMemory, c.WeightsMemory, c.Data, err)
 	}
 	if err := c.scalerFlags.check(); err != nil {
 		return err

@@ -13,10 +13,7 @@ import (
 // A model with damaged weights gives no numbers: the client is told that, with logprobs and without, and no process ends.
 func TestModelWithoutNumbers(t *testing.T) {
 	const norm = "model.language_model.norm.weight"
-	dir := t.TempDir()
-	if err := os.CopyFS(dir, os.DirFS("../../../models/shapes-vl-moe")); err != nil {
-		t.Fatal(err)
-	}
+	dir := copyModel(t)
 	files, err := filepath.Glob(filepath.Join(dir, "*.safetensors"))
 	if err != nil {
 		t.Fatal(err)

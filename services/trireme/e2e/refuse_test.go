@@ -115,6 +115,7 @@ func TestUpRefuses(t *testing.T) {
 		"name of a model":      {with(freePorts, "--model", "Qwen/Qwen3-VL-30B-A3B-Instruct"), "not downloaded"},
 		"a file":               {with(freePorts, "--model", filepath.Join(cut, "config.json")), "no such folder"},
 		"too much memory":      {with(freePorts, "--npu-memory", "100TiB"), "100 TiB"},
+		"name of the node":     {with(freePorts, "--node", "host.example"), `trireme up: --node "host.example": letters`},
 		"weight of a tenant":   {with(freePorts, "--tenant-weight", "search=0"), "--tenant-weight search=0"},
 		"topology":             {with(freePorts, "--topology", "1E1P"), "role D"},
 		"topology notation":    {with(freePorts, "--topology", "many"), "many"},
