@@ -39,7 +39,7 @@ type Memory struct {
 // Help is shown by `trireme bench memory --help`.
 func (Memory) Help() string {
 	return `Starts an HMM and a second process that holds memory, both private to this command, and measures what memory costs here:
-calls of the HMM, mapping, handing objects over by map and by copy, checksums, fresh and used memory. Each row says which
+calls of the HMM, mapping, handing objects over by map and by copy, checksums, memory that is fresh, used before or made ready. Each row says which
 other row of the same run its median is compared with: the unit is that ratio, since machines differ. Takes about half a
 minute; use an idle machine.
 

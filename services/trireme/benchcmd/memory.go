@@ -143,11 +143,12 @@ func (l *lab) rows(sizes []int64) []row {
 			size = n
 		}
 	}
-	fresh := "back " + conf.Bytes(freshBytes).String() + " with fresh memory"
+	fresh := "back and touch " + conf.Bytes(freshBytes).String() + " of fresh memory"
 	return append(rows,
 		row{"checksum of " + conf.Bytes(size).String(), memcpyOf(size), func() (hbmbench.Case, error) { return l.checksum(size) }},
-		row{fresh, "", func() (hbmbench.Case, error) { return hbmbench.Back(freshBytes, false) }},
-		row{"back it with memory used before", fresh, func() (hbmbench.Case, error) { return hbmbench.Back(freshBytes, true) }},
+		row{fresh, "", func() (hbmbench.Case, error) { return hbmbench.Back(freshBytes, hbmbench.Fresh) }},
+		row{"  of memory used before", fresh, func() (hbmbench.Case, error) { return hbmbench.Back(freshBytes, hbmbench.Reused) }},
+		row{"  of memory made ready", fresh, func() (hbmbench.Case, error) { return hbmbench.Back(freshBytes, hbmbench.Readied) }},
 	)
 }
 

@@ -108,7 +108,7 @@ func TestMemoryBench(t *testing.T) {
 		"call of the HMM", "call, 200 callers", "attach an extent", "attach 1000 extents", "map an extent", "map 1000 extents",
 		"remap an extent", "remap 1000 extents", "hand over 1 MiB by map", "hand over 1 MiB by copy", "hand over 2 MiB by map",
 		"hand over 2 MiB by copy", "copy 2 MiB between maps", "memcpy of 2 MiB", "checksum of 2 MiB",
-		"back 64 MiB with fresh memory", "back it with memory used before",
+		"back and touch 64 MiB of fresh memory", "  of memory used before", "  of memory made ready",
 	} {
 		if _, ok := rows[name]; !ok {
 			t.Errorf("nothing about %q", name)

@@ -45,8 +45,9 @@ func TestCases(t *testing.T) {
 	for name, open := range map[string]func() (hbmbench.Case, error){
 		"map":    func() (hbmbench.Case, error) { return hbmbench.Map(3) },
 		"remap":  func() (hbmbench.Case, error) { return hbmbench.Remap(3) },
-		"fresh":  func() (hbmbench.Case, error) { return hbmbench.Back(4*hbmbench.Page, false) },
-		"reused": func() (hbmbench.Case, error) { return hbmbench.Back(4*hbmbench.Page, true) },
+		"fresh":  func() (hbmbench.Case, error) { return hbmbench.Back(4*hbmbench.Page, hbmbench.Fresh) },
+		"reused": func() (hbmbench.Case, error) { return hbmbench.Back(4*hbmbench.Page, hbmbench.Reused) },
+		"ready":  func() (hbmbench.Case, error) { return hbmbench.Back(4*hbmbench.Page, hbmbench.Readied) },
 		"memcpy": func() (hbmbench.Case, error) { return hbmbench.Memcpy(10_000) },
 		"sum":    func() (hbmbench.Case, error) { return hbmbench.Checksum(make([]byte, 10)), nil },
 	} {

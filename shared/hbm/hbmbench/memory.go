@@ -59,21 +59,13 @@ type spaceOf struct {
 }
 
 func newSpace(n int) (*spaceOf, error) {
-	bytes := int64(n) * Page
-	store, err := host.NewStore("bench", bytes, bytes, 0)
+	store, space, err := newStore(int64(n)*Page, 0)
 	if err != nil {
 		return nil, err
 	}
-	s := &spaceOf{n: n, store: store}
+	s := &spaceOf{n: n, store: store, space: space}
 	if err := s.each(store.Back); err != nil {
-		return nil, errors.Join(err, store.Close())
-	}
-	fd, err := unix.FcntlInt(store.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err == nil {
-		s.space, err = host.OpenSpace(os.NewFile(uintptr(fd), "bench"), bytes)
-	}
-	if err != nil {
-		return nil, errors.Join(err, store.Close())
+		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
 }
@@ -94,25 +86,74 @@ func (s *spaceOf) mapOne(e mem.Extent) error {
 
 func (s *spaceOf) close() error { return errors.Join(s.space.Close(), s.store.Close()) }
 
-// Back has a store give memory to an extent of so many bytes, zeroed: memory that the system gives anew, or that the store
-// kept when it was dropped before.
-func Back(bytes int64, reused bool) (Case, error) {
+// Memory is where a store has what it gives.
+type Memory int
+
+// The kinds of memory.
+const (
+	Fresh   Memory = iota // the system gives it when it is wanted
+	Reused                // the store kept it when it was dropped before
+	Readied               // the store had Ready take it from the system
+)
+
+// Back has a store give memory to an extent of so many bytes, zeroed, and touches it as somebody does who is about to write it.
+func Back(bytes int64, memory Memory) (Case, error) {
 	keep := int64(0)
-	if reused {
+	if memory == Reused {
 		keep = bytes
 	}
-	store, err := host.NewStore("bench", bytes, bytes, keep)
+	store, space, err := newStore(bytes, keep)
 	if err != nil {
 		return Case{}, err
 	}
 	e := mem.Extent{Bytes: bytes}
-	return Case{Bytes: bytes, Close: store.Close, Do: func() (time.Duration, error) {
-		d, err := timed(func() error { return store.Back(e) })
+	undo := func() error {
+		err := errors.Join(space.Unmap(e), store.Drop(e))
+		for more := memory == Readied; more && err == nil; {
+			more, err = store.Ready(bytes)
+		}
+		return err
+	}
+	closed := func() error { return errors.Join(space.Close(), store.Close()) }
+	do := func() (time.Duration, error) {
+		d, err := timed(func() error {
+			if err := store.Back(e); err != nil {
+				return err
+			}
+			if _, err := space.Map(e, mem.ReadWrite); err != nil {
+				return err
+			}
+			host.Prefault(space.Bytes(e))
+			return nil
+		})
 		if err != nil {
 			return 0, err
 		}
-		return d, store.Drop(e)
-	}}, nil
+		return d, undo()
+	}
+	if memory != Fresh { // the first time it has none
+		if _, err := do(); err != nil {
+			return Case{}, errors.Join(err, closed())
+		}
+	}
+	return Case{Bytes: bytes, Close: closed, Do: do}, nil
+}
+
+// newStore is a store of so many bytes that keeps others, and a space on it.
+func newStore(bytes, keep int64) (*host.Store, *host.Space, error) {
+	store, err := host.NewStore("bench", bytes, bytes, keep)
+	if err != nil {
+		return nil, nil, err
+	}
+	fd, err := unix.FcntlInt(store.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	space, err := host.OpenSpace(os.NewFile(uintptr(fd), "bench"), bytes)
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	return store, space, nil
 }
 
 // Memcpy copies between two private memories of this process, which both have been touched: what a copy costs when nobody

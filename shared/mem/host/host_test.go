@@ -54,11 +54,26 @@ func space(t testing.TB, s *host.Store) *host.Space {
 	return sp
 }
 
-// backend is the host's for the suite, with stores that keep so many freed pages.
-func backend(keep int64) memtest.Backend {
+// readied has a store ready bytes.
+func readied(t testing.TB, s *host.Store, bytes int64) {
+	t.Helper()
+	for more := true; more; {
+		var err error
+		if more, err = s.Ready(bytes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.Unready(bytes) != 0 {
+		t.Fatalf("%d of %d bytes are not ready, and Ready has nothing to do", s.Unready(bytes), bytes)
+	}
+}
+
+// backend is the host's for the suite, with stores that keep so many freed pages, and have so many ready.
+func backend(keep, ready int64) memtest.Backend {
 	return memtest.Backend{
 		New: func(t *testing.T) (mem.Store, func() mem.Space) {
 			s := store(t, memtest.Pages, memtest.Pages, keep)
+			readied(t, s, ready*page)
 			return s, func() mem.Space { return space(t, s) }
 		},
 		File: func(s mem.Store) *os.File { return s.(*host.Store).File() },
@@ -66,11 +81,14 @@ func backend(keep int64) memtest.Backend {
 	}
 }
 
-func TestMain(m *testing.M) { os.Exit(memtest.Main(m, backend(0))) }
+func TestMain(m *testing.M) { os.Exit(memtest.Main(m, backend(0, 0))) }
 
 func TestConformance(t *testing.T) {
-	for name, keep := range map[string]int64{"punching": 0, "caching": memtest.Pages, "some": 3} {
-		t.Run(name, func(t *testing.T) { memtest.Run(t, backend(keep)) })
+	for name, x := range map[string]struct{ keep, ready int64 }{
+		"punching": {}, "caching": {keep: memtest.Pages}, "some": {keep: 3},
+		"readied": {ready: memtest.Pages}, "readied and caching": {keep: memtest.Pages, ready: memtest.Pages / 2},
+	} {
+		t.Run(name, func(t *testing.T) { memtest.Run(t, backend(x.keep, x.ready)) })
 	}
 }
 
@@ -109,6 +127,18 @@ func TestMemoryGoesBack(t *testing.T) {
 				}
 				used -= live[at].Bytes
 				delete(live, at)
+			},
+			"ready": func(r *rapid.T) {
+				want := page * rapid.Int64Range(0, keep).Draw(r, "kept")
+				short := s.Unready(want)
+				if most := min(want-s.Cached(), limit*page-used-s.Cached()); short != max(0, most) {
+					r.Fatalf("%d bytes unready of %d, with %d in use and %d cached", short, want, used, s.Cached())
+				}
+				before := s.Cached()
+				more, err := s.Ready(want)
+				if err != nil || more != (short > 0) || s.Cached() < before || s.Cached() > before+short || more && s.Cached() == before {
+					r.Fatalf("Ready(%d) = %t, %v: %d cached, before %d, %d were unready", want, more, err, s.Cached(), before, short)
+				}
 			},
 			"": func(r *rapid.T) {
 				if got, err := s.Resident(); err != nil || got != used+s.Cached() {

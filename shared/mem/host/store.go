@@ -15,16 +15,18 @@ import (
 // Store is a mem.Store over a memfd. Memory is given by fallocate, so that running out of it is an error here and not a
 // SIGBUS in whoever touches the page first. Dropped pages are kept up to a mark and zeroed when they are used again:
 // zeroing costs a fraction of what fresh memory does (4 s a GiB on some virtual machines); above the mark they are
-// punched out of the file.
+// punched out of the file. Ready takes memory ahead of those who will want it.
 type Store struct {
 	file  *os.File
-	limit int64 // most bytes of live and cached pages together, unless the live ones alone are more
-	keep  int64 // most bytes of cached pages
+	limit int64 // most bytes of all pages with memory, unless the live ones alone are more
+	keep  int64 // most bytes of pages that are not live for Drop to keep more
 
-	mu           sync.Mutex
-	state        []state         // by page
-	extents      map[int64]int64 // offset -> bytes of those that Back has, or is about to have, given memory
-	live, cached int64           // bytes
+	readying sync.Mutex // one Ready at a time
+
+	mu      sync.Mutex
+	state   []state         // by page
+	extents map[int64]int64 // offset -> bytes of those that Back has, or is about to have, given memory
+	bytes   [states]int64   // of the pages in each state
 }
 
 var _ mem.Store = (*Store)(nil)
@@ -35,14 +37,17 @@ const (
 	hole   state = iota // no memory behind it, reads as zeros
 	live                // part of an extent
 	cached              // memory with old content
+	coming              // Ready is giving it memory, reads as zeros
+	ready               // memory that nobody has used, reads as zeros
+	states
 )
 
 // chunk is the most bytes of one fallocate or write: such a call starts over when a signal comes, so it is kept short.
 const chunk = 16 << 20
 
 // NewStore returns a store of an address room of bytes (whole pages; sparse, so it may exceed the memory of the
-// machine). Freed memory up to keep bytes is cached, as long as limit, the memory that the space may really take, has
-// room for it.
+// machine). Freed memory is cached up to keep bytes, with what is ready, as long as limit, the memory that the space may
+// really take, has room for it.
 func NewStore(name string, bytes, limit, keep int64) (*Store, error) {
 	if bytes <= 0 || bytes%mem.HostPage != 0 {
 		return nil, fmt.Errorf("store %s of %d bytes: not whole pages of %d: %w", name, bytes, mem.HostPage, mem.ErrInvalid)
@@ -54,7 +59,9 @@ func NewStore(name string, bytes, limit, keep int64) (*Store, error) {
 	if err := seal(f, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return &Store{file: f, limit: limit, keep: keep, state: make([]state, bytes/mem.HostPage), extents: map[int64]int64{}}, nil
+	s := &Store{file: f, limit: limit, keep: keep, state: make([]state, bytes/mem.HostPage), extents: map[int64]int64{}}
+	s.bytes[hole] = bytes
+	return s, nil
 }
 
 // File is the memfd, owned by the store: what another process needs to open a Space.
@@ -70,11 +77,15 @@ func (s *Store) Bytes() int64 { return int64(len(s.state)) * mem.HostPage }
 func (s *Store) Cached() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.cached
+	return s.idle()
 }
 
-// Resident is the memory that the store takes, by the books of the system: live extents and what is cached, once no Back
-// or Drop is under way. ErrInvalid when the store is closed.
+// idle is the bytes with memory that nobody uses, held the bytes with memory. s.mu is held.
+func (s *Store) idle() int64 { return s.bytes[cached] + s.bytes[coming] + s.bytes[ready] }
+func (s *Store) held() int64 { return s.bytes[live] + s.idle() }
+
+// Resident is the memory that the store takes, by the books of the system: live extents and what is cached, once no Back,
+// Drop or Ready is under way. ErrInvalid when the store is closed.
 func (s *Store) Resident() (int64, error) {
 	var st unix.Stat_t
 	raw, err := s.file.SyscallConn()
@@ -104,7 +115,7 @@ func (s *Store) Back(e mem.Extent) error {
 	old := slices.Clone(pages)
 	s.set(pages, live)
 	s.extents[e.Offset] = e.Bytes
-	if s.live+s.cached > s.limit {
+	if s.held() > s.limit {
 		s.trim()
 	}
 	s.mu.Unlock()
@@ -112,7 +123,7 @@ func (s *Store) Back(e mem.Extent) error {
 	err := s.fill(e, old)
 	if errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOSPC) {
 		s.mu.Lock()
-		s.trim() // what is cached elsewhere may be what is missing
+		s.trim() // what is kept elsewhere may be what is missing
 		s.mu.Unlock()
 		err = s.fill(e, old)
 	}
@@ -147,7 +158,7 @@ func (s *Store) Drop(e mem.Extent) error {
 		return fmt.Errorf("dropping %v: not exactly a backed extent: %w", e, mem.ErrInvalid)
 	}
 	delete(s.extents, e.Offset)
-	if s.cached+e.Bytes <= s.keep && s.live+s.cached <= s.limit {
+	if s.idle()+e.Bytes <= s.keep && s.held() <= s.limit {
 		s.set(pages, cached)
 		return nil
 	}
@@ -170,25 +181,17 @@ func (s *Store) pages(e mem.Extent) []state {
 // set changes the state of pages and keeps the books. s.mu is held.
 func (s *Store) set(pages []state, to state) {
 	for i, from := range pages {
-		for _, c := range []struct {
-			state state
-			by    int64
-		}{{from, -mem.HostPage}, {to, mem.HostPage}} {
-			switch c.state {
-			case live:
-				s.live += c.by
-			case cached:
-				s.cached += c.by
-			}
-		}
+		s.bytes[from] -= mem.HostPage
+		s.bytes[to] += mem.HostPage
 		pages[i] = to
 	}
 }
 
-// trim punches all cached pages. s.mu is held, so that nobody takes one meanwhile.
+// trim gives back the memory that nobody uses. s.mu is held, so that nobody takes a page meanwhile. What is coming has its
+// memory taken by Ready, which finds that it is not wanted any more.
 func (s *Store) trim() {
 	eachRun(s.state, 0, func(st state, offset, bytes int64) error {
-		if st == cached && s.punch(offset, bytes) == nil {
+		if st == coming || (st == cached || st == ready) && s.punch(offset, bytes) == nil {
 			s.set(s.state[offset/mem.HostPage:(offset+bytes)/mem.HostPage], hole)
 		}
 		return nil
@@ -198,6 +201,9 @@ func (s *Store) trim() {
 // fill makes e, whose pages were in the states old, memory that reads as zeros.
 func (s *Store) fill(e mem.Extent, old []state) error {
 	return eachRun(old, e.Offset, func(st state, offset, bytes int64) error {
+		if st == ready {
+			return nil
+		}
 		for bytes > 0 {
 			n := min(bytes, chunk)
 			var err error

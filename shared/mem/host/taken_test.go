@@ -1,0 +1,79 @@
+package host
+
+import (
+	"testing"
+
+	"trireme.dev/shared/mem"
+)
+
+// What happens to pages while Ready takes their memory.
+func TestTakenMeanwhile(t *testing.T) {
+	first := mem.Extent{Bytes: mem.HostPage}
+	all := mem.Extent{Bytes: 3 * mem.HostPage}
+	for _, x := range []struct {
+		name               string
+		keep               int64 // pages
+		meanwhile          func(*Store) error
+		live, kept, unread int64 // pages
+	}{
+		{name: "nothing", kept: 3},
+		{name: "given out", meanwhile: func(s *Store) error { return s.Back(first) }, live: 1, kept: 2, unread: 1},
+		{name: "given out and dropped", meanwhile: func(s *Store) error {
+			if err := s.Back(first); err != nil {
+				return err
+			}
+			return s.Drop(first)
+		}, kept: 2, unread: 1},
+		{name: "given out, dropped and kept", keep: 3, meanwhile: func(s *Store) error {
+			if err := s.Back(first); err != nil {
+				return err
+			}
+			return s.Drop(first)
+		}, kept: 3},
+		{name: "trimmed", meanwhile: func(s *Store) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.trim()
+			return nil
+		}, unread: 3},
+	} {
+		for _, ok := range []bool{true, false} {
+			s, err := NewStore("test", 8*mem.HostPage, 8*mem.HostPage, x.keep*mem.HostPage)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, more := s.wanted(3 * mem.HostPage)
+			if e != all || !more {
+				t.Fatalf("%v, %t are wanted", e, more)
+			}
+			if x.meanwhile != nil {
+				if err := x.meanwhile(s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.take(e); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.taken(e, ok); err != nil {
+				t.Fatal(err)
+			}
+			kept := x.kept
+			if !ok { // then only what was dropped is kept
+				kept = 0
+				if x.keep > 0 {
+					kept = 1
+				}
+			}
+			got, err := s.Resident()
+			if err != nil || got != (x.live+kept)*mem.HostPage || s.Cached() != kept*mem.HostPage || s.bytes[live] != x.live*mem.HostPage || s.bytes[coming] != 0 {
+				t.Errorf("%s, %t: %d bytes resident, %v, want %d pages live and %d kept: %v", x.name, ok, got, s.bytes, x.live, kept, err)
+			}
+			if short := s.Unready(3 * mem.HostPage); ok && short != x.unread*mem.HostPage {
+				t.Errorf("%s: %d bytes unready, want %d pages", x.name, short, x.unread)
+			}
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
