@@ -45,7 +45,12 @@ type Config struct {
 	// for all domains together.
 	Weights int64
 
-	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain; 0: 256 MiB, negative: none
+	// Ready is memory of each NPU that is taken from the system and touched before anybody wants it, and kept beside what is in use, up to
+	// what the domain may have; 0: none. An accelerator has all of its memory from the start; that of a host comes when it is touched
+	// first, at 0.4 to 4 GB/s.
+	Ready int64
+
+	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain, which may keep what is to be Ready, too; 0: 256 MiB, negative: none
 	Connections  int           // most clients at a time; 0: 256
 	Claims       int           // most claims at a time; 0: 65536
 	Margin       time.Duration // that holds outlive their request's deadline; 0: 10 s
@@ -145,6 +150,9 @@ func (c Config) Validate() error {
 	}
 	if c.Weights < 0 || c.Weights > 1<<44 {
 		wrong("%d bytes of weights, must be 0 to %d", c.Weights, int64(1)<<44)
+	}
+	if c.Ready < 0 || c.Ready > 1<<44 {
+		wrong("%d bytes of ready memory, must be 0 to %d", c.Ready, int64(1)<<44)
 	}
 	if c.Connections < 0 || c.Claims < 0 || c.Margin < 0 || c.Tombstone < 0 || c.WriteTimeout < 0 {
 		wrong("limits and times must not be negative")

@@ -26,7 +26,8 @@ type Daemon struct {
 	books   *books
 	stores  []*host.Store // by space
 	rooms   []protocol.Space
-	domains []int // by NPU: its space
+	domains []int   // by NPU: its space
+	ready   []int64 // by space: bytes that are to be ready
 	table   *host.Table
 	board   *host.Board // what holders of claims say of their work, by slot
 	others  *peers      // nil: the node is alone
@@ -71,21 +72,24 @@ func (d *Daemon) open() error {
 		return err
 	}
 	capacities := []int64{d.cfg.HostBytes}
+	d.ready = []int64{0}
 	names := []string{"trireme-host"}
 	npus := make([]ledger.NPU, d.cfg.NPUs)
 	for i := range npus {
 		if i == 0 || d.cfg.PerNPU { // a domain begins
 			capacities = append(capacities, d.cfg.Weights)
 			names = append(names, fmt.Sprintf("trireme-hbm-%d", i))
+			d.ready = append(d.ready, 0)
 		}
 		space := len(capacities) - 1
 		capacities[space] += d.cfg.NPUBytes
+		d.ready[space] += d.cfg.Ready
 		npus[i] = ledger.NPU{Bytes: d.cfg.NPUBytes, Space: space}
 		d.domains = append(d.domains, space)
 	}
 	var spaces []int64
 	for i, capacity := range capacities {
-		s, err := host.NewStore(names[i], addressRoom*capacity, capacity, d.cfg.CacheBytes)
+		s, err := host.NewStore(names[i], addressRoom*capacity, capacity, max(d.cfg.CacheBytes, d.ready[i]))
 		if err != nil {
 			return err
 		}
@@ -153,6 +157,9 @@ func (d *Daemon) Serve(ctx context.Context) error {
 		d.emit(wire.Event{Kind: wire.EventHMMReady, Text: fmt.Sprintf("has the memory of %d NPUs, all of it empty", d.cfg.NPUs)})
 		d.peers.Go(func() { d.accept(ctx) })
 		d.peers.Go(func() { d.others.serve(ctx) })
+		if d.cfg.Ready > 0 {
+			d.peers.Go(func() { d.keepReady(ctx) })
+		}
 		<-ctx.Done()
 	}
 	err = errors.Join(err, bus.leave(), d.listener.Close())
@@ -293,7 +300,7 @@ func (d *Daemon) Stats() protocol.Stats {
 		s = l.Stats()
 		for i, store := range d.stores {
 			space := &s.Spaces[i]
-			space.Name, space.Kept = store.File().Name(), store.Cached()
+			space.Name, space.Kept, space.Unready = store.File().Name(), store.Cached(), store.Unready(d.ready[i])
 			s.Cached += space.Kept
 			var err error
 			if space.Resident, err = store.Resident(); err != nil {

@@ -32,7 +32,8 @@ var (
 // By space: host memory, and a memory domain.
 var (
 	spaceBooked   = memoryDesc("space_booked_bytes", "Used and padded, of all NPUs with memory in the space.", "space")
-	spaceKept     = memoryDesc("space_kept_bytes", "Freed, kept to be used again.", "space")
+	spaceKept     = memoryDesc("space_kept_bytes", "Freed and kept to be used again, or taken from the system ahead.", "space")
+	spaceUnready  = memoryDesc("space_unready_bytes", "To be taken from the system ahead (--ready-memory), and not yet there.", "space")
 	spaceResident = memoryDesc("space_resident_bytes", "What the space takes of the machine, by the system's books.", "space")
 )
 
@@ -57,7 +58,7 @@ var (
 // Describe implements prometheus.Collector.
 func (memoryMetrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		memUsed, memPad, memRest, memPeak, memFree, memSize, kvUsage, spaceBooked, spaceKept, spaceResident,
+		memUsed, memPad, memRest, memPeak, memFree, memSize, kvUsage, spaceBooked, spaceKept, spaceUnready, spaceResident,
 		hmmObjects, hmmResting, hmmHolds, hmmRequests, hmmEnded, hmmClaims, hmmOrphans, hmmConns, hmmCachedMM, hmmBlocks, hmmCopied,
 		hmmSets, hmmLoaded, hmmHolders,
 	} {
@@ -91,6 +92,7 @@ func (m memoryMetrics) Collect(c chan<- prometheus.Metric) {
 		name := s.Node + "/" + space.Name
 		gauge(spaceBooked, space.Booked, name)
 		gauge(spaceKept, space.Kept, name)
+		gauge(spaceUnready, space.Unready, name)
 		gauge(spaceResident, space.Resident, name)
 	}
 	for _, w := range s.Weights {

@@ -322,6 +322,7 @@ type hmmCmd struct {
 	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
 
 	weightsFlags
+	readyFlag
 
 	Reserve time.Duration `help:"Time for which the NPUs of a named instance that has ended are kept for the next one of its name; 0: they are not." default:"${reserve}"`
 
@@ -355,6 +356,11 @@ type domainFlags struct {
 // weightsFlags say how much memory weights may take.
 type weightsFlags struct {
 	WeightsMemory conf.Bytes `help:"Most memory for weights in each memory domain, beside that of the NPUs; by default half of the machine's for all." placeholder:"SIZE"`
+}
+
+// readyFlag says how much memory is taken from the system before it is wanted.
+type readyFlag struct {
+	ReadyMemory conf.Bytes `help:"Memory of each NPU that the HMM takes from the system before anybody wants it, and keeps beside what is in use. Who adds, shrinks or moves NPUs then does not wait for it, as it would not on an accelerator: on virtual machines memory that is touched first comes at less than 1 GB/s." default:"0" placeholder:"SIZE"`
 }
 
 // cacheFlags say how much memory the caches may keep.
@@ -413,7 +419,7 @@ func (c *hmmCmd) Run(e *env) error {
 	}
 	cfg := hmm.Config{
 		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
-		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
+		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory), Ready: int64(c.ReadyMemory),
 		Peers:   peers,
 		Reserve: cmp.Or(c.Reserve, -1),
 		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),

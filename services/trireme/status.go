@@ -201,10 +201,10 @@ func (s *status) print(w io.Writer) error {
 			printMemory(t, npuName(n.Node, m.NPU), m)
 		}
 	}
-	fmt.Fprintln(t, "\nSPACE\tBOOKED\tKEPT\tRESIDENT")
+	fmt.Fprintln(t, "\nSPACE\tBOOKED\tKEPT\tUNREADY\tRESIDENT")
 	for _, n := range s.Nodes {
 		for _, x := range n.Spaces {
-			fmt.Fprintf(t, "%s/%s\t%v\t%v\t%v\n", n.Node, x.Name, conf.Bytes(x.Booked), conf.Bytes(x.Kept), conf.Bytes(x.Resident))
+			fmt.Fprintf(t, "%s/%s\t%v\t%v\t%v\t%v\n", n.Node, x.Name, conf.Bytes(x.Booked), conf.Bytes(x.Kept), conf.Bytes(x.Unready), conf.Bytes(x.Resident))
 		}
 	}
 	fmt.Fprintln(t, "\nWEIGHTS\tDOMAIN\tOBJECTS\tBYTES\tLOADED\tHOLDERS")

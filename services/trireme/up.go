@@ -61,6 +61,7 @@ type upCmd struct {
 	cacheFlags
 	orderFlags
 	weightsFlags
+	readyFlag
 	scalerFlags
 
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
@@ -107,8 +108,8 @@ func (c *upCmd) Run(e *env) error {
 		return fmt.Errorf("%w--node %q: letters, digits, - and _, at most 64", errUsage, c.node())
 	}
 	if err := c.hmm(p).Validate(); err != nil {
-		return fmt.Errorf("%wthe HMM does not start with --npu-memory %v, --host-memory %v, --weights-memory %v and --data %s: %w",
-			errUsage, p.memory, c.HostMemory, c.WeightsMemory, c.Data, err)
+		return fmt.Errorf("%wthe HMM does not start with --npu-memory %v, --host-memory %v, --weights-memory %v, --ready-memory %v and --data %s: %w",
+			errUsage, p.memory, c.HostMemory, c.WeightsMemory, c.ReadyMemory, c.Data, err)
 	}
 	if err := c.scalerFlags.check(); err != nil {
 		return err
@@ -208,7 +209,7 @@ func (c *upCmd) node() string { return cmp.Or(c.Node, nodeName()) }
 func (c *upCmd) hmm(p *plan) hmm.Config {
 	return hmm.Config{
 		Socket: p.socket, Node: c.node(), NPUs: p.topology.NPUs(), NPUBytes: int64(p.memory), HostBytes: int64(c.HostMemory),
-		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory),
+		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory), Ready: int64(c.ReadyMemory),
 	}
 }
 
@@ -447,6 +448,9 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	}
 	if c.WeightsMemory != 0 {
 		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
+	}
+	if c.ReadyMemory != 0 {
+		hmm = append(hmm, "--ready-memory", strconv.FormatInt(int64(c.ReadyMemory), 10))
 	}
 	return children{
 		gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage,

@@ -40,6 +40,7 @@ type Scale struct {
 	Repeats  int           `help:"How often elastic is run." default:"1"`
 	Others   int           `help:"How often each of the other ways is run, in turns with elastic." default:"1"`
 	Goodput  []string      `help:"Bounds of a good request in milliseconds; by default four times what the profile says for a request alone, and a little for the rest." placeholder:"ttft:MS,tpot:MS"`
+	Ready    bool          `help:"NPUs have the memory that a change takes from the start, as accelerators do; --no-ready: the HMM takes it from the system in the change." default:"true" negatable:""`
 	JSON     bool          `name:"json" help:"Write one JSON object instead of tables."`
 	Compare  bool          `help:"In the end, ask an instance that never changes the same, as fast as the host can, and compare the answers." default:"true" negatable:""`
 	Keep     string        `help:"Folder in which the made-up model is kept and looked for; by default it is made each time, and removed." placeholder:"DIR" type:"path"`
@@ -114,6 +115,7 @@ type trial struct {
 	report *load.Report
 	event  scaling.Event
 	memory []scaling.Memory
+	ready  int64 // bytes of memory that each NPU had before
 }
 
 // Run measures and prints.
@@ -182,6 +184,7 @@ func (c *Scale) report(goodput load.Goodput, runs []trial, planned int, answers 
 	for _, t := range runs {
 		f := scaling.Measure(t.report, t.event, goodput, t.memory, answers)
 		f.Strategy, f.CopyRate, f.From, f.To = t.way.name, int64(t.rate), c.From, c.To
+		f.Ready = t.ready
 		r.Changes = append(r.Changes, f)
 	}
 	r.Ways = scaling.Summaries(r.Changes)
@@ -296,6 +299,7 @@ func (c *Scale) foreseen(rate conf.Bytes) time.Duration {
 // one runs one way once.
 func (c *Scale) one(e Env, t *trial, model string) error {
 	return onSite(e, c, t.way, t.rate, model, func(s *site) (err error) {
+		t.ready = s.ready
 		stop := make(chan struct{})
 		cfg, err := c.config(s.url, stop)
 		if err != nil {

@@ -2,7 +2,6 @@ package benchcmd
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,10 +14,8 @@ import (
 	"time"
 
 	"trireme.dev/models"
-	"trireme.dev/services/trireme/scaling"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
-	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/hf/hftest"
 	"trireme.dev/shared/wire"
@@ -123,6 +120,7 @@ type site struct {
 	nats  string
 	hmm   string // socket
 	bus   *bus.Bus
+	ready int64 // bytes of memory that each NPU has before the change
 
 	members []member // the instances that serve, but for one that stands by
 }
@@ -208,6 +206,12 @@ func (s *site) open() error {
 	hmm := []string{"hmm", "--nats-url", s.nats, "--node", nodeName, "--socket", s.hmm, "--npus", strconv.Itoa(npus),
 		"--npu-memory", memory.String(), "--host-memory=256MiB", "--domains", c.Domains,
 		"--weights-memory", conf.Bytes(sets * (int64(c.Bytes) + int64(c.Bytes)/8 + 256<<20)).String(), "--log-level=warn"}
+	if c.Ready && s.way.change != nil {
+		if s.ready, err = c.readyMemory(s.way, npus); err != nil {
+			return err
+		}
+		hmm = append(hmm, "--ready-memory", strconv.FormatInt(s.ready, 10))
+	}
 	if s.way.frees {
 		hmm = append(hmm, "--reserve=0")
 	}
@@ -229,7 +233,7 @@ func (s *site) open() error {
 		}
 		there = append(slices.Clone(there), more...)
 	}
-	if err := s.ready(s.ctx, there); err != nil {
+	if err := s.serving(s.ctx, there); err != nil {
 		return err
 	}
 	http, err := freeAddress()
@@ -241,11 +245,8 @@ func (s *site) open() error {
 		"--queue-wait", c.Longest.String(), "--nats-url", s.nats, "--hmm", s.hmm, "--model", s.model, "--data", s.dir, "--log-level=warn"); err != nil {
 		return err
 	}
-	return s.healthy(s.url)
+	return errors.Join(s.healthy(s.url), s.awaitReady())
 }
-
-// npuMemory is an NPU's memory for sequences.
-const npuMemory = conf.Bytes(256 << 20)
 
 func npusOf(members []member) (sum int) {
 	for _, m := range members {
@@ -280,8 +281,8 @@ func (s *site) stopAll(members []member) {
 	all.Wait()
 }
 
-// ready waits until instances serve on all of their NPUs.
-func (s *site) ready(ctx context.Context, members []member) error {
+// serving waits until instances serve on all of their NPUs.
+func (s *site) serving(ctx context.Context, members []member) error {
 	for _, m := range members {
 		if _, err := s.find(ctx, m.name, m.npus); err != nil {
 			return err
@@ -308,41 +309,4 @@ func (s *site) find(ctx context.Context, name string, npus int) (wire.Instance, 
 			return wire.Instance{}, fmt.Errorf("waiting for %s to serve on %d NPUs: %w", name, npus, context.Cause(ctx))
 		}
 	}
-}
-
-// memoryEvery is the time between two looks at the HMM's books.
-const memoryEvery = 20 * time.Millisecond
-
-// watchMemory looks at what the NPUs have in use, until the function that it returns is called.
-func (s *site) watchMemory() func() []scaling.Memory {
-	var all []scaling.Memory
-	var watching sync.WaitGroup
-	ctx, stop := context.WithCancel(s.ctx)
-	watching.Go(func() {
-		for ctx.Err() == nil {
-			if msg, err := s.bus.Conn().RequestWithContext(ctx, wire.SubjectHMM, nil); err == nil {
-				var stats hbm.Stats
-				if json.Unmarshal(msg.Data, &stats) == nil {
-					all = append(all, scaling.Memory{At: time.Now(), Bytes: inUse(stats)})
-				}
-			}
-			select {
-			case <-time.After(memoryEvery):
-			case <-ctx.Done():
-			}
-		}
-	})
-	return func() []scaling.Memory {
-		stop()
-		watching.Wait()
-		return all
-	}
-}
-
-// inUse is the memory of NPUs, weights included, that more than a cache keeps.
-func inUse(s hbm.Stats) (sum int64) {
-	for _, m := range append(s.Memory[1:], s.Shared...) { // the first is the host's own
-		sum += m.Used + m.Padded - m.Cached
-	}
-	return sum
 }

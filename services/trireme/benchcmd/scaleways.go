@@ -252,7 +252,7 @@ func (s *site) replace(ctx context.Context, members []member, flags ...string) (
 	if s.members, err = s.begin(members, flags...); err != nil {
 		return err
 	}
-	return s.ready(ctx, s.members)
+	return s.serving(ctx, s.members)
 }
 
 // replica starts a second instance on what is to be added.
@@ -261,7 +261,7 @@ func replica(ctx context.Context, s *site) (done, error) {
 	if err != nil {
 		return done{}, err
 	}
-	return done{}, s.ready(ctx, more)
+	return done{}, s.serving(ctx, more)
 }
 
 // fromDisk are the flags of an instance that reads its weights from disk although others have them. Two that start at once each have the disk's

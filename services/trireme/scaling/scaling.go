@@ -49,6 +49,7 @@ type Figures struct {
 	Before   Part               `json:"before"`      // equally long, as far as the load was steady
 	During   Part               `json:"during"`      // from the command to full capacity, or for the window if that is longer
 	After    Part               `json:"after"`       // equally long, as far as the load went on
+	Ready    int64              `json:"ready_bytes"` // of memory that each NPU had before, beside what was in use
 	Held     int64              `json:"held_bytes"`  // most, before the command
 	Peak     int64              `json:"peak_bytes"`  // most, from the command to full capacity
 	Settled  int64              `json:"after_bytes"` // at the end of After

@@ -245,7 +245,8 @@ type Stats struct {
 type SpaceStats struct {
 	Name     string `json:"name"`     // of its memory file, as /proc shows it
 	Booked   int64  `json:"booked"`   // Used + Padded of all accounts
-	Kept     int64  `json:"kept"`     // freed, kept to be used again
+	Kept     int64  `json:"kept"`     // freed, kept to be used again, or taken from the system ahead
+	Unready  int64  `json:"unready"`  // to be taken ahead, and not yet there
 	Resident int64  `json:"resident"` // what the system says that the file takes: Booked + Kept while nobody allocates or frees
 }
 

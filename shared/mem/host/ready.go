@@ -69,7 +69,7 @@ func (s *Store) taken(e mem.Extent, ok bool) error {
 	})
 }
 
-// Unready is how much Ready would still take from the system for so many bytes to be kept.
+// Unready is how much Ready has still to take from the system for so many bytes to be kept, with what it is about to.
 func (s *Store) Unready(bytes int64) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -77,7 +77,7 @@ func (s *Store) Unready(bytes int64) int64 {
 }
 
 func (s *Store) unready(bytes int64) int64 {
-	return max(0, min(bytes-s.idle(), s.limit-s.held())/mem.HostPage*mem.HostPage)
+	return max(0, min(bytes-s.kept(), s.limit-s.bytes[live]-s.kept())/mem.HostPage*mem.HostPage)
 }
 
 // wanted are the next pages to be readied, which are said to be coming; false when there are enough.

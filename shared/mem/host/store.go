@@ -77,11 +77,13 @@ func (s *Store) Bytes() int64 { return int64(len(s.state)) * mem.HostPage }
 func (s *Store) Cached() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.idle()
+	return s.kept()
 }
 
-// idle is the bytes with memory that nobody uses, held the bytes with memory. s.mu is held.
-func (s *Store) idle() int64 { return s.bytes[cached] + s.bytes[coming] + s.bytes[ready] }
+// kept is the bytes with memory that nobody uses, idle these and what is coming, held all bytes that have memory or are to get it. s.mu is
+// held.
+func (s *Store) kept() int64 { return s.bytes[cached] + s.bytes[ready] }
+func (s *Store) idle() int64 { return s.kept() + s.bytes[coming] }
 func (s *Store) held() int64 { return s.bytes[live] + s.idle() }
 
 // Resident is the memory that the store takes, by the books of the system: live extents and what is cached, once no Back,
