@@ -16,19 +16,20 @@ func (b *builder) experts(prefix string) []model.Expert {
 	}
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
-		b.expert(out, e, func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
+		b.expert(e, func() { out[e] = b.gated(prefix+strconv.Itoa(e)+".", t.ExpertHidden) })
 	}
 	return out
 }
 
-// expert has f build expert e of the layer, out[e], in an object of its own. One that is not wanted has a number, but stays empty.
-func (b *builder) expert(out []model.Expert, e int, f func()) {
-	if b.wanted != nil && !b.wanted(b.at, e) {
-		defer func() { out[e] = model.Expert{} }()
-	}
+// expert has f build expert e of the layer, in an object of its own. One that is not wanted has a number, but stays empty.
+func (b *builder) expert(e int, f func()) {
 	b.object()
 	b.apart, b.number = b.pack, e
-	f()
+	if b.wanted == nil || b.wanted(b.at, e) {
+		f()
+	} else {
+		b.skip()
+	}
 	b.apart, b.number = false, -1
 	b.object()
 }
@@ -61,13 +62,13 @@ func (b *builder) fusedExperts(prefix string) []model.Expert {
 	out := make([]model.Expert, t.Experts)
 	for e := range out {
 		guPart, downPart := gu.part(e, t.Experts), down.part(e, t.Experts)
-		b.expert(out, e, func() {
+		b.expert(e, func() {
 			if transposed {
 				out[e] = b.transposedExpert(nameGU, guPart, nameDown, downPart)
 				return
 			}
 			both := b.matrixOf(nameGU, guPart, 2*t.ExpertHidden, t.Hidden)
-			if both.Data != nil { // neither planning nor unwanted
+			if both.Data != nil { // not while planning
 				out[e].Gate = both.Rowspan(0, t.ExpertHidden)
 				out[e].Up = both.Rowspan(t.ExpertHidden, 2*t.ExpertHidden)
 			}
@@ -106,6 +107,9 @@ func (b *builder) transposedExpert(nameGU string, gu Tensor, nameDown string, do
 			Up:   model.Matrix{Data: data(up), Rows: i, Cols: h},
 			Down: model.Matrix{Data: data(down), Rows: h, Cols: i},
 		}
+	}
+	if !b.planning {
+		return x(b.data)
 	}
 	b.later(nameGU, gu, func(data memory) error {
 		src, err := bf16s(gu)

@@ -91,6 +91,7 @@ func (f *Folder) load(ctx context.Context, m Memory, parts Parts, pack bool, wan
 	}
 	plan.progress = progress
 	b := newBuilder(f, parts, pack, wanted)
+	b.plan = plan
 	b.objects = make([][]byte, len(plan.sizes))
 	if s := plan.set(wanted); len(s.Numbers) > 0 {
 		objects, err := m.Weights(ctx, s, plan.fill)
@@ -229,9 +230,22 @@ func (b *builder) alloc(n int) room {
 	return r
 }
 
-// data is the memory of a room, or nil while planning, and of an expert that is not wanted.
+// skip passes over the object of an expert that is not wanted, whose tensors the plan has looked up. Only experts that are packed may not be
+// wanted.
+func (b *builder) skip() {
+	if b.err != nil { // nothing is numbered any more
+		return
+	}
+	n := len(b.sizes)
+	if b.of = append(b.of, owner{b.at, b.number}); b.plan.of[n] != b.of[n] {
+		panic(fmt.Sprintf("BUG: object %d is planned for %+v, and would be skipped for %+v", n, b.plan.of[n], b.of[n]))
+	}
+	b.sizes = append(b.sizes, b.plan.sizes[n])
+}
+
+// data is the memory of a room, or nil while planning.
 func (b *builder) data(r room) []model.BF16 {
-	if b.planning || b.objects[r.object] == nil {
+	if b.planning {
 		return nil
 	}
 	return in(b.objects[r.object], r)
@@ -248,11 +262,9 @@ func bytesOf(e []model.BF16) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(e))), 2*len(e))
 }
 
-// later notes a copy out of t, the named tensor or a part of it, into the present object.
+// later notes a copy out of t, the named tensor or a part of it, into the present object, while planning.
 func (b *builder) later(name string, t Tensor, run func(memory) error) {
-	if b.planning {
-		b.jobs = append(b.jobs, job{name: name, from: t, to: len(b.sizes) - 1, run: run, expert: b.number})
-	}
+	b.jobs = append(b.jobs, job{name: name, from: t, to: len(b.sizes) - 1, run: run, expert: b.number})
 }
 
 // fill makes the copies of some objects, on all processors. It implements the fill of Memory.

@@ -19,11 +19,12 @@ type builder struct {
 	parts  Parts
 	pack   bool // experts are copied, each into an object of its own
 	wanted Experts
-	text   string // prefix of the language model's tensors
-	vision string // prefix of the vision encoder's tensors
-	used   map[string]bool
+	text   string          // prefix of the language model's tensors
+	vision string          // prefix of the vision encoder's tensors
+	used   map[string]bool // tensors, by the plan
 
 	planning bool
+	plan     *builder  // that has planned, unless planning
 	objects  [][]byte  // their memory, unless planning; nil: of an expert that is not wanted
 	sizes    []int64   // bytes of the objects so far
 	of       []owner   // and whose they are
@@ -69,7 +70,7 @@ func (b *builder) build() *model.Weights {
 	if v := b.folder.Config.Vision; v != nil && b.parts&Vision != 0 {
 		w.Vision = b.encoder(v)
 	}
-	if b.parts == All {
+	if b.parts == All && b.planning {
 		b.checkUnused()
 	}
 	return w
@@ -210,7 +211,9 @@ func (b *builder) matrixOf(name string, t Tensor, rows, cols int) model.Matrix {
 		return m
 	}
 	room := b.alloc(rows * cols)
-	m.Data = b.data(room)
+	if m.Data = b.data(room); !b.planning {
+		return m
+	}
 	b.later(name, t, func(data memory) error {
 		if t.DType == "BF16" {
 			return b.folder.index[name].read(bytesOf(data(room)), t)
@@ -229,7 +232,9 @@ func (b *builder) tensor(name string, shape ...int) Tensor {
 		}
 		return Tensor{}
 	}
-	b.used[name] = true
+	if b.planning {
+		b.used[name] = true
+	}
 	t, _ := file.Tensor(name)
 	switch {
 	case !slices.Equal(t.Shape, shape):
