@@ -14,12 +14,12 @@ type Pacer struct {
 	due time.Time // when what was copied so far is within the rate
 }
 
-// NewPacer returns one for so many bytes a second; nil, which is any rate, for 0.
+// NewPacer returns one for so many bytes a second from now on; nil, which is any rate, for 0.
 func NewPacer(rate int64) *Pacer {
 	if rate <= 0 {
 		return nil
 	}
-	return &Pacer{rate: rate}
+	return &Pacer{rate: rate, due: time.Now()}
 }
 
 // catchUp is how far copies may make up for time in which nothing was copied: what lies between two of them, calls of the HMM and
@@ -30,9 +30,7 @@ const catchUp = 200 * time.Millisecond
 func (p *Pacer) after(now time.Time, bytes int) time.Time {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.due.IsZero() {
-		p.due = now
-	} else if earliest := now.Add(-catchUp); p.due.Before(earliest) {
+	if earliest := now.Add(-catchUp); p.due.Before(earliest) {
 		p.due = earliest
 	}
 	p.due = p.due.Add(time.Duration(float64(bytes) / float64(p.rate) * float64(time.Second)))

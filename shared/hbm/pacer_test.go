@@ -9,9 +9,10 @@ import (
 func TestPacer(t *testing.T) {
 	p := NewPacer(1000) // a byte a millisecond
 	t0 := time.Unix(1000, 0)
+	p.due = t0
 	at := func(ms int) time.Time { return t0.Add(time.Duration(ms) * time.Millisecond) }
 	for _, c := range []struct{ now, bytes, due int }{
-		{0, 100, 100},
+		{30, 100, 100}, // that the first copy began late is made up for, too
 		{100, 50, 150},
 		{230, 50, 200},  // 80 ms were lost, and are made up for
 		{230, 50, 250},  //
