@@ -221,8 +221,9 @@ func (n *node) agree(t *testing.T) hbm.Stats {
 		}
 		metric(x.Booked, `space_booked_bytes{space="n/%s"}`, x.Name)
 		metric(x.Kept, `space_kept_bytes{space="n/%s"}`, x.Name)
+		metric(x.Unready, `space_unready_bytes{space="n/%s"}`, x.Name)
 		metric(x.Resident, `space_resident_bytes{space="n/%s"}`, x.Name)
-		line("n/"+x.Name, size(x.Booked), size(x.Kept), size(x.Resident))
+		line("n/"+x.Name, size(x.Booked), size(x.Kept), size(x.Unready), size(x.Resident))
 	}
 	for name, v := range map[string]int{"objects": s.Objects, "objects_resting": s.Resting, "holds": s.Holds, "requests": s.Requests,
 		"requests_ended": s.Ended, "claims": s.Claims, "claims_orphaned": s.Orphans, "connections": s.Connections,

@@ -58,6 +58,7 @@ type scaleReport struct {
 		Rate          int64   `json:"copy_bytes_per_s"`
 		Latency       float64 `json:"latency_s"`
 		Downtime      float64 `json:"downtime_s"`
+		Ready         int64   `json:"ready_bytes"`
 		Held          int64   `json:"held_bytes"`
 		Requests      int
 		Failed        int
@@ -89,6 +90,9 @@ func TestBenchScale(t *testing.T) {
 		if c.Parts["operation_s"] <= 0 || c.Parts["copied_bytes"] < 16<<20 {
 			t.Errorf("the second NPU gets about half of the experts by copies: %v", c.Parts)
 		}
+		if c.Ready < 32<<20 {
+			t.Errorf("each NPU had %d bytes of memory ready, want as much as it gets", c.Ready)
+		}
 	}
 	if slow := r.Changes[1]; slow.Rate != 100<<20 || slow.Latency < slow.Parts["copied_bytes"]/(100<<20)-0.2 {
 		t.Errorf("at 100 MiB/s it took %g s", slow.Latency)
@@ -103,8 +107,8 @@ func TestBenchScale(t *testing.T) {
 
 // The same for experts that are placed anew; without paced NPUs there are no bars.
 func TestBenchRebalance(t *testing.T) {
-	r := changesOf(t, "--change", "rebalance", "--from", "2", "--strategy", "elastic", "--pace", "none")
-	if len(r.Changes) != 1 || r.Paced != "" || len(r.Bars) != 0 || r.Changes[0].Parts["balance_after"] <= r.Changes[0].Parts["balance_before"] {
+	r := changesOf(t, "--change", "rebalance", "--from", "2", "--strategy", "elastic", "--pace", "none", "--no-ready")
+	if len(r.Changes) != 1 || r.Changes[0].Ready != 0 || r.Paced != "" || len(r.Bars) != 0 || r.Changes[0].Parts["balance_after"] <= r.Changes[0].Parts["balance_before"] {
 		t.Errorf("%+v", r)
 	}
 }
