@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -93,44 +94,75 @@ type sighting struct {
 }
 
 // Instances watches the heartbeats until ctx ends or the Bus is closed. It returns once all that are there have been
-// read; a server that cannot be reached makes it wait until ctx ends.
+// read, those too that are renewed meanwhile; a server that cannot be reached makes it wait until ctx ends.
 func (b *Bus) Instances(ctx context.Context) (*Instances, error) { return b.view(ctx, ">") }
 
 // Gateways watches the heartbeats of gateways only, as Instances does. It is for those of whom there are many: if each of
 // them watched all others that would be most of what an idle fleet does.
 func (b *Bus) Gateways(ctx context.Context) (*Instances, error) { return b.view(ctx, wire.GatewayKeys) }
 
-func (b *Bus) view(ctx context.Context, keys string) (*Instances, error) {
+// again is the time between two looks which heartbeats there are, while a view waits for those of them that it lacks.
+const again = 100 * time.Millisecond
+
+// view watches until it has had of each heartbeat that is there the one that was the latest when it began, or a newer one. That the watcher
+// has read all values which there were at first (a nil entry) does not say so: one that was replaced meanwhile is not among them, and comes
+// in its turn, behind those of others.
+func (b *Bus) view(ctx context.Context, keys string) (_ *Instances, err error) {
 	v := &Instances{ttl: b.instanceTTL, keys: keys, seen: map[string]sighting{}, changed: make(chan struct{})}
 	epoch := b.connection()
 	w, err := b.watch(ctx, keys)
 	if err != nil {
 		return nil, fmt.Errorf("watching heartbeats: %w", err)
 	}
-	for {
+	defer func() {
+		if err != nil {
+			leave(w)
+		}
+	}()
+	look := time.NewTicker(again) // what the view lacks may have expired
+	defer look.Stop()
+	had := map[string]bool{}  // keys of which the watcher has told
+	var lacks map[string]bool // keys there are, without these; nil: not known yet
+	for lacks == nil || len(lacks) > 0 {
+		list := false
 		select {
 		case e, ok := <-w.Updates():
-			if ok && e != nil {
-				v.take(e)
-				continue
-			}
 			if !ok {
 				return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
 			}
+			if e == nil {
+				list = true
+				break
+			}
+			v.take(e)
+			had[e.Key()] = true
+			delete(lacks, e.Key())
+		case <-look.C:
+			list = lacks != nil
 		case <-ctx.Done():
-			w.Stop() //nolint:errcheck // it ends with ctx anyway
 			return nil, fmt.Errorf("watching heartbeats: %w", context.Cause(ctx))
 		case <-b.ctx.Done():
 			return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
 		case <-epoch.Done(): // what the server before has not sent will not come
 			epoch = b.connection()
-			w.Stop() //nolint:errcheck // the server it watched is gone
+			leave(w)
 			if w, err = b.watch(ctx, keys); err != nil {
+				w = idle{}
 				return nil, fmt.Errorf("watching heartbeats: %w", err)
 			}
+			clear(had)
+			lacks = nil
+		}
+		if !list {
 			continue
 		}
-		break
+		if lacks, err = b.instanceKeys(ctx, keys); err != nil {
+			if b.ctx.Err() != nil {
+				err = ErrClosed
+			}
+			return nil, fmt.Errorf("listing heartbeats: %w", err)
+		}
+		maps.DeleteFunc(lacks, func(key string, _ bool) bool { return had[key] })
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -139,6 +171,29 @@ func (b *Bus) view(ctx context.Context, keys string) (*Instances, error) {
 	}
 	b.wg.Go(func() { b.follow(ctx, v, w, epoch) })
 	return v, nil
+}
+
+// instanceKeys are those of a pattern that the bucket has, as one look of the server's: none is missing because it is just replaced. Some may
+// be of heartbeats that were deleted.
+func (b *Bus) instanceKeys(ctx context.Context, pattern string) (map[string]bool, error) {
+	const bucket = "$KV." + wire.BucketInstances + "."
+	keys := map[string]bool{}
+	err := b.retry(ctx, func(ctx context.Context) error {
+		stream, err := b.js.Stream(ctx, "KV_"+wire.BucketInstances)
+		if err != nil {
+			return err
+		}
+		info, err := stream.Info(ctx, jetstream.WithSubjectFilter(bucket+pattern))
+		if err != nil {
+			return err
+		}
+		clear(keys)
+		for subject := range info.State.Subjects {
+			keys[strings.TrimPrefix(subject, bucket)] = true
+		}
+		return nil
+	})
+	return keys, err
 }
 
 func (b *Bus) watch(ctx context.Context, keys string) (w jetstream.KeyWatcher, err error) {
@@ -150,6 +205,21 @@ func (b *Bus) watch(ctx context.Context, keys string) (w jetstream.KeyWatcher, e
 		if wait.sleep(ctx) != nil {
 			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
+	}
+}
+
+// leave ends a watcher. What it has not told yet is read, as the client would wait for ever with the next entry if there were no room for it.
+func leave(w jetstream.KeyWatcher) {
+	_ = w.Stop() // it ends with its connection, or context, at the latest
+	for {
+		select {
+		case _, ok := <-w.Updates():
+			if ok {
+				continue
+			}
+		default:
+		}
+		return
 	}
 }
 
@@ -165,7 +235,7 @@ func (b *Bus) follow(ctx context.Context, v *Instances, w jetstream.KeyWatcher, 
 	for {
 		select {
 		case <-ctx.Done():
-			w.Stop() //nolint:errcheck // it ends with ctx anyway
+			leave(w)
 			return
 		case e, ok := <-w.Updates():
 			if !ok { // stopped by its own connection's end; a reconnect follows
@@ -180,7 +250,7 @@ func (b *Bus) follow(ctx context.Context, v *Instances, w jetstream.KeyWatcher, 
 				continue
 			}
 			epoch = b.connection()
-			w.Stop() //nolint:errcheck // the server it watched is gone
+			leave(w)
 			next, err := b.watch(ctx, v.keys)
 			if err != nil {
 				if ctx.Err() == nil {
