@@ -144,6 +144,9 @@ func (b *Bus) view(ctx context.Context, keys string) (_ *Instances, err error) {
 		case <-b.ctx.Done():
 			return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
 		case <-epoch.Done(): // what the server before has not sent will not come
+			if b.ctx.Err() != nil {
+				return nil, fmt.Errorf("watching heartbeats: %w", ErrClosed)
+			}
 			epoch = b.connection()
 			leave(w)
 			if w, err = b.watch(ctx, keys); err != nil {
@@ -246,8 +249,9 @@ func (b *Bus) follow(ctx context.Context, v *Instances, w jetstream.KeyWatcher, 
 		case now := <-tick.C:
 			v.expire(now)
 		case <-epoch.Done():
-			if ctx.Err() != nil {
-				continue
+			if ctx.Err() != nil || b.ctx.Err() != nil { // at Close it ends, too, and a watcher made now would be left to the server
+				leave(w)
+				return
 			}
 			epoch = b.connection()
 			leave(w)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -160,5 +161,42 @@ func TestLookSendsAllBeforeItCloses(t *testing.T) {
 	l.Close()
 	if _, err := told.NextMsg(long); err != nil {
 		t.Error(err)
+	}
+}
+
+// Commands that have looked at the heartbeats leave no consumers behind, which the server would keep for a while.
+func TestLooksLeaveNoConsumers(t *testing.T) {
+	t.Parallel()
+	b := connect(t, bustest.Run(t).URL())
+	bucket, err := b.JetStream().Stream(t.Context(), "KV_"+wire.BucketInstances)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := func() error {
+		l, err := bus.Look(t.Context(), b.Conn().ConnectedUrl(), "look", quiet())
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		_, err = l.Instances(t.Context())
+		return err
+	}
+	for range 20 { // a consumer that is left goes after some seconds
+		var commands sync.WaitGroup
+		for range 32 {
+			commands.Go(func() {
+				if err := look(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		commands.Wait()
+		info, err := bucket.Info(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := info.State.Consumers; n > 0 {
+			t.Fatalf("%d consumers are left", n)
+		}
 	}
 }
