@@ -7,13 +7,35 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
 	"trireme.dev/shared/bus/bustest"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/wire"
 )
+
+// Credentials that NATS refuses are the error of an HMM that starts, at once.
+func TestHMMWithRefusedCredentials(t *testing.T) {
+	s, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, Username: "me", Password: "sesame", NoLog: true, NoSigs: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	t.Cleanup(s.Shutdown)
+	if !s.ReadyForConnections(time.Minute) {
+		t.Fatal("NATS does not start")
+	}
+	at := s.Addr().String()
+	text, status := said("hmm", "--nats-url", "nats://me:wrong@"+at, "--socket", filepath.Join(t.TempDir(), "hmm.sock"))
+	if status != exitFailed || text != "trireme hmm: connecting to NATS at nats://xxxxx@"+at+": nats: Authorization Violation\n" {
+		t.Errorf("status %d, %s", status, text)
+	}
+}
 
 // An HMM does not start under the name of a node whose HMM answers on the same NATS: handles name nodes.
 func TestTwoNodesOfOneName(t *testing.T) {

@@ -227,9 +227,9 @@ func (r *replicas) with(role byte) (names []string) {
 
 // serve answers operators until the returned function is called, which waits for instances that are about to end.
 func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), err error) {
-	conn, err := nats.Connect(url, append(bus.Lasting("up-"+node), nats.RetryOnFailedConnect(true))...)
+	conn, err := bus.Stay(url, "up-"+node)
 	if err != nil {
-		return nil, bus.ConnectError(url, err)
+		return nil, err
 	}
 	granted := func() (grants, error) {
 		has := grants{named: map[string]bool{}}

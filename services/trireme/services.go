@@ -404,8 +404,13 @@ func (c *hmmCmd) Run(e *env) error {
 	}
 	var conn *nats.Conn
 	if c.NATSURL != "" {
-		if conn, err = nats.Connect(c.NATSURL, append(bus.Lasting("hmm-"+c.Node), nats.RetryOnFailedConnect(true))...); err != nil {
-			return bus.ConnectError(c.NATSURL, err)
+		lost := func(nc *nats.Conn) { // the node goes on, by the socket
+			if why := nc.LastError(); e.ctx.Err() == nil && why != nil {
+				e.log.Error("the connection to NATS has ended for good: what other nodes and operators ask is not heard", "error", why)
+			}
+		}
+		if conn, err = bus.Stay(c.NATSURL, "hmm-"+c.Node, nats.ClosedHandler(lost)); err != nil {
+			return err
 		}
 		defer conn.Close()
 		others, err := otherNodes(e.ctx, conn, c.Node, e.log)

@@ -224,6 +224,19 @@ func Lasting(name string) []nats.Option {
 	}
 }
 
+// Stay makes a Lasting connection: now or, when no server answers, whenever one does. Anything else, as refused credentials, is an error.
+func Stay(url, name string, opts ...nats.Option) (*nats.Conn, error) {
+	opts = append(Lasting(name), opts...)
+	conn, err := nats.Connect(url, opts...)
+	if err != nil && unreachable(err) {
+		conn, err = nats.Connect(url, append(opts, nats.RetryOnFailedConnect(true))...)
+	}
+	if err != nil {
+		return nil, ConnectError(url, err)
+	}
+	return conn, nil
+}
+
 // dial connects, trying again while the server cannot be reached.
 func (b *Bus) dial(ctx context.Context, url, name string) error {
 	opts := append(Lasting(name),
