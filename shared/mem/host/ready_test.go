@@ -17,7 +17,7 @@ func TestReadyGoesBackWhenMemoryIsShort(t *testing.T) {
 	for _, x := range []struct{ first, pages, kept, resident int64 }{
 		{1, 1, 2, 3}, // what is ready is used up
 		{5, 1, 2, 4}, // as much as there may be
-		{6, 1, 0, 3}, // one page too much: what nobody uses goes
+		{6, 1, 1, 4}, // one page too much: one that nobody uses goes
 	} {
 		if err := s.Back(mem.Extent{Offset: x.first * page, Bytes: x.pages * page}); err != nil {
 			t.Fatal(err)
@@ -26,8 +26,17 @@ func TestReadyGoesBackWhenMemoryIsShort(t *testing.T) {
 			t.Errorf("page %d backed: %d bytes resident, %d kept, want %d and %d pages: %v", x.first, got, s.Cached(), x.resident, x.kept, err)
 		}
 	}
-	if short := s.Unready(3 * page); short != page {
-		t.Errorf("%d bytes unready, want the one page that there may be", short)
+	if short := s.Unready(3 * page); short != 0 {
+		t.Errorf("%d bytes unready, of a store that has as much as it may", short)
+	}
+	if err := s.Drop(mem.Extent{Offset: 5 * page, Bytes: page}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Back(mem.Extent{Offset: 0, Bytes: page}); err != nil { // the lowest was spared
+		t.Fatal(err)
+	}
+	if got, err := s.Resident(); err != nil || got != 4*page || s.Cached() != page {
+		t.Errorf("%d bytes resident, %d kept, want four pages and one: %v", got, s.Cached(), err)
 	}
 }
 

@@ -117,15 +117,13 @@ func (s *Store) Back(e mem.Extent) error {
 	old := slices.Clone(pages)
 	s.set(pages, live)
 	s.extents[e.Offset] = e.Bytes
-	if s.held() > s.limit {
-		s.trim()
-	}
+	s.trim(s.held() - s.limit)
 	s.mu.Unlock()
 
 	err := s.fill(e, old)
 	if errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOSPC) {
 		s.mu.Lock()
-		s.trim() // what is kept elsewhere may be what is missing
+		s.trim(s.idle()) // what is kept elsewhere may be what is missing
 		s.mu.Unlock()
 		err = s.fill(e, old)
 	}
@@ -189,15 +187,25 @@ func (s *Store) set(pages []state, to state) {
 	}
 }
 
-// trim gives back the memory that nobody uses. s.mu is held, so that nobody takes a page meanwhile. What is coming has its
-// memory taken by Ready, which finds that it is not wanted any more.
-func (s *Store) trim() {
-	eachRun(s.state, 0, func(st state, offset, bytes int64) error {
-		if st == coming || (st == cached || st == ready) && s.punch(offset, bytes) == nil {
-			s.set(s.state[offset/mem.HostPage:(offset+bytes)/mem.HostPage], hole)
+// trim gives back so much of the memory that nobody uses, or all of it, highest addresses first: the lowest are given out next. s.mu is
+// held, so that nobody takes a page meanwhile. What is coming has its memory taken by Ready, which finds that it is not wanted any more.
+func (s *Store) trim(bytes int64) {
+	for end := int64(len(s.state)); end > 0 && bytes > 0; {
+		st, first := s.state[end-1], end-1
+		if st == hole || st == live {
+			end--
+			continue
 		}
-		return nil
-	})
+		for first > 0 && s.state[first-1] == st && (end-first)*mem.HostPage < bytes {
+			first--
+		}
+		n := (end - first) * mem.HostPage
+		if st == coming || s.punch(first*mem.HostPage, n) == nil {
+			s.set(s.state[first:end], hole)
+			bytes -= n
+		}
+		end = first
+	}
 }
 
 // fill makes e, whose pages were in the states old, memory that reads as zeros.

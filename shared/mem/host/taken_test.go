@@ -33,7 +33,7 @@ func TestTakenMeanwhile(t *testing.T) {
 		{name: "trimmed", meanwhile: func(s *Store) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.trim()
+			s.trim(s.idle())
 			return nil
 		}, unread: 3},
 	} {
