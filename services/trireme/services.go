@@ -386,6 +386,7 @@ func (hmmCmd) Help() string {
 
 Examples:
   trireme hmm --npus 4 --npu-memory 2GiB
+  trireme hmm --npus 4 --domains per-npu --ready-memory 1GiB          a change of NPUs does not wait for the machine's memory
   trireme hmm --nats-url nats://10.0.0.5:4222 --peer-listen :7400     one of several nodes
   trireme hmm --peer-listen :7400 --peer node2=10.0.0.6:7400          another one that NATS does not tell of`
 }
