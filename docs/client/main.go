@@ -2,7 +2,7 @@
 //
 //	go run ./docs/client docs/shapes.png "Describe the image."
 //
-// OPENAI_BASE_URL names another gateway than http://127.0.0.1:8080/v1.
+// OPENAI_BASE_URL names another gateway than http://127.0.0.1:8080/v1, OPENAI_API_KEY its key if it wants one.
 package main
 
 import (
@@ -35,7 +35,7 @@ func ask(picture, question string) error {
 	}
 	url := "data:" + http.DetectContentType(data) + ";base64," + base64.StdEncoding.EncodeToString(data)
 	base := cmp.Or(os.Getenv("OPENAI_BASE_URL"), "http://127.0.0.1:8080/v1")
-	client := openai.NewClient(option.WithBaseURL(base), option.WithAPIKey("none"))
+	client := openai.NewClient(option.WithBaseURL(base), option.WithAPIKey(cmp.Or(os.Getenv("OPENAI_API_KEY"), "none")))
 	stream := client.Chat.Completions.NewStreaming(context.Background(), openai.ChatCompletionNewParams{
 		Model: "shapes-vl-moe",
 		Messages: []openai.ChatCompletionMessageParamUnion{

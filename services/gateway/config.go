@@ -16,13 +16,15 @@ import (
 
 // Config is what a gateway is started with. Zero values mean the defaults, which Run fills in.
 type Config struct {
-	HTTP      string // address to listen on, e.g. 127.0.0.1:8080; port 0: a free one
-	Admin     string // address for operators (see admin.go); "": none
-	NATSURL   string // nats://host:port
-	HMMSocket string // path of the HMM's Unix socket
-	ModelDir  string // Hugging Face folder of the model; its weights are not loaded
-	ModelName string // name that clients use; "": the folder's
-	Instance  string // instance id; "": gateway and a random suffix
+	HTTP      string   // address to listen on, e.g. 127.0.0.1:8080; port 0: a free one
+	Admin     string   // address for operators (see admin.go); "": none
+	NATSURL   string   // nats://host:port
+	Keys      []string // of which a request has one, as Authorization: Bearer KEY; none: it needs none
+	Origins   []string // of pages in browsers that may use the API, "*" for all; none: none may
+	HMMSocket string   // path of the HMM's Unix socket
+	ModelDir  string   // Hugging Face folder of the model; its weights are not loaded
+	ModelName string   // name that clients use; "": the folder's
+	Instance  string   // instance id; "": gateway and a random suffix
 
 	MaxBody   int64        // bytes of a request body; 0 means 64 MiB
 	MaxPixels int          // width times height of a picture; 0 means imageprep.DecodeLimit, which is also the most
@@ -145,6 +147,6 @@ func (c Config) Validate() error {
 	}
 	fault(!slices.Contains([]string{"", DeadWhole, DeadFacts, DeadOff}, c.DeadLetters), "dead letters are %s, %s or %s, not %q",
 		DeadWhole, DeadFacts, DeadOff, c.DeadLetters)
-	errs = append(errs, c.checkOrder())
+	errs = append(errs, CheckAccess(c.Keys, c.Origins), c.checkOrder())
 	return errors.Join(errs...)
 }

@@ -148,7 +148,7 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 	})
 	failed := make(chan error, 1)
 	wg.Go(func() { failed <- server.Serve(l) })
-	g.log.Info("serving", "address", g.address, "model", g.name)
+	g.log.Info("serving", "address", g.address, "model", g.name, "api_keys", len(g.cfg.Keys), "origins", g.cfg.Origins)
 	g.emit(wire.EventReady, fmt.Sprintf("serves %s on %s", g.name, g.address))
 
 	var err error

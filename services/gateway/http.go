@@ -36,6 +36,12 @@ func (g *Gateway) routes() {
 			return err
 		},
 	}))
+	if len(g.cfg.Origins) > 0 {
+		e.Use(cors(g.cfg.Origins))
+	}
+	if len(g.cfg.Keys) > 0 {
+		e.Use(keyed(g.cfg.Keys))
+	}
 	limit := middleware.BodyLimit(strconv.FormatInt(g.cfg.MaxBody, 10) + "B")
 	e.POST("/v1/chat/completions", g.chatCompletions, g.guard, limit)
 	e.POST("/v1/completions", g.completions, g.guard, limit)
@@ -71,15 +77,18 @@ func (g *Gateway) fail(err error, c echo.Context) {
 	if e.RetryAfter > 0 {
 		c.Response().Header().Set("Retry-After", strconv.Itoa(int(e.RetryAfter.Seconds())))
 	}
-	if status == http.StatusRequestEntityTooLarge {
+	said := e.JSON()
+	left := unread(status, c.Request())
+	if left { // the answer is whole when it is flushed, before the rest of the body has come
 		c.Response().Header().Set("Connection", "close")
+		c.Response().Header().Set("Content-Length", strconv.Itoa(len(said)))
 	}
 	w := http.NewResponseController(c.Response())
 	_ = w.SetWriteDeadline(time.Now().Add(g.cfg.WriteWait))
-	if err := c.JSONBlob(status, e.JSON()); err != nil {
+	if err := c.JSONBlob(status, said); err != nil {
 		return
 	}
-	if status == http.StatusRequestEntityTooLarge {
+	if left {
 		_ = w.Flush()
 		g.drain(c.Request(), w)
 	}
@@ -110,7 +119,7 @@ func sayWhere(e *openai.Error, c echo.Context) {
 	}
 }
 
-// drain reads some of a body that is too large, so that clients which send all of it before they read see the answer and
+// drain reads some of a body that nobody wants, and keeps none of it, so that clients which send all of it before they read see the answer and
 // no broken connection.
 func (g *Gateway) drain(r *http.Request, w *http.ResponseController) {
 	if r.Header.Get("Expect") != "" {

@@ -26,12 +26,12 @@ import (
 type chatCmd struct {
 	Question  string   `arg:"" optional:"" help:"What to ask. Without it, on a terminal: a conversation; else it is read from stdin."`
 	Image     []string `help:"Picture: a file or a URL. May be repeated." placeholder:"FILE|URL"`
-	URL       string   `name:"url" help:"Gateway." default:"http://127.0.0.1:8080"`
 	Model     string   `name:"model" help:"Model name; by default the gateway's first." placeholder:"NAME" env:"-"` // TRIREME_MODEL is a folder
 	MaxTokens int64    `help:"Tokens of an answer at most; 0: the rest of the context."`
 	Seed      *int64   `help:"Seed of the random draws." placeholder:"N"`
 	Temp      *float64 `name:"temperature" help:"0 is greedy; by default the model's own." placeholder:"T"`
 	JSON      bool     `name:"json" help:"Write one JSON object with answer, usage and times."`
+	gatewayFlags
 }
 
 // Help is shown by `trireme chat --help`.
@@ -40,7 +40,8 @@ func (chatCmd) Help() string {
   trireme chat --image docs/shapes.png "What is this?"
   trireme chat --image a.png --image b.png "Describe each image."
   trireme chat                                 a conversation; an empty line or Ctrl-D ends it
-  echo "Count from 3 to 9." | trireme chat --json`
+  echo "Count from 3 to 9." | trireme chat --json
+  trireme chat --url https://models.example.com --api-key sk-1 "What is this?"`
 }
 
 // reply is one answer with its figures.
@@ -62,7 +63,11 @@ func (c *chatCmd) Run(e *env) error {
 	if c.MaxTokens < 0 {
 		return fmt.Errorf("%w--max-tokens %d cannot be negative", errUsage, c.MaxTokens)
 	}
-	client := openai.NewClient(option.WithBaseURL(load.Base(c.URL)+"/v1"), option.WithAPIKey("none"), option.WithMaxRetries(0))
+	options := []option.RequestOption{option.WithBaseURL(load.Base(c.URL) + "/v1"), option.WithMaxRetries(0)}
+	if key := c.key(); key != "" {
+		options = append(options, option.WithAPIKey(key))
+	}
+	client := openai.NewClient(options...)
 	p := openai.ChatCompletionNewParams{Model: c.Model, StreamOptions: openai.ChatCompletionStreamOptionsParam{IncludeUsage: openai.Bool(true)}}
 	if c.MaxTokens > 0 {
 		p.MaxTokens = openai.Int(c.MaxTokens)
@@ -208,6 +213,8 @@ func (c *chatCmd) ask(e *env, client openai.Client, p openai.ChatCompletionNewPa
 func (c *chatCmd) explain(err error) error {
 	var api *openai.Error
 	switch {
+	case errors.As(err, &api) && api.StatusCode == http.StatusUnauthorized:
+		return fmt.Errorf("%s wants another API key, or one at all: give it with --api-key, TRIREME_API_KEY or OPENAI_API_KEY (%d)", c.URL, api.StatusCode)
 	case errors.As(err, &api) && api.Message != "":
 		return fmt.Errorf("%s (%d)", api.Message, api.StatusCode)
 	case errors.Is(err, syscall.ECONNREFUSED):

@@ -21,8 +21,8 @@ import (
 
 type deadReplayCmd struct {
 	ID   string `arg:"" help:"Dead letter, as list shows it."`
-	URL  string `name:"url" help:"Gateway." default:"http://127.0.0.1:8080"`
 	JSON bool   `name:"json" help:"Write the answer as the gateway sends it, JSON or a stream of events, not its text alone."`
+	gatewayFlags
 	deadFlags
 }
 
@@ -66,6 +66,9 @@ func (c *deadReplayCmd) Run(e *env) error {
 		r.Header.Set(name, value)
 	}
 	r.Header.Set("Content-Type", "application/json")
+	if key := c.key(); key != "" {
+		r.Header.Set("Authorization", "Bearer "+key)
+	}
 	r.Header.Set(wire.HeaderReplayOf, l.ID)
 	resp, err := http.DefaultClient.Do(r)
 	switch {

@@ -264,7 +264,7 @@ type gatewayCmd struct {
 	connectFlags
 	Name           string        `help:"Instance id; by default the role and a random suffix." placeholder:"ID"`
 	HTTP           string        `name:"http" help:"Address of the OpenAI-compatible API." default:"127.0.0.1:8080"`
-	Admin          string        `help:"Address for operators: instances, and changes of them. None by default, as whoever reaches it can change instances." placeholder:"ADDR"`
+	Admin          string        `help:"Address for operators: instances, and changes of them. None by default, as whoever reaches it can change instances: no API key opens or closes it." placeholder:"ADDR"`
 	ServedName     string        `help:"Model name that clients use; by default the folder's." placeholder:"NAME"`
 	MaxBody        conf.Bytes    `help:"Largest request body." default:"64MiB"`
 	MaxOpen        int           `help:"Requests in work at most." default:"1024"`
@@ -276,6 +276,7 @@ type gatewayCmd struct {
 	MaxQueue       int           `help:"Requests waiting for capacity at most." default:"1024"`
 	DeadLetters    string        `help:"What is stored for a day of requests that fail for good and not by their clients' fault: whole (with body and pictures, so that they can be replayed), facts or off." default:"whole" enum:"whole,facts,off"`
 	Ahead          int           `help:"Requests without their first token that are let in for each NPU that encodes or computes prompts; others wait, where they are put in order." default:"32"`
+	accessFlags
 	orderFlags
 }
 
@@ -284,7 +285,11 @@ func (gatewayCmd) Help() string {
 	return `Examples:
   trireme gateway --slo ttft:2s,tpot:100ms --late refuse
   trireme gateway --class gold=priority:-5,ttft:500ms --class batch=priority:20,ttft:none
-  trireme gateway --policy sjf --tenant-weight search=3`
+  trireme gateway --policy sjf --tenant-weight search=3
+  trireme gateway --api-key sk-1 --api-key sk-2       two keys; better in TRIREME_API_KEY, with a comma between
+  trireme gateway --allowed-origin https://app.example.com --allowed-origin http://localhost:3000
+
+The address of --admin is for operators alone, and asks for no key: let it be one that only they reach, as 127.0.0.1:8081.`
 }
 
 // Run runs the gateway.
@@ -299,10 +304,13 @@ func (c *gatewayCmd) Run(e *env) error {
 	cfg := gateway.Config{
 		HTTP: c.HTTP, Admin: c.Admin, NATSURL: c.NATSURL, HMMSocket: c.HMM, ModelDir: model, ModelName: c.ServedName, Instance: c.Name,
 		MaxBody: int64(c.MaxBody), MaxOpen: c.MaxOpen, MaxQueue: c.MaxQueue, Ahead: c.Ahead, DeadLetters: c.DeadLetters, QueueWait: c.QueueWait, Deadline: c.Deadline, Grace: c.Grace, Notice: c.Notice,
-		AckWait: c.AckWait, Replicas: c.Replicas,
+		AckWait: c.AckWait, Replicas: c.Replicas, Keys: c.keys(), Origins: c.AllowedOrigin,
 		Media: media.Config{AllowHosts: c.AllowMediaHost},
 	}
 	if err := c.apply(&cfg); err != nil {
+		return err
+	}
+	if err := c.accessFlags.check(); err != nil {
 		return err
 	}
 	if err := cfg.Validate(); err != nil {

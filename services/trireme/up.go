@@ -63,6 +63,7 @@ type upCmd struct {
 	weightsFlags
 	readyFlag
 	scalerFlags
+	accessFlags
 
 	AllowMediaHost []string      `help:"Host or host:port that picture URLs may name whatever its address." placeholder:"HOST"`
 	Grace          time.Duration `help:"Time for open requests to end after Ctrl-C or SIGTERM." default:"5s"`
@@ -81,6 +82,8 @@ func (upCmd) Help() string {
                                                       eight NPUs, each as slow as an A100 with another model
   trireme up --slo ttft:2s,tpot:100ms --late refuse   429 for what would come later than that
   trireme up --topology 1E1P1D+3 --scaler auto        stages get spare NPUs, and one another's, as the load wants it
+  trireme up --http 0.0.0.0:8080 --api-key sk-1       clients need a key; TRIREME_API_KEY=sk-1,sk-2 shows it to nobody
+  trireme up --allowed-origin http://localhost:3000   pages from there may ask from a browser
   trireme up --nats-url nats://10.0.0.5:4222          on an existing NATS server
   trireme up --nats-url nats://10.0.0.5:4222 --peer-listen :7400
                                                       one of several machines on it
@@ -111,7 +114,7 @@ func (c *upCmd) Run(e *env) error {
 		return fmt.Errorf("%wthe HMM does not start with --npu-memory %v, --host-memory %v, --weights-memory %v, --ready-memory %v and --data %s: %w",
 			errUsage, p.memory, c.HostMemory, c.WeightsMemory, c.ReadyMemory, c.Data, err)
 	}
-	if err := c.scalerFlags.check(); err != nil {
+	if err := errors.Join(c.scalerFlags.check(), c.accessFlags.check()); err != nil {
 		return err
 	}
 	unlock, err := lockData(c.Data)
@@ -402,16 +405,16 @@ type children struct {
 }
 
 func (c *upCmd) children(e *env, p *plan, binary string) children {
-	// What must differ from child to child cannot come from the environment that they share.
+	// What must differ from child to child cannot come from the environment that they share, and keys are for the gateway alone.
 	environ := slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=")
+		return strings.HasPrefix(v, "TRIREME_METRICS=") || strings.HasPrefix(v, "TRIREME_NAME=") || strings.HasPrefix(v, keysVariable+"=")
 	})
 	environ = append(environ, "TRIREME_NATS_URL="+p.natsURL) // which may have a password, and everybody can read arguments
 	child := func(name, service string, args ...string) supervise.Child {
 		return supervise.Child{Name: name, Path: binary, Args: slices.Concat([]string{service}, args, e.inherit), Env: environ}
 	}
 	common := []string{"--hmm", p.socket, "--model", p.model, "--data", c.Data}
-	gateway := slices.Concat([]string{"--http", p.http, "--grace", c.Grace.String(), "--notice", "0s"}, common, c.args())
+	gateway := slices.Concat([]string{"--http", p.http, "--grace", c.Grace.String(), "--notice", "0s"}, common, c.orderFlags.args(), c.accessFlags.args())
 	for _, h := range c.AllowMediaHost {
 		gateway = append(gateway, "--allow-media-host", h)
 	}
@@ -452,8 +455,10 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 	if c.ReadyMemory != 0 {
 		hmm = append(hmm, "--ready-memory", strconv.FormatInt(int64(c.ReadyMemory), 10))
 	}
+	front := child("gateway", "gateway", gateway...)
+	front.Env = slices.Concat(environ, c.accessFlags.environ())
 	return children{
-		gateway: child("gateway", "gateway", gateway...), hmm: child("hmm", "hmm", hmm...), stage: stage,
+		gateway: front, hmm: child("hmm", "hmm", hmm...), stage: stage,
 		scaler: c.scaler(child),
 	}
 }

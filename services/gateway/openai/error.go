@@ -40,6 +40,21 @@ func TooLong(param, format string, args ...any) *Error {
 	return e
 }
 
+// NoKey is the 401 for a request without an API key.
+func NoKey() *Error {
+	return unauthorized("This server wants an API key, and the request has none: send it as the header Authorization: Bearer KEY, which OpenAI's clients do " +
+		"with their api_key or OPENAI_API_KEY.")
+}
+
+// WrongKey is the 401 for a request with an API key of somebody else.
+func WrongKey() *Error {
+	return unauthorized("The API key is none that this server takes: look for a wrong api_key or OPENAI_API_KEY, and ask the server's operator for a key.")
+}
+
+func unauthorized(why string) *Error {
+	return &Error{Status: http.StatusUnauthorized, Type: TypeInvalid, Code: "invalid_api_key", Message: why}
+}
+
 // UnknownModel is the 404 for a model that is not served.
 func UnknownModel(name string) *Error {
 	return &Error{Status: http.StatusNotFound, Type: TypeInvalid, Param: "model", Code: "model_not_found",

@@ -19,7 +19,7 @@ import (
 // Serve is `trireme bench serve`.
 type Serve struct {
 	URL    string `name:"url" help:"Server: any that speaks OpenAI's API." default:"http://127.0.0.1:8080"`
-	APIKey string `name:"api-key" help:"API key, if the server wants one." env:"OPENAI_API_KEY" placeholder:"KEY"`
+	APIKey string `name:"api-key" help:"API key, if the server wants one; of several with commas between the first. Better in the environment." env:"TRIREME_API_KEY,OPENAI_API_KEY" placeholder:"KEY"`
 	Model  string `help:"Model name; by default the server's first." placeholder:"NAME"`
 
 	Requests    int       `help:"Requests that count." default:"200"`
@@ -63,6 +63,7 @@ Examples:
 
 // Run sends the load, once for each rate, and prints what came of it.
 func (c *Serve) Run(e Env) error {
+	c.APIKey, _, _ = strings.Cut(c.APIKey, ",")
 	goodput, err := load.ParseGoodput(c.Goodput)
 	if err != nil {
 		return fmt.Errorf("--goodput: %w: %w", err, ErrUsage)
