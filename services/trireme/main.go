@@ -107,6 +107,7 @@ type env struct {
 	out, err io.Writer
 	log      *slog.Logger
 	inherit  []string // flags for children: they log alike and read the same file of settings
+	settings string   // that file; "": none
 }
 
 const description = `Trireme serves vision-language mixture-of-experts models with encode, prefill and decode as separate
@@ -175,7 +176,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		}
 		defer done()
 	}
-	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit},
+	err = k.Run(&env{ctx: ctx, in: in, out: out, err: errOut, log: log, inherit: inherit, settings: string(c.Config)},
 		log, modelcmd.Streams{In: in, Out: out, Err: errOut}, benchcmd.Env{Context: ctx, In: in, Out: out, Err: errOut})
 	return report(errOut, k.Command(), err, context.Cause(ctx), serves(k.Selected()))
 }

@@ -24,6 +24,7 @@ import (
 type replicas struct {
 	make func(g conf.Group, name string) supervise.Child
 	must []byte // roles that one instance has to have at least
+	sole soles  // services of which there can be one instance
 
 	mu         sync.Mutex
 	supervisor *supervise.Supervisor
@@ -91,6 +92,16 @@ func (r *replicas) names() []string {
 	return all
 }
 
+// runBy are the instances of a service. r.mu is held.
+func (r *replicas) runBy(service string) (names []string) {
+	for _, g := range r.groups {
+		if serviceOf(g.Roles) == service {
+			names = append(names, g.running...)
+		}
+	}
+	return names
+}
+
 // grants are who has the NPUs of the node.
 type grants struct {
 	free, kept int             // that nobody has; and of those that are kept for a while for whoever had them
@@ -156,6 +167,9 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 	}
 	switch {
 	case more > 0:
+		if err := r.sole.check(serviceOf(ask.Roles), len(r.runBy(serviceOf(ask.Roles)))+more); err != nil {
+			return no("%v", err)
+		}
 		has, err := granted()
 		if err != nil {
 			return no("asking the HMM for spare NPUs: %v", err)

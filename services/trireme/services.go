@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -53,7 +54,7 @@ type ackFlag struct {
 type stageFlags struct {
 	connectFlags
 	Name    string `help:"Stable name of the instance, of which no other that runs has the same: its id is this and a random suffix, and the HMM keeps its NPUs for a while for the process that is started in its place. None by default." placeholder:"NAME"`
-	Metrics string `help:"Address for /metrics, /live and /health; none by default." placeholder:"ADDR"`
+	Metrics string `help:"Address for /metrics, /live and /health; port 0: a free one, which status --json names. None by default." placeholder:"ADDR"`
 	NPUs    int    `name:"npus" help:"NPUs of the instance: each has sequences of its own, experts are spread over all. 0: it is a standby, which trireme scale gives some." default:"1"`
 	Threads int    `help:"Worker threads of the instance's host NPUs together; 0: one for each core."`
 	Backend string `help:"Compute backend: host, or reference (plain Go, slow)." default:"host" enum:"host,reference"`
@@ -127,8 +128,12 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		obs.AddProcess(s.Metrics.Registry)
 		ctx, cancel := context.WithCancel(context.WithoutCancel(e.ctx)) // a stage that stops says for a while that it is not ready
 		defer cancel()
-		if _, err := obs.Serve(ctx, f.Metrics, s.Metrics.Registry, s.Ready, e.log); err != nil {
+		served, err := obs.Serve(ctx, f.Metrics, s.Metrics.Registry, s.Ready, e.log)
+		if err != nil {
 			return err
+		}
+		if !fixedPort(f.Metrics) {
+			s.MetricsAt(served.Addr())
 		}
 	}
 	return serve(e.ctx, s)
@@ -388,6 +393,39 @@ func cacheBytes(flag *conf.Bytes) int64 {
 	return int64(*flag)
 }
 
+// config is what the flags say of the HMM itself.
+func (c *hmmCmd) config() hmm.Config {
+	return hmm.Config{
+		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory),
+		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory), Ready: int64(c.ReadyMemory),
+		Reserve: cmp.Or(c.Reserve, -1),
+		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
+	}
+}
+
+// args are the flags that up has, for a command line. What is left to its default is left out, so that the environment or a file may say it.
+func (c *hmmCmd) args() []string {
+	bytes := func(n conf.Bytes) string { return strconv.FormatInt(int64(n), 10) }
+	args := []string{"--socket", c.Socket, "--node", c.Node, "--npus", strconv.Itoa(c.NPUs), "--npu-memory", bytes(c.NPUMemory),
+		"--host-memory", bytes(c.HostMemory), "--domains", c.Domains}
+	if c.WeightsMemory != 0 {
+		args = append(args, "--weights-memory", bytes(c.WeightsMemory))
+	}
+	if c.ReadyMemory != 0 {
+		args = append(args, "--ready-memory", bytes(c.ReadyMemory))
+	}
+	if c.MMCache != nil {
+		args = append(args, "--mm-cache", bytes(*c.MMCache))
+	}
+	if c.KVCache != nil {
+		args = append(args, "--kv-cache", bytes(*c.KVCache))
+	}
+	if c.PeerListen != "" {
+		args = append(args, "--peer-listen", c.PeerListen)
+	}
+	return args
+}
+
 // Help is shown by `trireme hmm --help`.
 func (hmmCmd) Help() string {
 	return `One runs on each node. It must start before the stages and outlive them: what they hold in device memory ends with it.
@@ -431,13 +469,8 @@ func (c *hmmCmd) Run(e *env) error {
 				"node", c.Node, "others", others)
 		}
 	}
-	cfg := hmm.Config{
-		Socket: c.Socket, Node: c.Node, NPUs: c.NPUs, NPUBytes: int64(c.NPUMemory), HostBytes: int64(c.HostMemory), NATS: conn,
-		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory), Ready: int64(c.ReadyMemory),
-		Peers:   peers,
-		Reserve: cmp.Or(c.Reserve, -1),
-		MMCache: cacheBytes(c.MMCache), KVCache: cacheBytes(c.KVCache),
-	}
+	cfg := c.config()
+	cfg.NATS, cfg.Peers = conn, peers
 	if err := cfg.Validate(); err != nil {
 		return fmt.Errorf("%w%w", errUsage, err)
 	}

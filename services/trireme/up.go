@@ -89,7 +89,8 @@ func (upCmd) Help() string {
                                                       one of several machines on it
 
 /metrics is the gateway's. Other processes have theirs at addresses of their own: in a file of settings (--config) "metrics: 127.0.0.1:9101"
-under encoder, prefill, decoder, stage or hmm says one, where there is one of the kind.
+under encoder, prefill, decoder, stage or hmm says one. Of several of a kind each needs its own: with port 0 it takes a free one,
+which trireme status --json names.
 
 When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
 second one, a second or more later, at once.`
@@ -110,7 +111,7 @@ func (c *upCmd) Run(e *env) error {
 	if !validName.MatchString(c.node()) {
 		return fmt.Errorf("%w--node %q: letters, digits, - and _, at most 64", errUsage, c.node())
 	}
-	if err := c.hmm(p).Validate(); err != nil {
+	if err := c.hmm(p).config().Validate(); err != nil {
 		return fmt.Errorf("%wthe HMM does not start with --npu-memory %v, --host-memory %v, --weights-memory %v, --ready-memory %v and --data %s: %w",
 			errUsage, p.memory, c.HostMemory, c.WeightsMemory, c.ReadyMemory, c.Data, err)
 	}
@@ -132,6 +133,12 @@ func (c *upCmd) Run(e *env) error {
 	p.must = []byte("EPD")
 	if cfg.Vision == nil { // encoders would have nothing to do
 		p.topology, p.must = p.topology.Without('E'), []byte("PD")
+	}
+	if p.sole, err = readSoles(e.settings); err != nil {
+		return err
+	}
+	if err := p.sole.checkTopology(p.topology); err != nil {
+		return fmt.Errorf("%wtopology %s: %w", errUsage, p.topology, err)
 	}
 	if err := checkMemory(&cfg.Text, p.memory); err != nil {
 		return err
@@ -168,6 +175,7 @@ type plan struct {
 	socket   string
 	memory   conf.Bytes // of each NPU
 	must     []byte     // roles that some instance has to have
+	sole     soles      // services of which there can be one instance
 }
 
 func (c *upCmd) plan() (*plan, error) {
@@ -208,11 +216,11 @@ func (c *upCmd) plan() (*plan, error) {
 // node is the name of this machine.
 func (c *upCmd) node() string { return cmp.Or(c.Node, nodeName()) }
 
-// hmm is what of the HMM's configuration follows from the flags.
-func (c *upCmd) hmm(p *plan) hmm.Config {
-	return hmm.Config{
-		Socket: p.socket, Node: c.node(), NPUs: p.topology.NPUs(), NPUBytes: int64(p.memory), HostBytes: int64(c.HostMemory),
-		PerNPU: c.Domains == "per-npu", Weights: int64(c.WeightsMemory), Ready: int64(c.ReadyMemory),
+// hmm is the command that runs the HMM, as the flags have it: checked before, and then started, with the same settings.
+func (c *upCmd) hmm(p *plan) *hmmCmd {
+	return &hmmCmd{
+		Socket: p.socket, Node: c.node(), NPUs: p.topology.NPUs(), NPUMemory: p.memory, HostMemory: c.HostMemory, PeerListen: c.PeerListen,
+		domainFlags: c.domainFlags, weightsFlags: c.weightsFlags, readyFlag: c.readyFlag, cacheFlags: c.cacheFlags,
 	}
 }
 
@@ -438,27 +446,10 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		}
 		return child(name, service, args...)
 	}
-	hmm := []string{"--socket", p.socket, "--node", c.node(), "--npus", strconv.Itoa(p.topology.NPUs()),
-		"--npu-memory", strconv.FormatInt(int64(p.memory), 10), "--host-memory", strconv.FormatInt(int64(c.HostMemory), 10),
-		"--domains", c.Domains}
-	for flag, size := range map[string]*conf.Bytes{"--mm-cache": c.MMCache, "--kv-cache": c.KVCache} {
-		if size != nil {
-			hmm = append(hmm, flag, strconv.FormatInt(int64(*size), 10))
-		}
-	}
-	if c.PeerListen != "" {
-		hmm = append(hmm, "--peer-listen", c.PeerListen)
-	}
-	if c.WeightsMemory != 0 {
-		hmm = append(hmm, "--weights-memory", strconv.FormatInt(int64(c.WeightsMemory), 10))
-	}
-	if c.ReadyMemory != 0 {
-		hmm = append(hmm, "--ready-memory", strconv.FormatInt(int64(c.ReadyMemory), 10))
-	}
 	front := child("gateway", "gateway", gateway...)
 	front.Env = slices.Concat(environ, c.accessFlags.environ())
 	return children{
-		gateway: front, hmm: child("hmm", "hmm", hmm...), stage: stage,
+		gateway: front, hmm: child("hmm", "hmm", c.hmm(p).args()...), stage: stage,
 		scaler: c.scaler(child),
 	}
 }
@@ -481,7 +472,7 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	})
 	all := c.children(e, p, binary)
 	s.Start(all.hmm)
-	stages := &replicas{make: all.stage, must: p.must, supervisor: s, named: map[string]int{}, out: e.err}
+	stages := &replicas{make: all.stage, must: p.must, sole: p.sole, supervisor: s, named: map[string]int{}, out: e.err}
 	stages.begin(p.topology)
 	s.Start(all.gateway)
 	if all.scaler != nil {

@@ -134,6 +134,29 @@ func TestFileStandsUnderEnvironmentAndFlags(t *testing.T) {
 	}
 }
 
+func TestSettingOfAFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(path, []byte("log-level: debug\nencoder: {metrics: \":9101\"}\nscaler: {run: {metrics: \":9102\"}}\nhmm:\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for want, at := range map[string][]string{"debug": {"log-level"}, ":9101": {"encoder", "metrics"}, ":9102": {"scaler", "run", "metrics"}} {
+		if got, err := conf.Setting(path, at...); err != nil || got != want {
+			t.Errorf("%v is %q, %v", at, got, err)
+		}
+	}
+	for _, at := range [][]string{{"hmm", "metrics"}, {"decoder", "metrics"}, {"log-level", "metrics"}, {"encoder", "metrics", "more"}} {
+		if got, err := conf.Setting(path, at...); err != nil || got != "" {
+			t.Errorf("%v is %q, %v", at, got, err)
+		}
+	}
+	if got, err := conf.Setting("", "log-level"); err != nil || got != "" {
+		t.Errorf("without a file: %q, %v", got, err)
+	}
+	if _, err := conf.Setting(path+"x", "log-level"); !errors.Is(err, conf.ErrFile) {
+		t.Errorf("a file that is not there: %v", err)
+	}
+}
+
 func TestFileFaultsNameTheKey(t *testing.T) {
 	for file, say := range map[string]string{
 		"up:\n  htttp: x\n": "c.yaml: there is no setting up.htttp",

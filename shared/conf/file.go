@@ -40,6 +40,30 @@ func YAML(r io.Reader) (kong.Resolver, error) {
 	return &resolver{file, values}, nil
 }
 
+// Setting is what a file of settings says at a path of commands and a flag, "" when it says nothing or there is no file: for who starts
+// others that read it themselves.
+func Setting(file string, path ...string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	data, err := os.ReadFile(kong.ExpandPath(file))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrFile, err)
+	}
+	var at any
+	if err := yaml.Unmarshal(data, &at); err != nil {
+		return "", fmt.Errorf("%w %s: %w", ErrFile, file, err)
+	}
+	for _, key := range path {
+		under, _ := at.(map[string]any)
+		at = under[key]
+	}
+	if at == nil {
+		return "", nil
+	}
+	return fmt.Sprint(at), nil
+}
+
 type resolver struct {
 	file   string // its name with a blank in front, or empty
 	values map[string]any

@@ -546,6 +546,9 @@ func (s *Stage) takeOver(ctx context.Context, role string) {
 	}
 }
 
+// MetricsAt says where /metrics is served, if Config.Metrics has left that open. It is called before Serve.
+func (s *Stage) MetricsAt(address string) { s.address = address }
+
 func (s *Stage) heartbeat() wire.Instance {
 	beat := wire.Instance{
 		ID: s.ID, Name: s.Name, Role: s.Role, Node: s.HBM.Node(), PID: os.Getpid(), NPUs: s.HBM.NPUs(), Ready: s.ready.Load(), Standby: s.standsBy(),
