@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -11,8 +12,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"trireme.dev/services/trireme/supervise"
+	"trireme.dev/shared/bus"
+	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/wire"
 )
 
 // commandLine is what the parser makes of a command line.
@@ -137,6 +142,16 @@ func TestCommandsSendTheKey(t *testing.T) {
 		fmt.Fprintf(w, `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":%s},"finish_reason":"stop"}]}`+"\n\ndata: [DONE]\n\n", text)
 	}))
 	defer s.Close()
+	nats := bustest.Run(t).URL()
+	b, err := bus.Connect(t.Context(), nats, "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	letter := &wire.DeadLetter{ID: bus.NewDeadID(time.Now()), Time: time.Now(), Path: "/v1/chat/completions"}
+	if err := b.Bury(t.Context(), letter, []byte(`{"messages":[]}`), nil); err != nil {
+		t.Fatal(err)
+	}
 	for _, x := range []struct {
 		trireme, openai, flag, sent string
 	}{
@@ -153,7 +168,8 @@ func TestCommandsSendTheKey(t *testing.T) {
 				t.Setenv(name, v)
 			}
 		}
-		for _, command := range []string{"chat --url " + s.URL + " hi", "bench serve --requests 1 --warmup 0 --concurrency 1 --url " + s.URL} {
+		for _, command := range []string{"chat --url " + s.URL + " hi", "bench serve --requests 1 --warmup 0 --concurrency 1 --url " + s.URL,
+			"dead replay " + letter.ID + " --nats-url " + nats + " --url " + s.URL} {
 			args := strings.Fields(command)
 			if x.flag != "" {
 				args = append(args, "--api-key", x.flag)
