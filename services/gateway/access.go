@@ -34,7 +34,7 @@ func CheckAccess(keys, origins []string) error {
 	for i, key := range keys {
 		if !goodKey.MatchString(key) {
 			errs = append(errs, fmt.Errorf("API key number %d is empty, or has what no key may have: they are made of letters, digits and signs of ASCII, without "+
-				"comma and backslash", i+1))
+				"comma and backslash; leave the setting out where everybody may ask", i+1))
 		}
 	}
 	for _, o := range origins {
