@@ -139,7 +139,7 @@ func (g *Gateway) adminChange(w http.ResponseWriter, r *http.Request) (*wire.Cha
 	if err := readAdmin(w, r, &body); err != nil {
 		return nil, err
 	}
-	change, err := body.change(kind, len(i.NPUs))
+	change, err := body.change(kind)
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +162,7 @@ func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleRe
 	if q.Role, err = bus.RoleNamed(body.Role); err != nil {
 		return nil, err
 	}
-	if q.Change, err = body.change(wire.ChangeRole, 0); err != nil {
+	if q.Change, err = body.change(wire.ChangeRole); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), q.Change.Left+time.Minute)
@@ -170,8 +170,8 @@ func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleRe
 	return g.bus.SwitchRole(ctx, g.instances.Named(), q, nil)
 }
 
-// change is what the body asks an instance of so many NPUs for.
-func (a *adminChange) change(kind string, has int) (wire.Change, error) {
+// change is what the body asks an instance for.
+func (a *adminChange) change(kind string) (wire.Change, error) {
 	c := wire.Change{ID: bus.NewChangeID(), Kind: kind, DryRun: a.DryRun, Rate: a.Rate, Left: time.Minute, Spare: wire.DefaultSpare, Slack: wire.DefaultSlack}
 	var err error
 	if a.Timeout != "" {
@@ -202,6 +202,6 @@ func (a *adminChange) change(kind string, has int) (wire.Change, error) {
 	if err := count.UnmarshalText(text); err != nil {
 		return c, fmt.Errorf("%w: npus: %w", errAdmin, err)
 	}
-	c.NPUs, err = count.Of(has)
-	return c, err
+	c.NPUs, c.By = count.Change()
+	return c, nil
 }

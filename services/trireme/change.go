@@ -48,7 +48,7 @@ Examples:
 
 // Run has the experts placed anew.
 func (c *rebalanceCmd) Run(e *env) error {
-	return c.run(e, c.Who, func(*wire.Instance) (wire.Change, error) { return wire.Change{Kind: wire.ChangeRebalance}, nil })
+	return c.run(e, c.Who, wire.Change{Kind: wire.ChangeRebalance})
 }
 
 // check says what is wrong with the flags.
@@ -62,17 +62,13 @@ func (c *changeFlags) check() error {
 	return nil
 }
 
-// run has an instance change, as of says of the one that is meant.
-func (c *changeFlags) run(e *env, who string, of func(*wire.Instance) (wire.Change, error)) error {
+// run has the instance that is meant change.
+func (c *changeFlags) run(e *env, who string, change wire.Change) error {
 	if err := c.check(); err != nil {
 		return err
 	}
 	return c.among(e, func(ctx context.Context, b *bus.Bus, all []wire.Instance) error {
 		i, err := bus.Meant(all, who, c.Instance)
-		if err != nil {
-			return err
-		}
-		change, err := of(i)
 		if err != nil {
 			return err
 		}

@@ -45,10 +45,9 @@ func (c *scaleCmd) Run(e *env) error {
 	case !c.NPUs.Given:
 		return fmt.Errorf("%wscale %s: to how many NPUs? Write 4, +1 or -2, or --replicas and how many instances", errUsage, c.Who)
 	}
-	return c.run(e, c.Who, func(i *wire.Instance) (wire.Change, error) {
-		npus, err := c.NPUs.Of(len(i.NPUs))
-		return wire.Change{Kind: wire.ChangeScale, NPUs: npus}, err
-	})
+	change := wire.Change{Kind: wire.ChangeScale}
+	change.NPUs, change.By = c.NPUs.Change()
+	return c.run(e, c.Who, change)
 }
 
 // npuCount is a conf.NPUCount whose minus may be written as shielded does.

@@ -1,26 +1,26 @@
 package conf
 
-import "testing"
+import (
+	"errors"
+	"testing"
+
+	"trireme.dev/shared/wire"
+)
 
 func TestNPUCount(t *testing.T) {
-	for _, x := range []struct {
-		said      string
-		has, want int
-	}{
-		{"4", 2, 4}, {"+1", 2, 3}, {"-2", 3, 1}, {"64", 1, 64}, {"-2", 2, 0}, {"0", 2, 0}, {"1", 0, 1}, {"0", 0, 0},
-		{"-3", 2, -1}, {"65", 2, -1}, {"+63", 2, -1}, {"many", 2, -1}, {"", 2, -1}, {"2x", 2, -1}, {"--2", 2, -1},
+	for said, want := range map[string][2]int{
+		"4": {4, 0}, "+1": {wire.ByNPUs, 1}, "-2": {wire.ByNPUs, -2}, "64": {64, 0}, "0": {0, 0}, "-0": {wire.ByNPUs, 0},
 	} {
 		var c NPUCount
-		err := c.UnmarshalText([]byte(x.said))
-		got := -1
-		if err == nil {
-			got, err = c.Of(x.has)
+		err := c.UnmarshalText([]byte(said))
+		if npus, by := c.Change(); err != nil || npus != want[0] || by != want[1] {
+			t.Errorf("%q: %d, by %d, %v; want %v", said, npus, by, err, want)
 		}
-		if err != nil {
-			got = -1
-		}
-		if got != x.want {
-			t.Errorf("%q of %d: %d, %v; want %d", x.said, x.has, got, err, x.want)
+	}
+	for _, said := range []string{"65", "-65", "+65", "many", "", "2x", "--2"} {
+		var c NPUCount
+		if err := c.UnmarshalText([]byte(said)); !errors.Is(err, ErrNPUs) {
+			t.Errorf("%q: %+v, %v", said, c, err)
 		}
 	}
 }

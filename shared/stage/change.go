@@ -152,7 +152,7 @@ func (c *changes) task(ask *wire.Change) (w task, err error) {
 		return nil, fmt.Errorf("the request is malformed: %+v", *ask)
 	case c.closed || !c.stage.Ready():
 		return nil, errors.New("the instance does not take work: it starts or stops; try again when it is ready")
-	case ask.Kind == wire.ChangeScale && ask.NPUs >= 0 && ask.NPUs <= placement.MaxNPUs:
+	case ask.Kind == wire.ChangeScale && (ask.NPUs == wire.ByNPUs || ask.NPUs >= 0 && ask.NPUs <= placement.MaxNPUs):
 		w = &scale{stage: c.stage, ask: ask}
 	case ask.Kind == wire.ChangeRebalance && !hasText(c.stage.Role):
 		return nil, fmt.Errorf("the instance has no experts: it is an %s instance, which does not run the language model", c.stage.Role)

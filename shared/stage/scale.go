@@ -37,7 +37,11 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 	w.numbers = numbers(npus)
 	w.before = slices.Clone(w.numbers)
 	p.Before = w.before
-	switch more := w.ask.NPUs - set.Len(); {
+	more, err := w.more(set.Len())
+	if err != nil {
+		return err
+	}
+	switch {
 	case len(w.ask.Join)+len(w.ask.Leave) > 0:
 		if err := w.named(ctx); err != nil {
 			return err
@@ -71,6 +75,18 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 		}
 	}
 	return w.place(ctx, p, slots)
+}
+
+// more is how many NPUs more than so many the instance is to have.
+func (w *scale) more(has int) (int, error) {
+	more := w.ask.NPUs - has
+	if w.ask.NPUs == wire.ByNPUs {
+		more = w.ask.By
+	}
+	if then := has + more; then < 0 || then > placement.MaxNPUs {
+		return 0, fmt.Errorf("the instance has %d NPUs and cannot have %d: 0 (a standby) to %d", has, then, placement.MaxNPUs)
+	}
+	return more, nil
 }
 
 // named plans for the NPUs that are named. A dry run does not ask whether those that are to join can be had: they may be another

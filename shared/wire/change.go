@@ -96,7 +96,7 @@ type Change struct {
 
 	ID       string // letters and digits, made by who asks
 	Kind     string
-	NPUs     int           // to have then; ChangeScale only. 0: none, as a standby
+	NPUs     int           // to have then; ChangeScale only. 0: none, as a standby; ByNPUs: as By says
 	Left     time.Duration // the operation is given up if it has not come to its commit by then
 	Rate     int64         // most bytes to copy in a second; 0: as fast as it goes
 	Spare    float64       // places for second copies of experts, as a part of those that first ones need
@@ -112,7 +112,11 @@ type Change struct {
 	For         string
 
 	Fence uint64 // of the scaler that asks, see Fence; 0: an operator asks
+	By    int    // with NPUs ByNPUs: how many more than when it begins, or fewer. Who does not know of it refuses such a number of NPUs
 }
+
+// ByNPUs is the Change.NPUs of a change by a number of NPUs.
+const ByNPUs = -1
 
 // ChangeReport is how far an operation is.
 type ChangeReport struct {

@@ -67,7 +67,7 @@ func messages() map[string]any {
 			Pending: &wire.Pending{ID: "a1", Kind: wire.ChangeScale, NPUs: 3, Left: time.Minute},
 			Last:    &wire.Ended{ID: "a0", Kind: wire.ChangeRebalance, Committed: true, Why: "why"},
 		},
-		"change": &wire.Change{ID: "a1", Kind: wire.ChangeScale, NPUs: 4, Left: time.Minute, Rate: 1 << 30, Spare: 0.25, Slack: 0.05, DryRun: true, Seen: 3, Hold: "commit", HoldTime: time.Second, Join: []int{3}, Leave: []int{1, 2}, For: "decoder-1"},
+		"change": &wire.Change{ID: "a1", Kind: wire.ChangeScale, NPUs: 4, Left: time.Minute, Rate: 1 << 30, Spare: 0.25, Slack: 0.05, DryRun: true, Seen: 3, Hold: "commit", HoldTime: time.Second, Join: []int{3}, Leave: []int{1, 2}, For: "decoder-1", By: -2},
 	}
 }
 

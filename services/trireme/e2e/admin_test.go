@@ -50,7 +50,7 @@ func TestAdminEndpoints(t *testing.T) {
 		{"decoder/scale", ``, 400, "npus is missing"},
 		{"encoder/rebalance", ``, 409, "has no experts"},
 		{"decoder/scale/now", `{}`, 404, "/admin/instances/NAME/scale"},
-		{"decoder/scale", `{"npus":-3}`, 400, "cannot have -1"},
+		{"decoder/scale", `{"npus":-3}`, 409, "cannot have -1"},
 		{"decoder/scale", `{"npus":0}`, 409, "no other instance with NPUs could decode"},
 		{"decoder/scale", `{"npu":3}`, 400, "unknown field"},
 		{"decoder/scale", `{"npus":3,"timeout":"soon"}`, 400, "no duration"},
