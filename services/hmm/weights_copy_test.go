@@ -210,11 +210,11 @@ func TestWeightsComeAndGo(t *testing.T) {
 func BenchmarkCopyWeights(b *testing.B) {
 	bytes := benchBytes(b)
 	set := hbm.WeightSet{Key: hbm.Key{1}}
-	const objects = 96
+	objects := max(96, bytes>>20)
 	for range objects {
 		set.Sizes = append(set.Sizes, bytes/objects)
 	}
-	for _, rate := range []int64{0, 1e9, 200e6, 50e6} {
+	for _, rate := range []int64{0, 8e9, 4e9, 2e9, 1e9, 200e6, 50e6} {
 		name := "rate=any"
 		if rate > 0 {
 			name = fmt.Sprintf("rate=%dMB/s", rate/1e6)
@@ -225,7 +225,9 @@ func BenchmarkCopyWeights(b *testing.B) {
 				c.Weights -= c.Weights % page
 			})
 			c := dial(b, socket, hbm.Hello{})
-			if _, err := c.OpenWeights(b.Context(), 0, set, func(context.Context, []int, [][]byte) error { return nil }, nil); err != nil {
+			empty := func(context.Context, []int, [][]byte) error { return nil }
+			source, err := c.OpenWeights(b.Context(), 0, set, empty, nil)
+			if err != nil {
 				b.Fatal(err)
 			}
 			src, dst := make([]byte, bytes), make([]byte, bytes)
@@ -236,14 +238,17 @@ func BenchmarkCopyWeights(b *testing.B) {
 			n := 0
 			for b.Loop() {
 				slow := set
-				slow.Pace = hbm.NewPacer(rate)
 				slow.Key[1] = byte(n) // another set of the same content each time: what rests would be attached
 				if n++; n > 1 {
-					if _, err := c.OpenWeights(b.Context(), 0, hbm.WeightSet{Key: slow.Key, Sizes: set.Sizes}, func(context.Context, []int, [][]byte) error { return nil }, nil); err != nil {
+					if err := source.Close(); err != nil {
+						b.Fatal(err)
+					}
+					if source, err = c.OpenWeights(b.Context(), 0, hbm.WeightSet{Key: slow.Key, Sizes: set.Sizes}, empty, nil); err != nil {
 						b.Fatal(err)
 					}
 				}
 				start := time.Now()
+				slow.Pace = hbm.NewPacer(rate)
 				w, err := c.OpenWeights(b.Context(), 1, slow, never, nil)
 				if err != nil {
 					b.Fatal(err)
