@@ -98,6 +98,32 @@ func (b *Bus) AskAll(ctx context.Context, subject string, m any, f func(data []b
 	}
 }
 
+// Stats asks all gateways and stages what they have done so far, and returns when those with these heartbeats have answered that can, or ctx
+// ends. Others may be among the answers; those that nobody can read are left out.
+func (b *Bus) Stats(ctx context.Context, beats []wire.Instance) ([]wire.Stats, error) {
+	awaited := make(map[string]bool)
+	for _, i := range beats {
+		if i.Ready || i.Role == "gateway" {
+			awaited[i.ID] = true
+		}
+	}
+	var all []wire.Stats
+	err := b.AskAll(ctx, wire.SubjectStats, struct{}{}, func(data []byte) bool {
+		if len(data) == 0 { // nobody listens
+			return false
+		}
+		var s wire.Stats
+		if err := wire.Unmarshal(data, &s); err != nil {
+			b.log.Debug("an answer about work done is ignored", "error", err)
+			return true
+		}
+		all = append(all, s)
+		delete(awaited, s.Instance)
+		return len(awaited) > 0
+	})
+	return all, err
+}
+
 // errNoReply is returned by respond for a message that asks for no answer.
 var errNoReply = errors.New("message asks for no answer")
 

@@ -13,7 +13,8 @@ import (
 // stats is what the instance says of its work to whoever asks (wire.SubjectStats): the scaler above all. It comes from the metrics, so
 // that nothing is counted twice.
 func (s *Stage) stats() *wire.Stats {
-	w := &wire.StageStats{Busy: s.Runner.Busy(), Balance: 1}
+	paced := s.pacing()
+	w := &wire.StageStats{Busy: s.Runner.Busy(), Balance: 1, PacedBusy: paced.busy, PacedBehind: paced.behind}
 	roles := make(map[string]*wire.RoleStats)
 	for _, r := range s.roles {
 		w.Roles = append(w.Roles, wire.RoleStats{Role: r.Name})

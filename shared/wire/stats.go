@@ -79,6 +79,10 @@ type StageStats struct {
 	NPUs    []NPUWork     `json:"npus"`         // by slot, without holes
 	Balance float64       `json:"balance"`      // of experts, of the load of the last minutes: see ChangePlan; 1 where there are none
 	Rows    uint64        `json:"balance_rows"` // that it is of; 0: there was no load
+
+	// Of a paced instance, as in Instance, but now.
+	PacedBusy   time.Duration `json:"paced_busy_ns,omitempty"`
+	PacedBehind time.Duration `json:"paced_behind_ns,omitempty"`
 }
 
 // RoleStats is the work of one role of an instance. A step in which several roles have part counts for each.

@@ -92,27 +92,9 @@ func (a *Asker) Ask(ctx context.Context) *Heard {
 // Wait returns when nothing that was asked in the background is open any more.
 func (a *Asker) Wait() { a.rebuild.Wait() }
 
-// stats asks gateways and stages. It is done when all that have a heartbeat and can answer have.
-func (a *Asker) stats(ctx context.Context, beats []wire.Instance) (all []wire.Stats) {
-	awaited := map[string]bool{}
-	for _, i := range beats {
-		if i.Ready || i.Role == "gateway" {
-			awaited[i.ID] = true
-		}
-	}
-	err := a.bus.AskAll(ctx, wire.SubjectStats, struct{}{}, func(data []byte) bool {
-		if len(data) == 0 { // nobody listens
-			return false
-		}
-		var s wire.Stats
-		if err := wire.Unmarshal(data, &s); err != nil {
-			a.log.Debug("an answer to the scaler's question is ignored", "error", err)
-			return true
-		}
-		all = append(all, s)
-		delete(awaited, s.Instance)
-		return len(awaited) > 0
-	})
+// stats asks gateways and stages.
+func (a *Asker) stats(ctx context.Context, beats []wire.Instance) []wire.Stats {
+	all, err := a.bus.Stats(ctx, beats)
 	if err != nil {
 		a.log.Debug("asking for stats", "error", err)
 	}

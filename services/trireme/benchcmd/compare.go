@@ -311,7 +311,8 @@ func (c *Compare) one(f *fleet, s *comparison, workload int, rate float64, seed 
 	})
 }
 
-// kept asks the instances of a paced fleet which part of the profile's rate they have achieved so far, all together.
+// kept asks the instances of a paced fleet which part of the profile's rate they have achieved so far, all together. Heartbeats say it, too, but
+// as it was a second ago, which of a short load is before it.
 func (f *fleet) kept() (float64, error) {
 	b, err := bus.Connect(f.ctx, f.nats, "bench", slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -324,14 +325,20 @@ func (f *fleet) kept() (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	var busy, behind float64
-	for _, i := range instances.All() {
-		busy, behind = busy+i.Busy, behind+i.Behind
+	stats, err := b.Stats(ctx, instances.All())
+	if err != nil {
+		return 0, err
+	}
+	var busy, behind time.Duration
+	for _, s := range stats {
+		if s.Work != nil {
+			busy, behind = busy+s.Work.PacedBusy, behind+s.Work.PacedBehind
+		}
 	}
 	if busy == 0 {
 		return 0, errors.New("the NPUs of the fleet do not tell how busy they were")
 	}
-	return busy / (busy + behind), nil
+	return busy.Seconds() / (busy + behind).Seconds(), nil
 }
 
 // report writes what came of it.
