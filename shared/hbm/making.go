@@ -137,7 +137,7 @@ func (w *Weights) copy(ctx context.Context, all []*making) error {
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	var ready []chan struct{}
 	if w.set.Pace != nil {
-		g.SetLimit(1) // beside whatever the NPUs compute
+		g.SetLimit(w.set.Pace.copiers())
 		var readied func()
 		ready, readied = readyAhead(gctx, some)
 		defer readied()
@@ -209,7 +209,7 @@ func readyAhead(ctx context.Context, all []*making) (ready []chan struct{}, wait
 	}
 	var next atomic.Int64
 	var wg sync.WaitGroup
-	for range min(len(all), max(1, runtime.GOMAXPROCS(0)/4)) { // beside whatever the NPUs compute
+	for range min(len(all), beside()) {
 		wg.Go(func() {
 			for {
 				i := int(next.Add(1)) - 1

@@ -2,6 +2,7 @@ package hbm
 
 import (
 	"context"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -21,6 +22,17 @@ func NewPacer(rate int64) *Pacer {
 	}
 	return &Pacer{rate: rate, due: time.Now()}
 }
+
+// copierRate is what one goroutine that copies and checks keeps up with on any machine, bytes a second.
+const copierRate = 1 << 30
+
+// copiers says how many goroutines keep to the rate together.
+func (p *Pacer) copiers() int {
+	return int(min(int64(beside()), 1+(p.rate-1)/copierRate))
+}
+
+// beside says how many processors may work on copies at a rate, beside whatever the NPUs compute.
+func beside() int { return max(1, runtime.GOMAXPROCS(0)/4) }
 
 // catchUp is how far copies may make up for time in which nothing was copied: what lies between two of them, calls of the HMM and
 // maps, would come on top of the rate else.

@@ -1,6 +1,7 @@
 package hbm
 
 import (
+	"runtime"
 	"testing"
 	"time"
 )
@@ -25,5 +26,22 @@ func TestPacer(t *testing.T) {
 	}
 	if NewPacer(0) != nil {
 		t.Error("no rate is one")
+	}
+}
+
+// More goroutines copy only where one is not enough for the rate, and never more than a quarter of the processors.
+func TestCopiers(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+	for _, c := range []struct {
+		processors, want int
+		rate             int64
+	}{
+		{16, 1, 1}, {16, 1, copierRate}, {16, 2, copierRate + 1}, {16, 4, 4 * copierRate}, {16, 4, 1 << 60},
+		{8, 2, 4 * copierRate}, {2, 1, 4 * copierRate}, {1, 1, 1 << 60},
+	} {
+		runtime.GOMAXPROCS(c.processors)
+		if n := NewPacer(c.rate).copiers(); n != c.want {
+			t.Errorf("%d goroutines copy at %d bytes a second on %d processors, want %d", n, c.rate, c.processors, c.want)
+		}
 	}
 }
