@@ -82,7 +82,12 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 		}
 		writeAdmin(w, status, answer)
 	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	// Who reaches the address may do all, and a browser of theirs does: a page that they look at must not.
+	pages := http.NewCrossOriginProtection()
+	pages.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeAdmin(w, http.StatusForbidden, adminAnswer{Error: "pages of other origins may change nothing here"})
+	}))
+	server := &http.Server{Handler: pages.Handler(mux), ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {

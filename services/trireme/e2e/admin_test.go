@@ -71,6 +71,16 @@ func TestAdminEndpoints(t *testing.T) {
 	if resp, err := http.Get(c.url + "/admin/instances"); err != nil || resp.StatusCode != 404 || resp.Body.Close() != nil {
 		t.Errorf("clients reach the operators' endpoints: %v, %v", resp, err)
 	}
+	// A browser sends this for a page of anywhere, without asking first.
+	page, err := http.NewRequest("POST", "http://"+address+"/admin/instances/decoder/scale", strings.NewReader(`{"npus":"+1"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page.Header.Set("Content-Type", "text/plain")
+	page.Header.Set("Origin", "https://elsewhere.example")
+	if resp, err := http.DefaultClient.Do(page); err != nil || resp.StatusCode != 403 || resp.Body.Close() != nil {
+		t.Errorf("a page of another origin may change instances: %v, %v", resp, err)
+	}
 	c.expectDecoder(t, 2, 1, 0)
 	if status, r, said := ask("POST", "/admin/instances/decoder/scale", `{"npus":"+1","dry_run":true}`); status != 200 || wire.NPUCount(r.Plan.After) != 3 || r.Committed {
 		t.Errorf("a dry run: %d %s", status, said)
