@@ -26,6 +26,7 @@ var (
 
 const (
 	askPatience   = 3 * time.Second        // for an answer, which comes within a second if the instance can be reached
+	gonePatience  = 3 * time.Second        // for an instance that does not listen: it may be about to connect anew, as who asks has just done
 	successorWait = 100 * time.Millisecond // between two looks whether a successor has ended an operation
 )
 
@@ -35,6 +36,7 @@ const (
 // wrong behind its commit: that is in the report's Why.
 func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change, told func(*wire.ChangeReport)) (*wire.ChangeReport, error) {
 	r := &wire.ChangeReport{ID: c.ID, Kind: c.Kind, Instance: instance, Record: record}
+	var silent time.Time // since when the instance does not listen
 	for wait := newPause(); ctx.Err() == nil; {
 		if b.conn.IsReconnecting() { // the client would send the question when nobody waits for an answer any more
 			_ = (&pause{next: awayWait}).sleep(ctx)
@@ -46,14 +48,21 @@ func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change
 		cancel()
 		switch {
 		case errors.Is(err, nats.ErrNoResponders):
-			return b.changeEnded(ctx, r)
+			if silent.IsZero() {
+				silent = time.Now()
+			}
+			if time.Since(silent) >= gonePatience || b.succeeded(ctx, r) {
+				return b.changeEnded(ctx, r)
+			}
+			_ = (&pause{next: successorWait}).sleep(ctx)
+			continue
 		case err != nil && permanent(err):
 			return r, err
 		case err != nil:
 			_ = wait.sleep(ctx)
 			continue
 		}
-		wait = newPause()
+		wait, silent = newPause(), time.Time{}
 		if now.Number != r.Number && told != nil {
 			told(now)
 		}
@@ -70,6 +79,14 @@ func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change
 	return r, fmt.Errorf("%s of %s has not ended, and goes on by itself (`trireme events --kind scale --follow` shows how): %w", c.Kind, instance, context.Cause(ctx))
 }
 
+// succeeded reports whether another process has the record of an operation's instance, which is gone then.
+func (b *Bus) succeeded(ctx context.Context, r *wire.ChangeReport) bool {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	l, _, err := b.Layout(ctx, r.Record)
+	return err == nil && l.Instance != r.Instance
+}
+
 // changeEnded finds out how an operation has ended whose instance is gone: its record says so, once the instance's successor has
 // cleared it.
 func (b *Bus) changeEnded(ctx context.Context, r *wire.ChangeReport) (*wire.ChangeReport, error) {
@@ -82,6 +99,9 @@ func (b *Bus) changeEnded(ctx context.Context, r *wire.ChangeReport) (*wire.Chan
 			r.Why = gone + "; the one in its place starts in the new layout"
 			return r, nil
 		case err == nil && l.Awaits(r.ID): // until the successor has come
+		case err == nil && l.Last != nil && l.Last.ID == r.ID:
+			r.State, r.Why = "aborted", cmp.Or(l.Last.Why, gone)
+			return r, fmt.Errorf("%s of %s %w: %s", r.Kind, r.Instance, ErrGivenUp, r.Why)
 		case err == nil || errors.Is(err, ErrNoLayout):
 			r.State, r.Why = "aborted", gone
 			return r, fmt.Errorf("%s of %s %w: the instance is gone; once `trireme status` shows it again, or another one, ask again", r.Kind, r.Instance, ErrGivenUp)
