@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,13 +94,14 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 	}
 	e.leave = setOf(present) &^ all
 	o.again = s.weights.less.Remap
-	var reserving sync.WaitGroup // scratch, while weights come
-	var full error
-	empty := engines(e.npus)
-	reserving.Go(func() { e.next, full = s.Runner.Reserve(empty) })
-	e.Copied, err = s.weights.prepare(ctx, e.npus, layout, o)
-	reserving.Wait()
-	if err = errors.Join(err, full); err != nil {
+	empty := engines(e.npus) // scratch, while weights come
+	if err = beside(ctx, func() (err error) {
+		e.next, err = s.Runner.Reserve(empty)
+		return err
+	}, func(ctx context.Context) (err error) {
+		e.Copied, err = s.weights.prepare(ctx, e.npus, layout, o)
+		return err
+	}); err != nil {
 		return nil, err
 	}
 	for _, w := range s.workers {
@@ -116,6 +118,22 @@ func (s *Stage) Prepare(ctx context.Context, numbers []int, layout placement.Lay
 	}
 	e.Warm = e.next.Warm
 	return e, nil
+}
+
+// beside runs a short f and a long g at once, and ends g when f fails, whose error it then returns: what g brings would be given up again.
+func beside(ctx context.Context, f func() error, g func(context.Context) error) error {
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	var short sync.WaitGroup
+	var failed error
+	short.Go(func() {
+		if failed = f(); failed != nil {
+			end(failed)
+		}
+	})
+	err := g(ctx)
+	short.Wait()
+	return cmp.Or(failed, err)
 }
 
 // Switch makes e the present epoch between two steps: pause is how long they waited for it. NPUs that join take new work from then on.
