@@ -190,3 +190,30 @@ func TestDryRunRefusesNobody(t *testing.T) {
 		}
 	}
 }
+
+// NPUs may join and leave in one operation: none gets the slot of one that is there until the switch. What is named twice, or both to join
+// and to leave, is refused.
+func TestNPUsJoinAndLeaveAtOnce(t *testing.T) {
+	r := &rig{T: t, Rig: stagetest.New(t, servePerNPU, stagetest.Long)}
+	s := r.serving(t)
+	has := s.HBM.NPUs()[0]
+	for _, x := range []struct {
+		join, leave []int
+		wants       string
+	}{
+		{nil, []int{has, has}, "is to leave"}, {[]int{3, 3}, nil, "is to join"}, {[]int{3}, []int{3}, "is to leave"}, {[]int{has}, []int{has}, "is to join"},
+		{[]int{3}, []int{has}, ""},
+	} {
+		got, err := r.Rig.Bus.Change(t.Context(), s.ID, wire.LayoutKey("n", s.ID),
+			wire.Change{ID: bus.NewChangeID(), Kind: wire.ChangeScale, Left: time.Minute, Join: x.join, Leave: x.leave}, nil)
+		if x.wants != "" && (!errors.Is(err, bus.ErrGivenUp) || !strings.Contains(err.Error(), x.wants)) || x.wants == "" && (err != nil || !got.Committed) {
+			t.Errorf("%v join and %v leave: %+v, %v", x.join, x.leave, got, err)
+		}
+	}
+	if now := s.HBM.NPUs(); !slices.Equal(now, []int{3}) {
+		t.Errorf("the instance has NPUs %v", now)
+	}
+	if npus := s.NPUs(); len(npus) != 2 || npus[0].Compute != nil || npus[1].Number != 3 {
+		t.Errorf("NPUs by slot: %+v", npus)
+	}
+}

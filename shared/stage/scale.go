@@ -93,22 +93,22 @@ func (w *scale) more(has int) (int, error) {
 // instance's, which is to give them up first.
 func (w *scale) named(ctx context.Context) error {
 	s := w.stage
-	for _, n := range w.ask.Leave {
-		slot := slices.Index(w.numbers, n)
-		if n < 0 || slot < 0 {
-			return fmt.Errorf("NPU %d is to leave, and the instance has %v", n, w.before)
-		}
-		w.leave, w.numbers[slot] = w.leave.With(slot), -1
-	}
 	spare, err := w.spare(ctx)
 	if err != nil {
 		return err
 	}
-	for _, n := range w.ask.Join {
+	for _, n := range w.ask.Join { // first: none gets the slot of one that is there until the switch
 		if slices.Contains(w.numbers, n) || s.HBM.Domain(n) < 0 || !slices.Contains(spare, n) && !w.ask.DryRun {
 			return fmt.Errorf("NPU %d of node %s is to join, and %v are spare", n, s.HBM.Node(), spare)
 		}
 		w.enter(n)
+	}
+	for _, n := range w.ask.Leave {
+		slot := slices.Index(w.before, n)
+		if n < 0 || slot < 0 || w.leave.Has(slot) {
+			return fmt.Errorf("NPU %d is to leave, and the instance has %v", n, w.before)
+		}
+		w.leave, w.numbers[slot] = w.leave.With(slot), -1
 	}
 	return nil
 }
