@@ -85,15 +85,20 @@ func (c *changes) serve(ctx context.Context) error {
 	}
 }
 
-// sample takes note of the experts' load since the last time, and returns what it was lately.
-func (c *changes) sample() (placement.Load, uint64) {
-	total := c.stage.Runner.Load()
+// sample takes note of the experts' load since the last time.
+func (c *changes) sample() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if total != nil {
+	if total := c.stage.Runner.Load(); total != nil { // under the lock: it never falls
 		c.recent.Add(total)
 	}
-	return c.recent.Load()
+}
+
+// load is the experts' load lately, and how many rows it is of. However often somebody asks for plans, older load counts as much.
+func (c *changes) load() (placement.Load, uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.recent.Load(c.stage.Runner.Load())
 }
 
 // answer begins an operation, or finds it, and tells how far it is.

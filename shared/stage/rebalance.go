@@ -27,7 +27,7 @@ func (w *rebalance) plan(ctx context.Context, p *wire.ChangePlan) (err error) {
 	npus := s.NPUs()
 	set := setOf(npus)
 	p.Before, p.After = numbers(npus), numbers(npus)
-	load, rows := s.changes.sample()
+	load, rows := s.changes.load()
 	present, _ := s.changes.current()
 	slots := elastic.Slots(present, set.Len(), w.ask.Spare)
 	if w.change, err = placement.Plan(present, load, set, placement.Options{Slots: slots, Slack: w.ask.Slack}); err != nil {

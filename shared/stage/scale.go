@@ -119,7 +119,7 @@ func (w *scale) ends() bool { return wire.NPUCount(w.numbers) == 0 }
 // place decides where the experts are to be, on the NPUs in these slots.
 func (w *scale) place(ctx context.Context, p *wire.ChangePlan, slots placement.Set) (err error) {
 	s := w.stage
-	load, rows := s.changes.sample()
+	load, rows := s.changes.load()
 	present, _ := s.changes.current()
 	before := setOf(s.NPUs())
 	if !hasText(s.Role) || slots == 0 { // nobody computes with experts
@@ -266,11 +266,11 @@ const partWait = 30 * time.Second
 // drop implements task.
 func (w *scale) drop() error {
 	err := w.present.Release()
-	if w.leave == 0 {
+	kept := w.numbers // those that an operation before could not give back go, too
+	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })
+	if len(leaving) == 0 {
 		return err
 	}
-	kept := w.numbers
-	leaving := slices.DeleteFunc(w.stage.HBM.NPUs(), func(n int) bool { return slices.Contains(kept, n) })
 	return errors.Join(err, w.part(leaving, w.ask.For)) // weights are not booked to NPUs
 }
 

@@ -67,7 +67,7 @@ func (s *Stage) stats() *wire.Stats {
 func (c *changes) balance() (float64, uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	load, rows := c.recent.Load()
+	load, rows := c.recent.Load(nil)
 	if rows == 0 {
 		return 1, 0
 	}

@@ -101,8 +101,11 @@ func (o *Operation) CanStop() bool { return o.step < Store }
 
 // Outcome tells how the step that Next has named went, with the reason if it is not OK, and moves on.
 func (o *Operation) Outcome(r Result, why error) {
-	if r != OK && r != Nothing && r != Committed && o.why == nil {
+	switch bad := r != OK && r != Nothing && r != Committed; {
+	case bad && o.why == nil:
 		o.why = why
+	case bad && o.step == Undo: // nobody else tells of it
+		o.why = fmt.Errorf("%w; and what was prepared is not all given back: %w", o.why, why)
 	}
 	switch {
 	case o.step == MakePlan && r == OK:

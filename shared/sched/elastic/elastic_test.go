@@ -149,6 +149,19 @@ func TestStates(t *testing.T) {
 	}
 }
 
+// Why an operation was given up is told, and also that something of it could not be given back.
+func TestWhyOfAnUndoThatFails(t *testing.T) {
+	full, stuck := errors.New("no room"), errors.New("still held")
+	var o Operation
+	o.Outcome(OK, nil)
+	o.Outcome(OK, nil)
+	o.Outcome(Failed, full)
+	o.Outcome(Failed, stuck)
+	if o.Outcome(OK, nil); o.State() != Aborted || !errors.Is(o.Why(), full) || !errors.Is(o.Why(), stuck) {
+		t.Errorf("%s, because: %v", o.State(), o.Why())
+	}
+}
+
 func TestWrongOutcome(t *testing.T) {
 	defer func() {
 		if recover() == nil {

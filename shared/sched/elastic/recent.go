@@ -33,17 +33,26 @@ func (r *Recent) Add(total placement.Load) {
 	r.total = total
 }
 
-// Load is the load lately, and how many rows it is of; nil when there was none. It belongs to the caller.
-func (r *Recent) Load() (placement.Load, uint64) {
-	n := rows(r.load)
-	if n == 0 {
+// Load is the load lately, and how many rows it is of; nil when there was none. It belongs to the caller. total is as Add's: what has come
+// since the last part counts, but ends none, so that nothing fades because somebody asks; nil: it is not known.
+func (r *Recent) Load(total placement.Load) (placement.Load, uint64) {
+	if r.load == nil && total == nil || rows(r.load)+rows(total) == 0 {
 		return nil, 0
 	}
-	load := make(placement.Load, len(r.load))
+	load := make(placement.Load, max(len(r.load), len(total)))
 	for l := range load {
+		if r.load == nil {
+			load[l] = slices.Clone(total[l])
+			continue
+		}
 		load[l] = slices.Clone(r.load[l])
+		for e := range load[l] {
+			if total != nil {
+				load[l][e] += total[l][e] - r.total[l][e]
+			}
+		}
 	}
-	return load, n
+	return load, rows(load)
 }
 
 func rows(load placement.Load) (sum uint64) {

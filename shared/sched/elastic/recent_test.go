@@ -9,7 +9,7 @@ import (
 
 func TestRecent(t *testing.T) {
 	var r Recent
-	if load, rows := r.Load(); load != nil || rows != 0 {
+	if load, rows := r.Load(nil); load != nil || rows != 0 {
 		t.Errorf("before any: %v, %d", load, rows)
 	}
 	for _, x := range []struct{ total, want placement.Load }{
@@ -19,12 +19,30 @@ func TestRecent(t *testing.T) {
 		{placement.Load{{80, 18}, {}}, placement.Load{{70, 17}, {}}},
 	} {
 		r.Add(x.total)
-		if got, _ := r.Load(); !reflect.DeepEqual(got, x.want) {
+		if got, _ := r.Load(nil); !reflect.DeepEqual(got, x.want) {
 			t.Errorf("of %v: %v, want %v", x.total, got, x.want)
 		}
 	}
-	if _, rows := r.Load(); rows != 87 {
+	if _, rows := r.Load(nil); rows != 87 {
 		t.Errorf("%d rows", rows)
+	}
+}
+
+// Whoever asks sees also what has come since the last part, and nothing fades by that.
+func TestRecentIsAskedOften(t *testing.T) {
+	var r Recent
+	if got, rows := r.Load(placement.Load{{4, 1}, {}}); rows != 5 || !reflect.DeepEqual(got, placement.Load{{4, 1}, {}}) {
+		t.Errorf("before the first part ends: %v, %d", got, rows)
+	}
+	r.Add(placement.Load{{80, 8}, {}})
+	for range 3 {
+		if got, rows := r.Load(placement.Load{{81, 10}, {}}); rows != 91 || !reflect.DeepEqual(got, placement.Load{{81, 10}, {}}) {
+			t.Errorf("%v, %d", got, rows)
+		}
+	}
+	r.Add(placement.Load{{81, 18}, {}})
+	if got, _ := r.Load(nil); !reflect.DeepEqual(got, placement.Load{{71, 17}, {}}) {
+		t.Errorf("after the next part: %v", got)
 	}
 }
 
