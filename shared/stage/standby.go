@@ -47,16 +47,16 @@ func (s *Stage) survivors(ctx context.Context) error {
 		found := false
 		for _, i := range view.Role(role) {
 			// A sequence never goes on with other kernels.
-			if found || i.ID == s.ID || !i.Ready || i.Standby || i.Digest != mine.Digest || i.Kernels != mine.Kernels {
+			if found || i.ID == s.ID || !i.Ready || i.Digest != mine.Digest || i.Kernels != mine.Kernels {
 				continue
 			}
 			l, _, err := s.Bus.Layout(ctx, i.Record())
 			switch {
 			case errors.Is(err, bus.ErrNoLayout):
-				found = true
+				found = !i.Standby
 			case err != nil:
 				return fmt.Errorf("looking for other instances: %w", err)
-			default:
+			default: // what it has now; its last heartbeat may be from before an operation that has just ended
 				found = !l.Empty()
 			}
 		}

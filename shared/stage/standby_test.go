@@ -62,8 +62,16 @@ func TestStandby(t *testing.T) {
 	if err := change(other, wire.Change{}, nil); !refused(err) {
 		t.Errorf("the last one: %v", err)
 	}
-	if err := change(first, wire.Change{NPUs: 1}, nil); err != nil {
-		t.Fatal(err)
+	r.Until("the heartbeat says that it stands by", func() bool {
+		return slices.ContainsFunc(view.Role(stage.Decode), func(i wire.Instance) bool { return i.ID == first.ID && i.Standby })
+	})
+	for _, x := range []struct {
+		s    *stage.Stage
+		npus int
+	}{{first, 1}, {other, 0}, {other, 1}} { // one right behind the other, before a heartbeat tells of it
+		if err := change(x.s, wire.Change{NPUs: x.npus}, nil); err != nil {
+			t.Fatalf("%s to %d NPUs: %v", x.s.ID, x.npus, err)
+		}
 	}
 	held := make(chan struct{})
 	go change(first, wire.Change{Hold: "plan", HoldTime: time.Minute}, func(r *wire.ChangeReport) { //nolint:errcheck // it ends with the test
