@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"trireme.dev/services/trireme/modelcmd"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/wire"
@@ -74,7 +75,7 @@ func (c *changeFlags) run(e *env, who string, change wire.Change) error {
 		}
 		c.apply(&change)
 		change.ID = bus.NewChangeID()
-		r, err := b.Change(ctx, i.ID, i.Record(), change, c.teller(e))
+		r, err := b.Change(ctx, i.ID, i.Record(), change, c.told(e))
 		if c.JSON && r.Number > 0 {
 			return errors.Join(err, writeJSON(e.out, r))
 		}
@@ -112,15 +113,46 @@ func (c *changeFlags) apply(change *wire.Change) {
 	change.Hold, change.HoldTime = strings.Join(c.Hold, ","), c.HoldTime
 }
 
-// teller writes each line of progress once.
-func (c *changeFlags) teller(e *env) func(*wire.ChangeReport) {
-	last := ""
-	return func(r *wire.ChangeReport) {
-		line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
-		if line != last && !c.JSON && r.State != "aborted" { // figures change more often than what is said of them, and the error tells of an abort
-			fmt.Fprint(e.err, line)
-			last = line
-		}
+// told is what tells a person how far operations are; nil with --json.
+func (c *changeFlags) told(e *env) func(*wire.ChangeReport) {
+	if c.JSON {
+		return nil
+	}
+	t := teller{w: e.err, bar: modelcmd.LoadProgress(e.err, "copying weights"), now: time.Now}
+	return t.tell
+}
+
+// teller writes each line of progress once, and how much of the weights is copied: as a bar where a person sees that, else now and then.
+type teller struct {
+	w   io.Writer
+	bar func(done, total int64) // nil: w is no terminal
+	now func() time.Time
+
+	last  string    // line
+	at    time.Time // of the last line
+	drawn int64     // total of the bar that is there; 0: none is
+}
+
+// tellEvery is the time between two lines about weights that are being copied.
+const tellEvery = 10 * time.Second
+
+func (t *teller) tell(r *wire.ChangeReport) {
+	line := fmt.Sprintf("%-8s %s%s\n", r.State, r.Sentence(), map[bool]string{true: " (held)"}[r.Held])
+	copies := r.State == "prepare" && 0 < r.Copied && r.Copied < r.Plan.Bytes
+	if t.drawn > 0 && (line != t.last || !copies) { // what comes now is not to stand behind it
+		t.bar(t.drawn, t.drawn)
+		t.drawn = 0
+	}
+	switch {
+	case line != t.last && r.State != "aborted": // figures change more often than what is said of them, and the error tells of an abort
+		fmt.Fprint(t.w, line)
+		t.last, t.at = line, t.now()
+	case copies && t.bar != nil:
+		t.bar(r.Copied, r.Plan.Bytes)
+		t.drawn = r.Plan.Bytes
+	case copies && t.now().Sub(t.at) >= tellEvery:
+		fmt.Fprintf(t.w, "%-8s %s %s: %v of %v copied\n", r.State, r.Kind, r.ID, conf.Bytes(r.Copied), conf.Bytes(r.Plan.Bytes))
+		t.at = t.now()
 	}
 }
 
@@ -139,9 +171,22 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 		fmt.Fprintf(w, "balance   %.3f, before %.3f, of the load of %d rows\n", p.Will, p.Was, p.Rows)
 	}
 	if dry {
-		_, err := fmt.Fprintf(w, "to copy   %v, in %v at --copy-rate; %v of memory beside what is in use\n", conf.Bytes(p.Bytes), p.Expect, conf.Bytes(p.Memory))
+		_, err := fmt.Fprintf(w, "to copy   %v, in about %v; %v of memory beside what is in use\n", conf.Bytes(p.Bytes), p.Expect.Round(time.Millisecond/10),
+			conf.Bytes(p.Memory))
 		return err
 	}
+	if r.Total > 0 { // else the instance was killed behind the commit, and nobody has measured
+		printFigures(w, r)
+	}
+	if r.Why != "" {
+		fmt.Fprintf(w, "note      %s\n", r.Why)
+	}
+	_, err := fmt.Fprintf(w, "epoch     %d\n", r.Epoch)
+	return err
+}
+
+// printFigures writes what an operation has cost.
+func printFigures(w io.Writer, r *wire.ChangeReport) {
 	rate := ""
 	if r.Copied > 0 && r.Copying > 0 {
 		rate = fmt.Sprintf(", %.3g GB/s", float64(r.Copied)/r.Copying.Seconds()/1e9)
@@ -154,10 +199,7 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	}
 	fmt.Fprintf(w, "pause     %v, for which steps were held up by the switch\n", short(r.Pause))
 	fmt.Fprintf(w, "release   %v, for what only the old layout needed\n", short(r.Releasing))
-	fmt.Fprintf(w, "memory    %v at most, before %v, now %v\n", conf.Bytes(r.Peak), conf.Bytes(r.UsedBefore), conf.Bytes(r.UsedAfter))
-	if r.Why != "" {
-		fmt.Fprintf(w, "note      %s\n", r.Why)
+	if r.Peak >= r.UsedBefore { // else it was killed before it has asked
+		fmt.Fprintf(w, "memory    %v at most, before %v, now %v\n", conf.Bytes(r.Peak), conf.Bytes(r.UsedBefore), conf.Bytes(r.UsedAfter))
 	}
-	_, err := fmt.Fprintf(w, "epoch     %d\n", r.Epoch)
-	return err
 }

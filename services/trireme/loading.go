@@ -17,7 +17,7 @@ const lookEvery = 250 * time.Millisecond
 // watchLoading shows a person at a terminal how far the weights are loaded that stages wait for, as the HMMs tell it, until
 // the returned function is called.
 func watchLoading(ctx context.Context, url string, w io.Writer) (stop func()) {
-	show := modelcmd.LoadProgress(w)
+	show := modelcmd.LoadProgress(w, modelcmd.LoadingWeights)
 	if show == nil {
 		return func() {}
 	}

@@ -47,7 +47,7 @@ func (c *roleCmd) Run(e *env) error {
 		return err
 	}
 	return c.among(e, func(ctx context.Context, b *bus.Bus, all []wire.Instance) error {
-		r, err := b.SwitchRole(ctx, all, q, c.teller(e))
+		r, err := b.SwitchRole(ctx, all, q, c.told(e))
 		if c.JSON && (err == nil || r.Moves) {
 			return errors.Join(err, writeJSON(e.out, r))
 		}

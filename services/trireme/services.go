@@ -118,7 +118,7 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 		Mixed:       f.mixed,
 		Indirection: f.Indirection,
 		OwnWeights:  f.OwnWeights, DiskRate: int64(f.DiskRate), Without: without,
-		Loading: modelcmd.LoadProgress(e.err),
+		Loading: modelcmd.LoadProgress(e.err, modelcmd.LoadingWeights),
 	}, e.log)
 	if err != nil {
 		return err

@@ -197,6 +197,15 @@ func TestNPUsJoinAndLeaveAtOnce(t *testing.T) {
 	r := &rig{T: t, Rig: stagetest.New(t, servePerNPU, stagetest.Long)}
 	s := r.serving(t)
 	has := s.HBM.NPUs()[0]
+	for _, rate := range []int64{0, 1 << 20} { // how long it takes is told also where no rate is given
+		dry, err := r.Rig.Bus.Change(t.Context(), s.ID, wire.LayoutKey("n", s.ID), wire.Change{
+			ID: bus.NewChangeID(), Kind: wire.ChangeScale, Left: time.Minute, Join: []int{2}, DryRun: true, Rate: rate,
+		}, nil)
+		if err != nil || dry.Plan.Bytes == 0 || rate == 0 && dry.Plan.Expect <= 0 ||
+			rate > 0 && dry.Plan.Expect != time.Duration(float64(dry.Plan.Bytes)/float64(rate)*float64(time.Second)) {
+			t.Errorf("a dry run at %d bytes a second: %+v, %v", rate, dry, err)
+		}
+	}
 	for _, x := range []struct {
 		join, leave []int
 		wants       string

@@ -63,16 +63,14 @@ func (s *Stage) weigh(
 	if p.Bytes, p.Memory, err = s.weights.costs(there, numbers(npus), present, next, change.Layout); err != nil {
 		return err
 	}
-	if ask.Rate > 0 {
-		p.Expect = time.Duration(float64(p.Bytes) / float64(ask.Rate) * float64(time.Second))
-	}
+	p.Expect = s.weights.takes(p.Bytes, ask.Rate)
 	return nil
 }
 
 // attaching are the options of an operation that copies weights, and tells how far it is.
 func attaching(ask *wire.Change, told func(func(*wire.ChangeReport))) AttachOptions {
-	return AttachOptions{Rate: ask.Rate, Told: func(done, _ int64) {
-		told(func(r *wire.ChangeReport) { r.Copied = done })
+	return AttachOptions{Rate: ask.Rate, Told: func(done, _ int64) { // with what is only mapped
+		told(func(r *wire.ChangeReport) { r.Copied = min(done, r.Plan.Bytes) })
 	}}
 }
 

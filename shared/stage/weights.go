@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -34,6 +35,7 @@ type weights struct {
 	domains map[int]map[object]*held // by memory domain: what is mapped of it
 	past    []past                   // to be dropped behind the switch: see Without
 	renewed uint64                   // how often something was copied again
+	speed   float64                  // bytes a second that copies did which no rate held back, lately; 0: there were none
 	ranges  *ranges                  // nil: kernels find experts by a table of pointers to their objects
 
 	stop      context.CancelFunc // of the populating
@@ -334,6 +336,9 @@ func (m *domainMemory) open(ctx context.Context, key [32]byte, missing hbm.Weigh
 	for i, n := range set.Numbers {
 		m.has[object{key, n}] = &held{set: set, at: i, users: map[int]bool{}}
 	}
+	if set.CopiedBytes > 0 && set.Copying > 0 && m.o.Rate == 0 {
+		m.speed = float64(set.CopiedBytes) / set.Copying.Seconds()
+	}
 	m.got.fresh = append(m.got.fresh, set)
 	m.got.Bytes += set.Bytes
 	m.got.Copied += set.CopiedBytes
@@ -354,6 +359,17 @@ func (m *domainMemory) open(ctx context.Context, key [32]byte, missing hbm.Weigh
 		log.Info("weights attached", "waited", took.Round(time.Microsecond))
 	}
 	return nil
+}
+
+// firstSpeed is what copies of weights are taken to do before the first one, in bytes a second.
+const firstSpeed = 1 << 30
+
+// takes is how long it takes to copy so many bytes of weights, at most so many a second; 0: as fast as it goes.
+func (w *weights) takes(bytes, rate int64) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	speed := cmp.Or(float64(rate), w.speed, firstSpeed)
+	return time.Duration(float64(bytes) / speed * float64(time.Second))
 }
 
 // diskRate has weights that others have read as from a slow disk, for comparisons with ways that do not read them.

@@ -172,7 +172,7 @@ type ChangePlan struct {
 	Rows   uint64        `json:"rows"`            // that the measured load is of: tokens times layers times experts
 	Was    float64       `json:"balance_before"`  // of the measured load: the part of the time that the NPUs do not wait for the busiest
 	Will   float64       `json:"balance_after"`   // "
-	Expect time.Duration `json:"expected_ns"`     // until the new layout is in force, by the copy rate
+	Expect time.Duration `json:"expected_ns"`     // to copy Bytes: at the copy rate, or, without one, as fast as copies went last
 	Moves  bool          `json:"something_to_do"` // false: the instance is as it should be
 }
 

@@ -48,7 +48,7 @@ func (c *Verify) Run(s Streams) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	f.Progress = LoadProgress(s.Err)
+	f.Progress = LoadProgress(s.Err, LoadingWeights)
 	compute, err := npu.Open(npu.Options{Backend: c.Backend, Threads: c.Threads})
 	if err != nil {
 		return err
@@ -96,20 +96,25 @@ func (c *Verify) Run(s Streams) (err error) {
 	return nil
 }
 
-// LoadProgress shows the loading of weights to a person at a terminal: bytes, bytes a second and the time left. It is nil
-// where w is no terminal.
-func LoadProgress(w io.Writer) func(done, total int64) {
+// LoadProgress shows the loading of weights, or what else is said, to a person at a terminal: bytes, bytes a second and the time left. What
+// it shows goes when all are done. It is nil where w is no terminal.
+func LoadProgress(w io.Writer, what string) func(done, total int64) {
 	if !isTerminal(w) {
 		return nil
 	}
 	var bar *progressbar.ProgressBar
 	return func(done, total int64) {
 		if bar == nil || bar.GetMax64() != total {
-			bar = newBar(w, total, "loading weights", true)
+			bar = newBar(w, total, what, true)
 		}
-		_ = bar.Set64(done)
+		if _ = bar.Set64(done); done >= total {
+			bar = nil // another one begins anew
+		}
 	}
 }
+
+// LoadingWeights is what LoadProgress says of weights that a process waits for.
+const LoadingWeights = "loading weights"
 
 // newBar returns a progress bar that disappears when it is full.
 func newBar(w io.Writer, total int64, what string, bytes bool) *progressbar.ProgressBar {
