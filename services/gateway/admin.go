@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"trireme.dev/shared/bus"
@@ -23,9 +26,10 @@ import (
 //	POST /admin/instances/{who}/scale         adminChange; npus: 4, "+1" or "-2"
 //	POST /admin/instances/{who}/rebalance     adminChange
 //	POST /admin/npus/{node}/{index}/role      adminRole: the NPU goes over to an instance of a role
+//	POST /admin/replicas                      adminReplicas: so many instances of a kind, as `trireme scale --replicas`
 //
 // who is decoder, prefill or encoder, where one runs, or an instance's id or name. The answer to POST comes when the operation has ended: a
-// wire.ChangeReport, of a role a bus.RoleReport, with 200 if it is in force or there was nothing to do, 409 if it was refused or given up, 504 if it goes on.
+// wire.ChangeReport, of a role a bus.RoleReport, of replicas a wire.ReplicasReport, with 200 if it is in force or there was nothing to do, 409 if it was refused or given up, 504 if it goes on.
 
 // adminChange is the body of a POST; what is left out is as with the commands.
 type adminChange struct {
@@ -42,6 +46,15 @@ type adminRole struct {
 	Role     string `json:"role"`     // encoder, prefill, decoder, or letters such as EP
 	Instance string `json:"instance"` // which one, by id or name; else that with the fewest NPUs
 	adminChange
+}
+
+// adminReplicas is the body of a POST that changes the number of instances, which `trireme up` starts and ends.
+type adminReplicas struct {
+	Role     string `json:"role"`     // encoder, prefill, decoder, or letters such as EP
+	Replicas *int   `json:"replicas"` // that there shall be
+	Node     string `json:"node"`     // where there are several
+	DryRun   bool   `json:"dry_run"`
+	Timeout  string `json:"timeout"`
 }
 
 // adminAnswer is a report, or why there is none.
@@ -69,7 +82,7 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeAdmin(w, http.StatusNotFound, adminAnswer{Error: "there is nothing at " + r.Method + " " + r.URL.EscapedPath() +
-			"; there are GET /admin/instances, POST /admin/instances/NAME/scale and …/rebalance, and POST /admin/npus/NODE/NUMBER/role"})
+			"; there are GET /admin/instances, POST /admin/instances/NAME/scale and …/rebalance, POST /admin/npus/NODE/NUMBER/role and POST /admin/replicas"})
 	})
 	mux.HandleFunc("POST /admin/npus/{node}/{npu}/role", func(w http.ResponseWriter, r *http.Request) {
 		report, err := g.adminRole(w, r)
@@ -77,6 +90,17 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 			*bus.RoleReport
 			Error string `json:"error,omitempty"`
 		}{RoleReport: report}, http.StatusOK
+		if err != nil {
+			answer.Error, status = err.Error(), adminStatus(err)
+		}
+		writeAdmin(w, status, answer)
+	})
+	mux.HandleFunc("POST /admin/replicas", func(w http.ResponseWriter, r *http.Request) {
+		report, err := g.adminReplicas(w, r)
+		answer, status := struct {
+			*wire.ReplicasReport
+			Error string `json:"error,omitempty"`
+		}{ReplicasReport: report}, http.StatusOK
 		if err != nil {
 			answer.Error, status = err.Error(), adminStatus(err)
 		}
@@ -175,14 +199,54 @@ func (g *Gateway) adminRole(w http.ResponseWriter, r *http.Request) (*bus.RoleRe
 	return g.bus.SwitchRole(ctx, g.instances.Named(), q, nil)
 }
 
+// adminReplicas has instances started or ended, and waits for that.
+func (g *Gateway) adminReplicas(w http.ResponseWriter, r *http.Request) (*wire.ReplicasReport, error) {
+	var body adminReplicas
+	if err := readAdmin(w, r, &body); err != nil {
+		return nil, err
+	}
+	if body.Role == "" || body.Replicas == nil {
+		return nil, fmt.Errorf(`%w: role or replicas is missing: write {"role": "decoder", "replicas": 2}`, errAdmin)
+	}
+	left, err := adminTimeout(body.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	if body.Node == "" {
+		nodes := map[string]bool{}
+		for _, i := range g.instances.All() {
+			nodes[i.Node] = true
+		}
+		delete(nodes, "") // of gateways
+		if len(nodes) != 1 {
+			return nil, fmt.Errorf("%w: node is missing: instances are on %s", errAdmin, strings.Join(slices.Sorted(maps.Keys(nodes)), ", "))
+		}
+		body.Node = slices.Collect(maps.Keys(nodes))[0]
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), left)
+	defer cancel()
+	report, err := g.bus.SetReplicas(ctx, body.Node, wire.Replicas{Roles: bus.RoleLetters(body.Role), Count: *body.Replicas, Check: body.DryRun}, nil)
+	return &report, err
+}
+
+// adminTimeout reads how long something may take: a minute, where nothing is said.
+func adminTimeout(text string) (time.Duration, error) {
+	if text == "" {
+		return time.Minute, nil
+	}
+	left, err := time.ParseDuration(text)
+	if err != nil || left <= 0 {
+		return 0, fmt.Errorf("%w: timeout %q is no duration like 60s", errAdmin, text)
+	}
+	return left, nil
+}
+
 // change is what the body asks an instance for.
 func (a *adminChange) change(kind string) (wire.Change, error) {
-	c := wire.Change{ID: bus.NewChangeID(), Kind: kind, DryRun: a.DryRun, Rate: a.Rate, Left: time.Minute, Spare: wire.DefaultSpare, Slack: wire.DefaultSlack}
+	c := wire.Change{ID: bus.NewChangeID(), Kind: kind, DryRun: a.DryRun, Rate: a.Rate, Spare: wire.DefaultSpare, Slack: wire.DefaultSlack}
 	var err error
-	if a.Timeout != "" {
-		if c.Left, err = time.ParseDuration(a.Timeout); err != nil || c.Left <= 0 {
-			return c, fmt.Errorf("%w: timeout %q is no duration like 60s", errAdmin, a.Timeout)
-		}
+	if c.Left, err = adminTimeout(a.Timeout); err != nil {
+		return c, err
 	}
 	if a.Spare != nil {
 		c.Spare = *a.Spare

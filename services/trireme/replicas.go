@@ -51,17 +51,9 @@ type doneReplicas struct {
 // doneMost is how many of them are known.
 const doneMost = 64
 
-// serviceOf is the command that runs instances with certain roles.
-func serviceOf(roles string) string {
-	if service := map[string]string{"E": "encoder", "P": "prefill", "D": "decoder"}[roles]; service != "" {
-		return service
-	}
-	return "stage"
-}
-
 // start starts an instance of a group. r.mu is held.
 func (r *replicas) start(g *replicaGroup) string {
-	service := serviceOf(g.Roles)
+	service := bus.ServiceOf(g.Roles)
 	name := fmt.Sprintf("%s-%d", service, r.named[service])
 	r.named[service]++
 	g.running = append(g.running, name)
@@ -95,7 +87,7 @@ func (r *replicas) names() []string {
 // runBy are the instances of a service. r.mu is held.
 func (r *replicas) runBy(service string) (names []string) {
 	for _, g := range r.groups {
-		if serviceOf(g.Roles) == service {
+		if bus.ServiceOf(g.Roles) == service {
 			names = append(names, g.running...)
 		}
 	}
@@ -167,7 +159,7 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 	}
 	switch {
 	case more > 0:
-		if err := r.sole.check(serviceOf(ask.Roles), len(r.runBy(serviceOf(ask.Roles)))+more); err != nil {
+		if err := r.sole.check(bus.ServiceOf(ask.Roles), len(r.runBy(bus.ServiceOf(ask.Roles)))+more); err != nil {
 			return no("%v", err)
 		}
 		has, err := granted()
@@ -311,8 +303,8 @@ func (c *scaleCmd) runReplicas(e *env) error {
 		}
 		node = all[0].Node
 	}
-	ask := wire.Replicas{Roles: rolesOf(c.Who), Count: *c.Replicas, Check: c.DryRun}
-	report, err := setReplicas(ctx, b, node, ask, func(what string) {
+	ask := wire.Replicas{Roles: bus.RoleLetters(c.Who), Count: *c.Replicas, Check: c.DryRun}
+	report, err := b.SetReplicas(ctx, node, ask, func(what string) {
 		if !c.JSON {
 			fmt.Fprintln(e.err, what)
 		}
@@ -335,72 +327,4 @@ func (c *scaleCmd) runReplicas(e *env) error {
 		fmt.Fprintf(e.out, "to start  %d of %d NPUs\n", more, report.NPUs)
 	}
 	return nil
-}
-
-// rolesOf are the letters of what an operator calls an instance: decoder, or EPD.
-func rolesOf(name string) string {
-	if letters := map[string]string{"encoder": "E", "prefill": "P", "decoder": "D"}[name]; letters != "" {
-		return letters
-	}
-	return name
-}
-
-// setReplicas asks for so many instances on a node, and waits until that is so, told of each that has come or gone.
-func setReplicas(ctx context.Context, b *bus.Bus, node string, ask wire.Replicas, told func(string)) (wire.ReplicasReport, error) {
-	var report wire.ReplicasReport
-	data, err := wire.Marshal(&ask)
-	if err != nil {
-		return report, err
-	}
-	asking, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	msg, err := b.Conn().RequestWithContext(asking, wire.SubjectReplicas(node), data)
-	if errors.Is(err, nats.ErrNoResponders) {
-		return report, fmt.Errorf("nobody starts instances on node %s: `trireme up` would; with docker compose it is `docker compose up -d --scale "+
-			"%s=%d`, on Kubernetes kubectl scale", node, serviceOf(ask.Roles), ask.Count)
-	}
-	if err == nil {
-		err = wire.Unmarshal(msg.Data, &report)
-	}
-	if err != nil {
-		return report, fmt.Errorf("asking for %d instances on node %s: %w", ask.Count, node, err)
-	}
-	if report.Why != "" {
-		return report, errors.New(report.Why)
-	}
-	if ask.Check {
-		return report, nil
-	}
-	view, err := b.Instances(ctx)
-	if err != nil {
-		return report, err
-	}
-	coming, leaving := slices.Clone(report.Started), slices.Clone(report.Stopped)
-	for len(coming)+len(leaving) > 0 {
-		ready, there := map[string]bool{}, map[string]bool{}
-		for _, i := range view.All() {
-			if i.Node == node {
-				there[i.Name] = true
-				ready[i.Name] = ready[i.Name] || i.Ready
-			}
-		}
-		coming = slices.DeleteFunc(coming, func(n string) bool {
-			if ready[n] {
-				told(n + " is ready")
-			}
-			return ready[n]
-		})
-		leaving = slices.DeleteFunc(leaving, func(n string) bool {
-			if !there[n] {
-				told(n + " has gone")
-			}
-			return !there[n]
-		})
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return report, fmt.Errorf("waiting for %s: %w", strings.Join(append(coming, leaving...), ", "), context.Cause(ctx))
-		}
-	}
-	return report, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 
+	"trireme.dev/shared/bus"
 	"trireme.dev/shared/conf"
 )
 
@@ -51,7 +52,7 @@ func (s soles) check(service string, instances int) error {
 func (s soles) checkTopology(t conf.Topology) error {
 	count := map[string]int{}
 	for _, g := range t.Groups {
-		count[serviceOf(g.Roles)] += g.Count
+		count[bus.ServiceOf(g.Roles)] += g.Count
 	}
 	var errs []error
 	for _, service := range []string{"encoder", "prefill", "decoder", "stage"} {

@@ -427,7 +427,7 @@ func (c *upCmd) children(e *env, p *plan, binary string) children {
 		gateway = append(gateway, "--allow-media-host", h)
 	}
 	stage := func(g conf.Group, name string) supervise.Child {
-		service := serviceOf(g.Roles)
+		service := bus.ServiceOf(g.Roles)
 		args := slices.Concat(common, []string{"--name", name, "--npus", strconv.Itoa(g.NPUs)})
 		if service == "stage" {
 			args = append(args, "--roles", g.Roles)

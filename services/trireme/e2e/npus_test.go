@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/openai/openai-go/v3"
+
+	"trireme.dev/shared/wire"
 )
 
 // Instances of several NPUs, with experts spread over them, give every reference answer, all at once: in one memory domain, and
@@ -33,6 +36,36 @@ func TestGoldenAnswersOnSeveralNPUs(t *testing.T) {
 			c.expectNoMemory(t)
 		})
 	}
+}
+
+// A decoder goes from one NPU to 64, more than a layer has experts, and through numbers that do not divide them, each NPU a memory domain, while
+// reference answers are given.
+func TestAnyNumberOfNPUs(t *testing.T) {
+	c := start(t, "--topology", "1E1P1D+63", "--domains", "per-npu", "--npu-memory", "64MiB", "--threads", "1")
+	goldens := loadGoldens(t)
+	var stop atomic.Bool
+	var asking sync.WaitGroup
+	for i := range 4 {
+		asking.Go(func() {
+			for n := i; !stop.Load() || n == i; n += 4 {
+				g := goldens[n%len(goldens)]
+				p := g.params(t)
+				p.MaxTokens = openai.Int(320) // as the references were made
+				if s, err := c.stream(context.Background(), p, nil); err != nil || s.text != g.Output {
+					t.Errorf("%s: %v, %q; want %q", g.Name, err, s.text, g.Output)
+				}
+			}
+		})
+	}
+	for _, npus := range []int{64, 7, 63, 13, 64, 1} {
+		r, err := c.change(t, "scale", "decoder", fmt.Sprint(npus), "--timeout", "5m")
+		if err != nil || !r.Committed || r.Why != "" || wire.NPUCount(r.Plan.After) != npus {
+			t.Errorf("%d NPUs: %+v, %v", npus, r, err)
+		}
+	}
+	stop.Store(true)
+	asking.Wait()
+	c.expectNoMemory(t)
 }
 
 // 200 streams at once on a decoder of three NPUs, each a memory domain: each answer is the one that one NPU gives to it alone.

@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
 	"os/exec"
 	"slices"
 	"strings"
@@ -13,7 +16,25 @@ import (
 
 // Instances come and go at an operator's word while a request is answered, as far as NPUs are spare and each role stays with somebody.
 func TestReplicasComeAndGo(t *testing.T) {
+	admin := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	t.Setenv("TRIREME_ADMIN", admin)
 	c := start(t, "--topology", "1E1P1D+1")
+	post := func(body string) (status int, r wire.ReplicasReport, said string) { // the same over HTTP
+		t.Helper()
+		resp, err := http.Post("http://"+admin+"/admin/replicas", "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		data, err := io.ReadAll(resp.Body)
+		if err == nil {
+			err = json.Unmarshal(data, &r)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v, %s", body, err, data)
+		}
+		return resp.StatusCode, r, string(data)
+	}
 	scale := func(args ...string) (r wire.ReplicasReport, said string) {
 		t.Helper()
 		path, err := binary()
@@ -57,13 +78,27 @@ func TestReplicasComeAndGo(t *testing.T) {
 	if _, said := scale("decoder", "--replicas", "0"); !strings.Contains(said, "no instance with role D would be left") {
 		t.Errorf("no decoder: %q", said)
 	}
-	r, said := scale("prefill", "--replicas", "2")
+	for _, x := range []struct {
+		body   string
+		status int
+		says   string
+	}{
+		{`{"role":"decoder","replicas":1}`, 200, "decoder-0"}, {`{"role":"decoder","replicas":0}`, 409, "no instance with role D would be left"},
+		{`{"role":"decoder"}`, 400, "replicas is missing"}, {`{"replicas":2}`, 400, "role or"}, {`{"role":"decoder","replicas":2,"timeout":"soon"}`, 400, "no duration"},
+		{`{"role":"decoder","replicas":1,"node":"elsewhere"}`, 404, "nobody starts instances"}, {`{"role":"cook","replicas":1}`, 409, "cook"},
+		{`{"role":"decoder","replicas":-1}`, 409, "none at the least"},
+	} {
+		if status, _, said := post(x.body); status != x.status || !strings.Contains(said, x.says) {
+			t.Errorf("%s: %d %s; want %d, %s", x.body, status, said, x.status, x.says)
+		}
+	}
+	status, r, said := post(`{"role":"prefill","replicas":2}`)
 	for deadline := time.Now().Add(time.Minute); strings.Contains(said, "kept for") && time.Now().Before(deadline); {
 		time.Sleep(100 * time.Millisecond)
-		r, said = scale("prefill", "--replicas", "2")
+		status, r, said = post(`{"role":"prefill","replicas":2}`)
 	}
-	if said != "" || !slices.Equal(r.Started, []string{"prefill-1"}) {
-		t.Errorf("the NPU that became spare goes to another stage: %+v, %s", r, said)
+	if status != 200 || !slices.Equal(r.Started, []string{"prefill-1"}) {
+		t.Errorf("the NPU that became spare goes to another stage: %d, %s", status, said)
 	}
 	ask("with two of prefill")
 }
