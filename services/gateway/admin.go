@@ -126,7 +126,7 @@ var errAdmin = errors.New("the request cannot be read")
 // adminStatus is the HTTP status of an error.
 func adminStatus(err error) int {
 	switch {
-	case errors.Is(err, bus.ErrNoInstance):
+	case errors.Is(err, bus.ErrNoInstance), errors.Is(err, bus.ErrNoStarter):
 		return http.StatusNotFound
 	case errors.Is(err, errAdmin), errors.Is(err, conf.ErrNPUs):
 		return http.StatusBadRequest

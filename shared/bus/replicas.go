@@ -14,6 +14,9 @@ import (
 	"trireme.dev/shared/wire"
 )
 
+// ErrNoStarter is returned by SetReplicas.
+var ErrNoStarter = errors.New("nobody starts instances there")
+
 const (
 	replicasPatience = 10 * time.Second      // for an answer of whoever starts processes, who asks the HMM of the node
 	replicasLook     = 20 * time.Millisecond // between two looks whether instances have come or gone
@@ -31,15 +34,15 @@ func ServiceOf(letters string) string {
 
 // SetReplicas asks whoever starts the processes of a node for so many instances, and returns when those that were started are ready and those that were
 // stopped have gone, or ctx has ended: what was begun goes on then. told, if not nil, is told of each. ErrRefused says that nothing was done, and why;
-// ErrNoInstance that nobody starts processes there.
+// ErrNoStarter that nobody starts processes there.
 func (b *Bus) SetReplicas(ctx context.Context, node string, ask wire.Replicas, told func(string)) (report wire.ReplicasReport, err error) {
 	asking, cancel := context.WithTimeout(ctx, replicasPatience)
 	err = b.Ask(asking, wire.SubjectReplicas(node), &ask, &report)
 	cancel()
 	switch {
 	case errors.Is(err, nats.ErrNoResponders):
-		return report, fmt.Errorf("%w: nobody starts instances on node %s: `trireme up` would; with docker compose it is `docker compose up -d --scale "+
-			"%s=%d`, on Kubernetes kubectl scale", ErrNoInstance, node, ServiceOf(ask.Roles), ask.Count)
+		return report, fmt.Errorf("node %s: %w: `trireme up` would; with docker compose it is `docker compose up -d --scale "+
+			"%s=%d`, on Kubernetes kubectl scale", node, ErrNoStarter, ServiceOf(ask.Roles), ask.Count)
 	case err != nil:
 		return report, fmt.Errorf("asking for %d instances on node %s: %w", ask.Count, node, err)
 	case report.Why != "":

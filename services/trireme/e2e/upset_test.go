@@ -45,7 +45,7 @@ func TestChaosOfRebalances(t *testing.T) {
 	for i, domains := range []string{"node", "per-npu"} {
 		t.Run(domains, func(t *testing.T) {
 			upset := 0
-			chaosOfChanges(t, i, "1E1P1Dx4", domains, func(wire.Instance) []string {
+			chaosOfChanges(t, i, "1E1P1Dx4", domains, (*cluster).decoder, func(wire.Instance) []string {
 				upset++ // a rebalance that has something to move, whatever it finds
 				return []string{"rebalance", "decoder", "--slack", "0", "--spare", []string{"0", "0.6"}[upset%2]}
 			})
@@ -57,18 +57,28 @@ func TestChaosOfRebalances(t *testing.T) {
 func TestChaosOfScales(t *testing.T) {
 	for i, domains := range []string{"node", "per-npu"} {
 		t.Run(domains, func(t *testing.T) {
-			chaosOfChanges(t, 2+i, "1E1P1Dx2+2", domains, func(now wire.Instance) []string {
+			chaosOfChanges(t, 2+i, "1E1P1Dx2+2", domains, (*cluster).decoder, func(now wire.Instance) []string {
 				return []string{"scale", "decoder", map[bool]string{true: "+2", false: "-2"}[len(now.NPUs) == 2], "--timeout", "5m"}
 			})
 		})
 	}
 }
 
-// chaosOfChanges is a part of four: by default each has others of the upsets.
-func chaosOfChanges(t *testing.T, part int, topology, domains string, change func(now wire.Instance) []string) {
+// The same when an instance gives up its last NPU and stands by, or has some again, beside another one that goes on with its work.
+func TestChaosOfStandbys(t *testing.T) {
+	first := func(c *cluster, tb testing.TB) wire.Instance { return c.ready(tb, "decoder-0") }
+	chaosOfChanges(t, 4, "1E1P1Dx2,1D+1", "per-npu", first, func(now wire.Instance) []string {
+		return []string{"scale", "decoder-0", map[bool]string{true: "2", false: "0"}[len(now.NPUs) == 0], "--timeout", "5m"}
+	})
+}
+
+// chaosOfChanges is a part of five: by default each has others of the upsets. which is the decoder that changes.
+func chaosOfChanges(
+	t *testing.T, part int, topology, domains string, which func(*cluster, testing.TB) wire.Instance, change func(now wire.Instance) []string,
+) {
 	all := upsets()
 	if n, full := disturbances(t, 3, 1); !full {
-		at := (4*int(chaosSeed(t)%5) + part) * n // with five seeds in a row each pair comes three times, here and there
+		at := (5*int(chaosSeed(t)%4) + part) * n // with four seeds in a row each pair comes three times, here and there
 		all = append(all, all...)[at%len(all):][:n]
 	}
 	server := bustest.RunProcess(t) // the one inside `trireme up` cannot be killed
@@ -80,13 +90,13 @@ func chaosOfChanges(t *testing.T, part int, topology, domains string, change fun
 		t.Fatal(err)
 	}
 	defer b.Close()
-	npus := spares(c.memory(t)) + len(c.decoder(t).NPUs)
+	npus := spares(c.memory(t)) + len(which(c, t).NPUs)
 	l.begin()
 	defer l.stop.Store(true)
 	for _, x := range all {
-		before := c.decoder(t)
+		before := which(c, t)
 		args := change(before)
-		after := x.happen(t, c, b, server, before, args)
+		after := x.happen(t, c, b, server, which, before, args)
 		if had, has := len(before.NPUs), len(after.NPUs); args[0] == "scale" && (had != has) != x.committed {
 			t.Errorf("the decoder had %d NPUs and has %d", had, has)
 		}
@@ -101,7 +111,9 @@ func chaosOfChanges(t *testing.T, part int, topology, domains string, change fun
 }
 
 // happen has it happen to the operation that a command asks for, and returns the decoder as it is then.
-func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Process, before wire.Instance, args []string) (now wire.Instance) {
+func (x upset) happen(
+	t *testing.T, c *cluster, b *bus.Bus, server *bustest.Process, which func(*cluster, testing.TB) wire.Instance, before wire.Instance, args []string,
+) (now wire.Instance) {
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)
@@ -126,7 +138,7 @@ func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Proc
 	c.await(t, "the operation waits", func() bool { return held.MatchString(said.String()) }, said.String)
 	switch x.victim {
 	case "decoder":
-		kill(t, c.pid(t, "decoder"))
+		kill(t, before.PID)
 	case "hmm":
 		children := c.children()
 		kill(t, c.pid(t, "hmm"))
@@ -148,7 +160,7 @@ func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Proc
 		want++
 	}
 	c.await(t, fmt.Sprintf("the decoder is in epoch %d", want), func() bool {
-		now = c.decoder(t)
+		now = which(c, t)
 		return now.Ready && now.Epoch == want
 	}, func() string { return fmt.Sprintf("%+v\n%s", now, said.String()) })
 	c.await(t, "the record says so, too", func() bool {
@@ -163,7 +175,7 @@ func (x upset) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Proc
 		t.Errorf("the command ended with %v:\n%s", failed, said.String())
 	}
 	c.waitReady(t)
-	return c.decoder(t)
+	return which(c, t)
 }
 
 // decoder is the heartbeat of the one decoder that there is, waited for.
@@ -176,6 +188,20 @@ func (c *cluster) decoder(tb testing.TB) wire.Instance {
 		}
 		if time.Now().After(deadline) {
 			tb.Fatalf("the decoders are %+v", ready)
+		}
+	}
+}
+
+// ready is the heartbeat of the instance of a name that is ready, waited for.
+func (c *cluster) ready(tb testing.TB, name string) wire.Instance {
+	tb.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		found := slices.DeleteFunc(c.instances(tb), func(i wire.Instance) bool { return i.Name != name || !i.Ready || !alive(i) })
+		if len(found) == 1 {
+			return found[0]
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("of %s there are %+v", name, found)
 		}
 	}
 }
