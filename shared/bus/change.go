@@ -76,6 +76,10 @@ func (b *Bus) Change(ctx context.Context, instance, record string, c wire.Change
 			return r, fmt.Errorf("%s of %s %w: %s", r.Kind, instance, ErrGivenUp, r.Why)
 		}
 	}
+	if r.Number == 0 {
+		return r, fmt.Errorf("%s of %s: it has not answered, and may begin when it does (`trireme events --kind scale --follow` shows that; `trireme status` "+
+			"whether it is alive): %w", c.Kind, instance, context.Cause(ctx))
+	}
 	return r, fmt.Errorf("%s of %s has not ended, and goes on by itself (`trireme events --kind scale --follow` shows how): %w", c.Kind, instance, context.Cause(ctx))
 }
 

@@ -1,6 +1,7 @@
 package bus_test
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -102,5 +103,20 @@ func TestChangeOfWhoIsGone(t *testing.T) {
 				t.Errorf("%+v, %v", r, err)
 			}
 		})
+	}
+}
+
+// Of an instance that is there and never answers nobody says that it does something.
+func TestChangeOfWhoNeverAnswers(t *testing.T) {
+	b := connect(t, bustest.Run(t).URL())
+	asked := make(chan struct{}, 100)
+	if _, err := b.Handle(wire.SubjectChange("d"), func([]byte, func(any) error) { asked <- struct{}{} }); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { <-asked; cancel() }()
+	_, err := b.Change(ctx, "d", layoutKey, wire.Change{ID: "op", Kind: wire.ChangeScale, Left: time.Minute}, nil)
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "has not answered") || strings.Contains(err.Error(), "goes on") {
+		t.Errorf("%v", err)
 	}
 }
