@@ -21,7 +21,8 @@ var (
 	ErrUnclear = errors.New("no answer whether the layout record is written")
 )
 
-// Layout reads an instance's layout record, and the revision to replace it by. It fails with ErrNoLayout when there is none.
+// Layout reads an instance's layout record, and the revision to replace it by. It fails with ErrNoLayout when there is none, and with
+// wire.ErrMalformed or wire.ErrVersion, and the revision, when it is damaged or of another version.
 func (b *Bus) Layout(ctx context.Context, key string) (*wire.Layout, uint64, error) {
 	var l *wire.Layout
 	var revision uint64
@@ -30,14 +31,14 @@ func (b *Bus) Layout(ctx context.Context, key string) (*wire.Layout, uint64, err
 		if err != nil {
 			return err
 		}
-		l, revision = new(wire.Layout), entry.Revision()
+		l, revision = new(wire.Layout), entry.Revision() // also of what cannot be read
 		return wire.Unmarshal(entry.Value(), l)
 	})
 	switch {
 	case errors.Is(err, jetstream.ErrKeyNotFound):
 		return nil, 0, fmt.Errorf("reading layout record %s: %w", key, ErrNoLayout)
 	case err != nil:
-		return nil, 0, fmt.Errorf("reading layout record %s: %w", key, err)
+		return nil, revision, fmt.Errorf("reading layout record %s: %w", key, err)
 	}
 	return l, revision, nil
 }

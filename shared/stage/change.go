@@ -183,14 +183,20 @@ func (c *changes) restore(ctx context.Context) (npus []int, err error) {
 	s := c.stage
 	c.failed = make(chan error, 1)
 	l, revision, err := s.Bus.Layout(ctx, c.key())
-	if errors.Is(err, bus.ErrNoLayout) {
+	unread := errors.Is(err, wire.ErrMalformed) || errors.Is(err, wire.ErrVersion)
+	switch {
+	case errors.Is(err, bus.ErrNoLayout):
 		return c.start(ctx)
-	}
-	if err != nil {
+	case unread: // by another version of the program, perhaps
+		l = &wire.Layout{}
+	case err != nil:
 		return nil, err
 	}
 	c.epoch, c.stored = l.Epoch, true
-	if npus, err = c.follow(ctx, l); err != nil {
+	if !unread {
+		npus, err = c.follow(ctx, l)
+	}
+	if err != nil {
 		s.Log.Warn("the layout record is not followed", "record", c.key(), "why", err)
 		if npus, err = c.start(ctx); err != nil {
 			return nil, err

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"log/slog"
 
@@ -76,6 +77,42 @@ func TestLayoutRestored(t *testing.T) {
 		now, _, err := r.Bus.Layout(t.Context(), key)
 		if err != nil || now.Instance != s.ID || now.Pending != nil || now.Epoch != map[bool]uint64{true: 7, false: 8}[x.follows] || record.Pending != nil && (now.Last.ID != "op" || now.Last.Committed) {
 			t.Errorf("%s: the record is %+v, %v", name, now, err)
+		}
+		s.Close()
+	}
+}
+
+// A record that cannot be read, as one of another version of the program, keeps nobody from starting.
+func TestUnreadableLayout(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	js, err := jetstream.New(r.Rig.Bus.Conn())
+	if err != nil {
+		t.Fatal(err)
+	}
+	records, err := js.KeyValue(t.Context(), wire.BucketLayouts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := wire.LayoutKey("n", "decoder-7")
+	good, err := wire.Marshal(&wire.Layout{Instance: "before", Asked: 1, NPUs: []int{0}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, record := range map[string][]byte{
+		"nothing": {}, "another version": append([]byte{good[0] + 1}, good[1:]...), "damaged": good[:len(good)-1], "another struct": {good[0], 0x91, 0xa1, 'x'},
+	} {
+		if _, err := records.Put(t.Context(), key, record); err != nil {
+			t.Fatal(err)
+		}
+		cfg := r.Stage
+		cfg.Name = "decoder-7"
+		s, err := stage.Open(t.Context(), stage.Decode, cfg, r.Rig.Log)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if now, _, err := r.Bus.Layout(t.Context(), key); err != nil || now.Instance != s.ID || now.Epoch != 1 || len(s.HBM.NPUs()) != 1 {
+			t.Errorf("%s: the record is %+v, %v; NPUs %v", name, now, err, s.HBM.NPUs())
 		}
 		s.Close()
 	}
