@@ -54,7 +54,11 @@ func (c *changes) serve(ctx context.Context) error {
 	sub, err := c.stage.Bus.Handle(wire.SubjectChange(c.stage.ID), func(data []byte, respond func(any) error) {
 		var ask wire.Change
 		if err := wire.Unmarshal(data, &ask); err != nil {
-			c.stage.Log.Warn("ignoring a change", "error", err)
+			c.stage.Log.Warn("refusing a change that cannot be read", "error", err)
+			_ = respond(&wire.ChangeReport{ // who has asked has gone, or asks again
+				Instance: c.stage.ID, Record: c.key(), Number: 1, State: string(elastic.Aborted), Refused: true,
+				Why: fmt.Sprintf("the instance cannot read what it is asked for, perhaps as it is of another version of Trireme: %v", err),
+			})
 			return
 		}
 		go func() {

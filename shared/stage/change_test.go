@@ -167,6 +167,17 @@ func TestFences(t *testing.T) {
 	}
 }
 
+// What an instance cannot read, as a program of another version may send it, it refuses, so that nobody waits.
+func TestUnreadableChange(t *testing.T) {
+	r := newRig(t, stagetest.Long)
+	s := r.serving(t)
+	var got wire.ChangeReport
+	err := r.Rig.Bus.Ask(t.Context(), wire.SubjectChange(s.ID), &wire.Done{Request: "r"}, &got)
+	if err != nil || !got.Refused || got.Number == 0 || !strings.Contains(got.Why, "another version") {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 // serving is a stage that takes work and gets none, once its heartbeat says that it is ready.
 func (r *rig) serving(t *testing.T) *stage.Stage {
 	t.Helper()

@@ -112,7 +112,7 @@ type Change struct {
 	For         string
 
 	Fence uint64 // of the scaler that asks, see Fence; 0: an operator asks
-	By    int    // with NPUs ByNPUs: how many more than when it begins, or fewer. Who does not know of it refuses such a number of NPUs
+	By    int    // with NPUs ByNPUs: how many more than when it begins, or fewer. Who does not look at it refuses such a number of NPUs
 }
 
 // ByNPUs is the Change.NPUs of a change by a number of NPUs.
