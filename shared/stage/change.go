@@ -213,10 +213,11 @@ func (c *changes) restore(ctx context.Context) (npus []int, err error) {
 	if p := l.Pending; p != nil {
 		why := fmt.Sprintf("instance %s died before the operation came to its commit", l.Instance)
 		mine.Last = &wire.Ended{ID: p.ID, Kind: p.Kind, Why: why}
-		report := wire.ChangeReport{
-			ID: p.ID, Kind: p.Kind, Instance: l.Instance, Record: c.key(), State: string(elastic.Abort), Why: why, Epoch: l.Epoch,
+		report := wire.ChangeReport{ID: p.ID, Kind: p.Kind, Instance: l.Instance, Record: c.key(), Why: why, Epoch: l.Epoch}
+		for _, state := range []elastic.State{elastic.Abort, elastic.Aborted} { // who follows events sees an end of each operation
+			report.State = string(state)
+			s.emitChange(events[state], report.Sentence(), &report)
 		}
-		s.emitChange(wire.EventScaleAbort, report.Sentence(), &report)
 	}
 	// The process before this one has lost its connection to the HMM, which has one of each name: nobody else writes.
 	if _, err := s.Bus.SwapLayout(ctx, c.key(), mine, revision); err != nil {

@@ -80,6 +80,20 @@ func TestLayoutRestored(t *testing.T) {
 		}
 		s.Close()
 	}
+	var told []string
+	r.Until("two events tell of the end of what was pending", func() bool {
+		told = nil
+		if err := r.Bus.Events(t.Context(), bus.EventQuery{Kinds: []string{"scale"}}, func(e wire.Event) error {
+			told = append(told, e.Kind)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return len(told) >= 2
+	})
+	if !slices.Equal(told, []string{wire.EventScaleAbort, wire.EventScaleDone}) {
+		t.Errorf("events %v", told)
+	}
 }
 
 // A record that cannot be read, as one of another version of the program, keeps nobody from starting.

@@ -26,7 +26,11 @@ func (s *Stage) tellReady() {
 		s.emit(wire.EventStandby, fmt.Sprintf("stands by for %s, without NPUs", s.Model.Name))
 		return
 	}
-	s.emit(wire.EventReady, fmt.Sprintf("serves %s on NPUs %v", s.Model.Name, s.HBM.NPUs()))
+	text := fmt.Sprintf("serves %s on NPUs %v", s.Model.Name, s.HBM.NPUs())
+	if _, epoch := s.changes.current(); epoch > 0 { // also of an operation whose process died behind its commit
+		text += fmt.Sprintf(", in epoch %d", epoch)
+	}
+	s.emit(wire.EventReady, text)
 }
 
 // survivorsWait bounds the look for other instances.
