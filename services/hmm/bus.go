@@ -30,6 +30,7 @@ func (d *Daemon) join() (subscriptions, error) {
 		wire.SubjectHMM:          d.onStats,
 		wire.SubjectReach:        d.onReach,
 		SubjectStats(d.cfg.Node): d.onStats,
+		subjectName(d.cfg.Node):  d.onName,
 	} {
 		sub, err := d.cfg.NATS.Subscribe(subject, handle)
 		if err != nil {

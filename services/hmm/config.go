@@ -57,6 +57,7 @@ type Config struct {
 	Tombstone    time.Duration // that an ended request is remembered at least; 0: 10 min
 	Reserve      time.Duration // that NPUs of a named instance are kept for its name after its end; 0: DefaultReserve, negative: not at all
 	WriteTimeout time.Duration // after which a client that does not read is dropped; 0: 10 s
+	NameEvery    time.Duration // between two looks for another HMM that has the node's name; 0: 10 s
 }
 
 const (
@@ -104,6 +105,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.WriteTimeout == 0 {
 		c.WriteTimeout = defaultWriteTimeout
+	}
+	if c.NameEvery == 0 {
+		c.NameEvery = nameEvery
 	}
 	if c.MMCache == 0 {
 		c.MMCache = c.NPUBytes / 4

@@ -23,6 +23,8 @@ import (
 type Daemon struct {
 	cfg     Config
 	log     *slog.Logger
+	id      string // another one for each daemon
+	began   time.Time
 	books   *books
 	stores  []*host.Store // by space
 	rooms   []protocol.Space
@@ -59,7 +61,10 @@ func New(cfg Config, log *slog.Logger) (*Daemon, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("HMM configuration: %w", err)
 	}
-	d := &Daemon{cfg: cfg, log: log, sessions: map[*session]bool{}, watched: map[*session]bool{}, quit: make(chan struct{})}
+	d := &Daemon{
+		cfg: cfg, log: log, id: rand.Text(), began: time.Now(),
+		sessions: map[*session]bool{}, watched: map[*session]bool{}, quit: make(chan struct{}),
+	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("starting the HMM: %w", err), d.close())
 	}
@@ -147,8 +152,11 @@ func listen(path string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// Serve answers clients until ctx ends and returns nil, or an error when it cannot go on. A daemon serves once.
+// Serve answers clients until ctx ends and returns nil, or an error when it cannot go on: ErrName when another daemon has the node's name.
+// A daemon serves once.
 func (d *Daemon) Serve(ctx context.Context) error {
+	ctx, end := context.WithCancel(ctx)
+	defer end()
 	bus, err := d.join()
 	if err == nil {
 		d.log.Info("HMM ready", "node", d.cfg.Node, "socket", d.cfg.Socket, "npus", d.cfg.NPUs, "domains", len(d.stores)-1,
@@ -160,8 +168,13 @@ func (d *Daemon) Serve(ctx context.Context) error {
 		if d.cfg.Ready > 0 {
 			d.peers.Go(func() { d.keepReady(ctx) })
 		}
-		<-ctx.Done()
+		if d.cfg.NATS != nil {
+			err = d.keepName(ctx)
+		} else {
+			<-ctx.Done()
+		}
 	}
+	end()
 	err = errors.Join(err, bus.leave(), d.listener.Close())
 	d.stop()
 	d.others.hangUp()

@@ -123,15 +123,15 @@ func TestRefusedPullsLeaveNothing(t *testing.T) {
 func TestAnnouncedAddress(t *testing.T) {
 	theirs, _ := natsServer(t)
 	for listen, tc := range map[string]struct {
-		announce, want string
+		node, announce, want string
 	}{
-		"":            {"", ""},
-		"127.0.0.1:0": {"", "127.0.0.1:port"},
-		"0.0.0.0:0":   {"", "127.0.0.1:port"},
-		"[::1]:0":     {"node.example:7000", "node.example:7000"},
+		"":            {"n1", "", ""},
+		"127.0.0.1:0": {"n2", "", "127.0.0.1:port"},
+		"0.0.0.0:0":   {"n3", "", "127.0.0.1:port"},
+		"[::1]:0":     {"n4", "node.example:7000", "node.example:7000"},
 	} {
 		d, _ := daemon(t, func(c *hmm.Config) {
-			c.Node, c.NATS, c.Peers = "n1", theirs, &hmm.Peers{Listen: listen, Announce: tc.announce}
+			c.Node, c.NATS, c.Peers = tc.node, theirs, &hmm.Peers{Listen: listen, Announce: tc.announce}
 		})
 		want := tc.want
 		if host, ok := strings.CutSuffix(want, "port"); ok {
