@@ -35,6 +35,7 @@ func (i interrupted) Is(target error) bool { return target == context.Canceled }
 func interruptible() (ctx context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c, over := make(chan os.Signal, 4), make(chan struct{})
+	deaf := signal.Ignored(os.Interrupt) // as a shell has what it starts in the background
 	signal.Notify(c, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		var f first
@@ -46,6 +47,9 @@ func interruptible() (ctx context.Context, stop func()) {
 					f.signal, f.at = s, time.Now()
 					cancel(interrupted(s))
 				case f.again(s, time.Now()):
+					if s == syscall.SIGINT && deaf { // without a handler it would be ignored again
+						os.Exit(128 + int(s))
+					}
 					signal.Reset(s)
 					_ = syscall.Kill(os.Getpid(), s)
 				}

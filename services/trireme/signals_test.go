@@ -1,11 +1,16 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -51,6 +56,50 @@ func TestOneSignalSentTwice(t *testing.T) {
 	} {
 		if got := f.again(x.signal, began.Add(x.after)); got != x.want {
 			t.Errorf("%v %v after SIGTERM: %v, want %v", x.signal, x.after, got, x.want)
+		}
+	}
+}
+
+// endlessVariable has a test binary be a command that the first signal does not end.
+const endlessVariable = "TRIREME_TEST_ENDLESS"
+
+// A second signal ends a command that is slow to stop, also one that was started with SIGINT ignored, as shells start what is to run in the
+// background.
+func TestSecondSignalEnds(t *testing.T) {
+	if os.Getenv(endlessVariable) != "" {
+		ctx, _ := interruptible()
+		fmt.Println("runs")
+		<-ctx.Done()
+		fmt.Println("stops")
+		select {}
+	}
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt) // else a child of a test that runs in the background would have it ignored
+	for ignore, want := range map[string]string{"": "signal: interrupt", "trap '' INT; ": "exit status 130"} {
+		cmd := exec.Command("sh", "-c", ignore+`exec "$0" "$@"`, os.Args[0], "-test.run=^TestSecondSignalEnds$")
+		cmd.Env = append(os.Environ(), endlessVariable+"=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Process.Kill() })
+		lines := bufio.NewScanner(out)
+		for _, x := range []struct {
+			said string
+			then syscall.Signal
+		}{{"runs", syscall.SIGTERM}, {"stops", syscall.SIGINT}} {
+			if !lines.Scan() || lines.Text() != x.said {
+				t.Fatalf("it says %q, %v; want %q", lines.Text(), lines.Err(), x.said)
+			}
+			if err := cmd.Process.Signal(x.then); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := cmd.Wait(); err == nil || err.Error() != want {
+			t.Errorf("started behind %q it ended with %v, want %s", ignore, err, want)
 		}
 	}
 }
