@@ -39,6 +39,10 @@ var rules = []rule{
 		"shared/bus", "shared/wire", "shared/hbm", "shared/mem", "shared/engine", "shared/kernel", "shared/npu", "shared/stage",
 		"log", "sync", "context", "os", "io", "net", "github.com",
 	}, because: "decisions are pure: the simulator makes the same"},
+	{path: "shared/plan", forbid: []string{
+		"shared/bus", "shared/wire", "shared/hbm", "shared/mem", "shared/engine", "shared/kernel", "shared/npu", "shared/stage",
+		"log", "sync", "context", "os", "io", "net", "github.com",
+	}, because: "planning is arithmetic"},
 	{path: "services", forbid: []string{"shared/mem/cuda"}, because: "the binary stays static"},
 	{path: "services/gateway", forbid: []string{"shared/engine", "shared/kernel", "shared/npu", "shared/stage"},
 		because: "the gateway runs no model"},
@@ -153,7 +157,7 @@ func importsOf(t *testing.T, dir string) []string {
 func TestDecisionsHaveNoClock(t *testing.T) {
 	clock := []string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}
 	files := 0
-	for _, dir := range []string{"shared/sched"} {
+	for _, dir := range []string{"shared/sched", "shared/plan"} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 				return err

@@ -61,32 +61,19 @@ func TestCosts(t *testing.T) {
 	}
 }
 
-func TestSplits(t *testing.T) {
-	for npus := 3; npus <= 16; npus++ {
-		all := Splits(npus)
-		seen := map[string]bool{}
-		for _, s := range all {
-			if n := fleet(s).NPUs(); n != npus || seen[s] {
-				t.Errorf("%s has %d NPUs, want %d; twice: %v", s, n, npus, seen[s])
-			}
-			seen[s] = true
-		}
-		if want := (npus-1)*(npus-2)/2 + 2*(npus-1) + 1; len(all) != want {
-			t.Errorf("%d splits of %d NPUs, want %d", len(all), npus, want)
-		}
-	}
+func TestNotation(t *testing.T) {
 	if got := wide("3E2P1D"); got != "1Ex3,1Px2,1Dx1" || singles(got+"+4") != "3E2P1D+4" {
 		t.Errorf("%s and %s", got, singles(got+"+4"))
 	}
 }
 
 // A topology is only left out when some stages have too little, those with NPUs in common looked at together.
-func TestFits(t *testing.T) {
-	work := [autoscale.Stages]float64{4, 1, 2}
+func TestEnough(t *testing.T) {
+	need := [8]float64{1: 4, 2: 1, 4: 2, 3: 5, 5: 6, 6: 3, 7: 7} // by set: encode, prefill, decode and their sums
 	for topology, want := range map[string]bool{
 		"4E1P2D": true, "3E1P2D": false, "6EPD": true, "5EPD": false, "5EP2D": true, "3EP2D": false, "4E3PD": true, "5E2PD": false,
 	} {
-		if got := fits(topology, work); got != want {
+		if got := enough(fleet(topology), need); got != want {
 			t.Errorf("%s: %v", topology, got)
 		}
 	}

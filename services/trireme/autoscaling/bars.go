@@ -3,6 +3,8 @@ package autoscaling
 import (
 	"fmt"
 	"math"
+
+	"trireme.dev/shared/plan"
 )
 
 // Bar is what is asked for, and what came of it.
@@ -89,7 +91,7 @@ func (l *Lab) Compare(s *Scenario, rate float64) (*Report, error) {
 	case "burst":
 		bar("attainment", "at least 90%", ours.Attainment, ours.Attainment >= 0.9, percent(ours.Attainment)+fmt.Sprintf(" with %.2f NPUs on average", ours.MeanNPUs))
 		bar("static of as many NPUs", "under 60%", best.Attainment, best.Attainment < 0.6,
-			fmt.Sprintf("%s, the best of %d topologies, attains %s", best.Topology, len(Splits(npus)), percent(best.Attainment)))
+			fmt.Sprintf("%s, the best of %d topologies, attains %s", best.Topology, len(plan.Splits(npus)), percent(best.Attainment)))
 	case "wave":
 		peak, err := l.Peak(s, r.Rate, l.Policy.Targets.Percentile/100)
 		if err != nil {

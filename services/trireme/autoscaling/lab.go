@@ -3,10 +3,11 @@ package autoscaling
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
+	"trireme.dev/shared/conf"
 	"trireme.dev/shared/npu/pace"
+	"trireme.dev/shared/plan"
 	"trireme.dev/shared/sched"
 	"trireme.dev/shared/sched/autoscale"
 	"trireme.dev/shared/sched/simulate"
@@ -20,25 +21,20 @@ type Lab struct {
 	Step    func(what string) error // told of each run, if not nil; its error ends all
 }
 
-// kvTokens is the tokens for which an A100 of 80 GB has KV memory beside OPT-13B: 90% of 80 GB, less 26 GB of weights, at 0.82 MB a token
-// (40 layers of 5,120, keys and values, 2 bytes each).
-const kvTokens = 56_000
+// Host is what a host does beside its NPUs, and a gateway with default settings. RATIONALE.md says where these figures are from.
+func Host() simulate.Config {
+	return simulate.Config{Order: sched.SLO, Front: 3 * time.Millisecond, Look: 8 * time.Millisecond, Hop: 2 * time.Millisecond}
+}
 
-// config is a fleet as the real ones are. RATIONALE.md says where the figures besides the profile's are from.
+// config is a fleet as the real ones are.
 func (l *Lab) config(s *Scenario, topology string, seed uint64, c simulate.Controller) simulate.Config {
 	t := fleet(topology)
-	cfg := simulate.Config{
-		Seed: seed, Costs: Costs{l.Profile}, Targets: s.Targets, Control: c, KV: kvTokens,
-		Order: sched.SLO, Front: 3 * time.Millisecond, Look: 8 * time.Millisecond, Hop: 2 * time.Millisecond,
-		Jitter: 0.2, Drag: 1.05, Lag: [2]time.Duration{50 * time.Millisecond, 900 * time.Millisecond}, Lost: 0.002,
-		Spare: map[string]int{"node": t.Spare},
-	}
-	for _, g := range t.Groups {
-		for range g.Count {
-			name := fmt.Sprintf("%s-%d", g.Roles, len(cfg.Instances))
-			cfg.Instances = append(cfg.Instances, simulate.Instance{Name: name, Node: "node", Roles: g.Roles, NPUs: g.NPUs, Replica: true})
-		}
-	}
+	cfg := Host()
+	cfg.Seed, cfg.Costs, cfg.Targets, cfg.Control = seed, Costs{l.Profile}, s.Targets, c
+	cfg.KV, _ = l.Profile.Memory.Room("D", 1)
+	cfg.Jitter, cfg.Drag, cfg.Lag, cfg.Lost = 0.2, 1.05, [2]time.Duration{50 * time.Millisecond, 900 * time.Millisecond}, 0.002
+	cfg.Spare = map[string]int{plan.Node: t.Spare}
+	cfg.Instances = plan.Instances(t, nil)
 	return cfg
 }
 
@@ -176,28 +172,14 @@ func (l *Lab) once(s *Scenario, rate float64, w Way, seed uint64) (*Run, error) 
 	return r, nil
 }
 
-// Splits are all topologies of so many NPUs in which each stage has its own, and those that have all roles together or the first two or the
-// last two, as single instances.
-func Splits(npus int) (all []string) {
-	for e := 1; e <= npus-2; e++ {
-		for p := 1; p <= npus-e-1; p++ {
-			all = append(all, fmt.Sprintf("%dE%dP%dD", e, p, npus-e-p))
-		}
-	}
-	for k := 1; k < npus; k++ {
-		all = append(all, fmt.Sprintf("%dEP%dD", k, npus-k), fmt.Sprintf("%dE%dPD", k, npus-k))
-	}
-	return append(all, fmt.Sprintf("%dEPD", npus))
-}
-
-// Best is the static topology of so many NPUs that attains most, of all Splits; of those alike the one with the least latency. separate is
+// Best is the static topology of so many NPUs that attains most, of all plan.Splits; of those alike the one with the least latency. separate is
 // the best of those in which each stage has its own NPUs.
 func (l *Lab) Best(s *Scenario, rate float64, npus int) (best, separate *Run, err error) {
 	better := func(r, than *Run) bool {
 		return than == nil || r.Attainment > than.Attainment || r.Attainment == than.Attainment && r.Latency < than.Latency
 	}
-	for _, t := range Splits(npus) {
-		r, err := l.Play(s, rate, Static(t))
+	for _, t := range plan.Splits(npus) {
+		r, err := l.Play(s, rate, Static(t.String()))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -205,53 +187,48 @@ func (l *Lab) Best(s *Scenario, rate float64, npus int) (best, separate *Run, er
 		if better(r, best) {
 			best = r
 		}
-		if len(fleet(t).Groups) == 3 && better(r, separate) {
+		if len(t.Groups) == 3 && better(r, separate) {
 			separate = r
 		}
 	}
 	return best, separate, nil
 }
 
-// Overload is the rate at which a topology attains so much of a scenario, by halving the range in which it lies.
+// Overload is the rate of plan's grid at which a topology attains about so much of a scenario.
 func (l *Lab) Overload(s *Scenario, topology string, attainment float64) (*Run, error) {
-	low, high := 0.1, 0.2
-	at := func(rate float64) (*Run, error) { return l.Play(s, rate, Static(topology)) }
-	for {
-		r, err := at(high)
-		if err != nil {
-			return nil, err
-		}
-		if r.Attainment < attainment {
-			break
-		}
-		if low, high = high, 2*high; high > 1000 {
-			return nil, fmt.Errorf("%w: %s attains %.0f%% of %s at any rate", ErrScenario, topology, 100*attainment, s.Name)
-		}
-	}
 	var best *Run
-	for range 8 {
-		rate := (low + high) / 2
-		r, err := at(rate)
+	at := func(place int) (bool, error) {
+		r, err := l.Play(s, plan.Rate(place), Static(topology))
 		if err != nil {
-			return nil, err
+			return false, err
 		}
 		if best == nil || off(r.Attainment, attainment) < off(best.Attainment, attainment) {
 			best = r
 		}
-		if r.Attainment >= attainment {
-			low = rate
-		} else {
-			high = rate
+		return r.Attainment >= attainment, nil
+	}
+	high := plan.Place(0.1)
+	for {
+		ok, err := at(high)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			break
+		}
+		if high += plan.Place(0.2) - plan.Place(0.1); plan.Rate(high) > 1000 {
+			return nil, fmt.Errorf("%w: %s attains %.0f%% of %s at any rate", ErrScenario, topology, 100*attainment, s.Name)
 		}
 	}
-	return best, nil
+	_, err := plan.Highest(max(0, high-plan.Place(0.2)+plan.Place(0.1)+1), high-1, at)
+	return best, err
 }
 
-// Peak is the smallest static topology that attains so much of a scenario of one phase, of all Splits. Those that are too small for its
+// Peak is the smallest static topology that attains so much of a scenario of one phase, of all plan.Splits. Those that are too small for its
 // peak are not tried: for any set of stages the NPUs with their roles have to do tooSmall of its work at least. The others have to attain
 // nearly as much of the fifth in its middle, where the peak is, before all of it is played.
 func (l *Lab) Peak(s *Scenario, rate float64, attainment float64) (*Run, error) {
-	work := l.work(s, rate)
+	need := l.needs(s, rate)
 	middle := *s
 	middle.Phases = func(rate float64) []simulate.Phase {
 		p := s.Phases(rate)[0]
@@ -261,10 +238,11 @@ func (l *Lab) Peak(s *Scenario, rate float64, attainment float64) (*Run, error) 
 		return []simulate.Phase{p}
 	}
 	for n := 3; n <= 64; n++ {
-		for _, text := range Splits(n) {
-			if !fits(text, work) {
+		for _, t := range plan.Splits(n) {
+			if !enough(t, need) {
 				continue
 			}
+			text := t.String()
 			r, err := l.Play(&middle, rate, Static(text))
 			if err == nil && r.Attainment >= attainment-nearly {
 				r, err = l.Play(s, rate, Static(text))
@@ -287,42 +265,22 @@ const nearly = 0.2
 // tooSmall is the part of the work at the peak below which a topology is not even tried.
 const tooSmall = 0.8
 
-// work is the NPUs that each stage of a scenario needs at its peak at least: prompts in full steps, sequences in a step that many share.
-func (l *Lab) work(s *Scenario, rate float64) (npus [autoscale.Stages]float64) {
-	c := Costs{l.Profile}
+// needs is the NPUs that each set of stages of a scenario needs at its peak at least.
+func (l *Lab) needs(s *Scenario, rate float64) (npus [1 << autoscale.Stages]float64) {
 	for _, p := range s.Phases(rate) {
-		k := &p.Kind
-		mean := func(r [2]int) float64 { return float64(r[0]+r[1]) / 2 }
-		prompt := mean(k.Words) + mean(k.Pictures)*float64(k.Visual)
-		step := c.Step(simulate.Work{Prompt: 512}) / 512
-		token := c.Step(simulate.Work{Decoding: 64, Context: int(64 * prompt)}) / 64
-		for st, each := range [...]float64{
-			mean(k.Pictures) * c.Encode(k.Visual).Seconds(), prompt * step.Seconds(), mean(k.Output) * token.Seconds(),
-		} {
-			npus[st] = max(npus[st], p.Peak*each)
+		of, peak := simulate.Steady(1)
+		load, _ := simulate.Draw(1, []simulate.Phase{{Length: 1000 * time.Second, Rate: of, Peak: peak, Kind: p.Kind}})
+		for set, n := range plan.Needs(Costs{l.Profile}, s.Targets, load, p.Peak) {
+			npus[set] = max(npus[set], n)
 		}
 	}
 	return npus
 }
 
-// fits reports whether a topology can do tooSmall of the work of every set of stages.
-func fits(topology string, load [autoscale.Stages]float64) bool {
-	t := fleet(topology)
-	for set := 1; set < 1<<autoscale.Stages; set++ {
-		need, have := 0.0, 0
-		letters := ""
-		for st := range autoscale.Stages {
-			if set>>st&1 != 0 {
-				need += load[st]
-				letters += autoscale.Stage(st).Letter()
-			}
-		}
-		for _, g := range t.Groups {
-			if strings.ContainsAny(g.Roles, letters) {
-				have += g.Count * g.NPUs
-			}
-		}
-		if float64(have) < tooSmall*need {
+// enough reports whether a topology has tooSmall of the NPUs that every set of stages needs.
+func enough(t conf.Topology, need [1 << autoscale.Stages]float64) bool {
+	for set, n := range need {
+		if float64(plan.Having(t, set)) < tooSmall*n {
 			return false
 		}
 	}

@@ -145,6 +145,31 @@ func TestBehind(t *testing.T) {
 	}
 }
 
+// Weights take their room from KV: those of an instance's roles, and of experts an NPU's share.
+func TestRoom(t *testing.T) {
+	m := Memory{NPU: 60, Vision: 1, Text: 4, Experts: 56, KVToken: 0.1}
+	for _, x := range []struct {
+		roles  string
+		npus   int
+		tokens int
+		fits   bool
+	}{{"E", 1, 0, true}, {"D", 1, 0, false}, {"D", 2, 280_000, true}, {"EPD", 2, 270_000, true}, {"PD", 8, 490_000, true}} {
+		if tokens, fits := m.Room(x.roles, x.npus); fits != x.fits || fits && tokens != x.tokens {
+			t.Errorf("%s on %d NPUs: %d tokens, %v", x.roles, x.npus, tokens, fits)
+		}
+	}
+	if tokens, fits := (&Memory{}).Room("EPD", 1); tokens != 0 || !fits {
+		t.Errorf("with unknown memory: %d tokens, %v", tokens, fits)
+	}
+	opt, err := Load("distserve-opt-13b-a100")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tokens, fits := opt.Memory.Room("D", 1); tokens != 56_152 || !fits {
+		t.Errorf("OPT-13B: %d tokens, %v", tokens, fits)
+	}
+}
+
 func TestBadProfiles(t *testing.T) {
 	const good = "name: mine\nsource: measured\nencode: {picture_ms: 1}\nprefill: {token_ms: 1}\ndecode: {step_ms: 1}\n"
 	dir := t.TempDir()
@@ -165,6 +190,9 @@ func TestBadProfiles(t *testing.T) {
 	if got := (&Profile{Copy: Copy{KV: 0.5, Picture: 2}}).CopyCost(100, 10); got != ms(70) {
 		t.Errorf("a copy of 100 tokens and 10 of pictures takes %v", got)
 	}
+	if err := load(good + "memory: {npu_gb: 60, vision_gb: 1, text_gb: 4, experts_gb: 56, kv_token_mb: 0.1}\n"); err != nil {
+		t.Error(err)
+	}
 	for text, say := range map[string]string{
 		"":                                       "EOF",
 		strings.Replace(good, "mine", "", 1):     "needs a name",
@@ -173,6 +201,7 @@ func TestBadProfiles(t *testing.T) {
 		strings.Replace(good, "picture_ms: 1", "picture_ms: -1", 1): "-1 ms",
 		strings.Replace(good, "token_ms: 1", "token_ms: .nan", 1):   "NaN",
 		good + "copy: {kv_token_ms: -2}\n":                          "-2 ms",
+		good + "memory: {npu_gb: -80}\n":                            "-80 GB",
 		strings.Replace(good, "picture_ms: 1", "picture_ms: 0", 1):  "a picture takes no time",
 		strings.Replace(good, "token_ms: 1", "token_ms: 0", 1):      "a prompt takes no time",
 		strings.Replace(good, "{step_ms: 1}", "{}", 1):              "a token takes no time",

@@ -36,6 +36,7 @@ type Profile struct {
 	Prefill Prefill `yaml:"prefill"`
 	Decode  Decode  `yaml:"decode"`
 	Copy    Copy    `yaml:"copy"`
+	Memory  Memory  `yaml:"memory"`
 }
 
 // Encode is what a picture costs: Picture + Token for each of its multimodal tokens.
@@ -68,6 +69,36 @@ type Decode struct {
 type Copy struct {
 	KV      float64 `yaml:"kv_token_ms"`      // for the keys and values of each token
 	Picture float64 `yaml:"picture_token_ms"` // for each token of an encoded picture
+}
+
+// Memory is what there is room for on an NPU, in GB of 10^9 bytes, for what is simulated; a paced NPU has the memory that the HMM gives it.
+// Absent: room for anything.
+type Memory struct {
+	NPU     float64 `yaml:"npu_gb"`      // that weights and KV may take
+	Vision  float64 `yaml:"vision_gb"`   // weights of who encodes
+	Text    float64 `yaml:"text_gb"`     // weights of who computes prompts or decodes, on each NPU
+	Experts float64 `yaml:"experts_gb"`  // likewise, shared by the NPUs of an instance
+	KVToken float64 `yaml:"kv_token_mb"` // keys and values of a token, in MB
+}
+
+// Room is the tokens of KV for which an NPU of an instance with so many has memory beside its weights, 0: any number, and whether these fit. roles
+// are letters of E, P and D.
+func (m *Memory) Room(roles string, npus int) (tokens int, fits bool) {
+	if m.NPU == 0 {
+		return 0, true
+	}
+	free := m.NPU
+	if strings.Contains(roles, "E") {
+		free -= m.Vision
+	}
+	if !strings.ContainsAny(roles, "PD") {
+		return 0, free >= 0
+	}
+	if free -= m.Text + m.Experts/float64(npus); m.KVToken == 0 {
+		return 0, free >= 0
+	}
+	tokens = int(1e3 * free / m.KVToken)
+	return tokens, tokens > 0
 }
 
 //go:embed profiles
@@ -112,8 +143,11 @@ func Load(name string) (*Profile, error) {
 	return p, nil
 }
 
-// maxMS is the longest time in a profile: a minute.
-const maxMS = 60e3
+// The longest time in a profile is a minute, the most memory some racks'.
+const (
+	maxMS = 60e3
+	maxGB = 1e5
+)
 
 func (p *Profile) check() error {
 	if p.Name == "" || p.Source == "" {
@@ -130,6 +164,11 @@ func (p *Profile) check() error {
 	} {
 		if !(ms >= 0 && ms <= maxMS) {
 			return fmt.Errorf("a time of %g ms: there are 0 to %g", ms, maxMS)
+		}
+	}
+	for _, gb := range []float64{p.Memory.NPU, p.Memory.Vision, p.Memory.Text, p.Memory.Experts, p.Memory.KVToken} {
+		if !(gb >= 0 && gb <= maxGB) {
+			return fmt.Errorf("memory of %g GB, or MB: there are 0 to %g", gb, float64(maxGB))
 		}
 	}
 	switch {

@@ -50,6 +50,7 @@ type instance struct {
 	roles   string
 	set     stages
 	replica bool
+	kv      int // tokens for which an NPU of it has KV memory; 0: any number
 	ready   bool
 	closing bool   // it takes nothing more: it ends, or hands over
 	ending  bool   // it is going to
@@ -79,10 +80,13 @@ type counts struct {
 	spent       [autoscale.Stages]time.Duration
 }
 
-// add starts an instance.
-func (f *Fleet) add(name, node, roles string, numbers []int, replica bool) *instance {
+// add starts an instance on NPUs of these numbers.
+func (f *Fleet) add(as Instance, numbers []int) *instance {
+	if as.KV == 0 {
+		as.KV = f.cfg.KV
+	}
 	i := &instance{
-		f: f, id: name, name: name, node: node, roles: roles, set: stagesOf(roles), replica: replica, ready: true,
+		f: f, id: as.Name, name: as.Name, node: as.Node, roles: as.Roles, set: stagesOf(as.Roles), replica: as.Replica, kv: as.KV, ready: true,
 		prompts: sched.NewQueue(sched.Order{Policy: f.cfg.Order, Patience: patience}),
 	}
 	f.started++
@@ -138,12 +142,12 @@ func (i *instance) epoch() {
 			i.open = i.open.With(slot)
 		}
 	}
-	l := sched.Limits{Mixed: mixed}
+	l := sched.Limits{Mixed: i.f.cfg.mixed()}
 	if i.has(autoscale.Prefill) {
-		l.Rows, l.Seqs, l.Prompt = l.Rows+rows, l.Seqs+promptSeqs, rows
+		l.Rows, l.Seqs, l.Prompt = l.Rows+i.f.cfg.Rows, l.Seqs+promptSeqs, i.f.cfg.Rows
 	}
 	if i.has(autoscale.Decode) {
-		l.Rows, l.Seqs = l.Rows+decodeSeqs, l.Seqs+decodeSeqs
+		l.Rows, l.Seqs = l.Rows+Sequences, l.Seqs+Sequences
 	}
 	i.step = sched.NewStep(l, set)
 	i.seats = make([]sched.Held, len(i.npus))
@@ -158,7 +162,7 @@ func (i *instance) seat(r *request, need bool) *npu {
 	}
 	i.order = sched.Seats(i.seats, i.open, i.order)
 	for _, slot := range i.order {
-		if n := i.npus[slot]; need || i.f.cfg.KV == 0 || n.kv+r.kv() <= i.f.cfg.KV {
+		if n := i.npus[slot]; need || i.kv == 0 || n.kv+r.kv() <= i.kv {
 			return n
 		}
 	}
@@ -191,7 +195,7 @@ func (i *instance) takes(s autoscale.Stage, r *request) bool {
 	case autoscale.Prefill:
 		return i.load.Prompts < promptSeqs*i.open.Len()
 	}
-	return i.load.Sequences < decodeSeqs*i.open.Len() && i.seat(r, false) != nil
+	return i.load.Sequences < Sequences*i.open.Len() && i.seat(r, false) != nil
 }
 
 // vacant is an NPU for a picture. An encoder takes the next one just in time (services/encoder/ahead.go), here at the very moment.
@@ -485,6 +489,9 @@ func (f *Fleet) prompted(r *request) {
 func (f *Fleet) prefilled(r *request) {
 	r.first, r.tokens = f.now, 1
 	f.signals.first(r)
+	if t := f.cfg.Targets.TTFT; t > 0 && r.first-r.Arrive > t {
+		f.miss(r)
+	}
 	f.line.started(r)
 	if r.Output == 1 {
 		f.ended(r, false)

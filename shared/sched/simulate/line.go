@@ -1,7 +1,6 @@
 package simulate
 
 import (
-	"math"
 	"time"
 
 	"trireme.dev/shared/sched"
@@ -11,10 +10,11 @@ import (
 // request is one that has come.
 type request struct {
 	Request
-	index int
-	item  sched.Item // in the line, then among an instance's prompts
-	in    bool       // it was let in
-	begun bool       // its place is given back: it has its first token
+	index  int
+	item   sched.Item // in the line, then among an instance's prompts
+	in     bool       // it was let in
+	begun  bool       // its place is given back: it has its first token
+	missed bool       // it is known to miss its targets
 
 	encoded int           // pictures that are
 	encode  time.Duration // when it was let in
@@ -97,10 +97,7 @@ func (l *line) fits(r *request) bool {
 		return true
 	}
 	places := 0
-	room := math.MaxInt
-	if l.f.cfg.KV > 0 {
-		room = 0
-	}
+	room, bounded := 0, false
 	for _, i := range l.f.instances {
 		if !i.ready || i.width() == 0 {
 			continue
@@ -108,11 +105,12 @@ func (l *line) fits(r *request) bool {
 		if i.has(autoscale.Encode) || i.has(autoscale.Prefill) {
 			places += i.width() * l.f.cfg.Ahead
 		}
-		if i.has(autoscale.Decode) && l.f.cfg.KV > 0 {
-			room += i.width() * l.f.cfg.KV
+		if i.has(autoscale.Decode) && i.kv > 0 {
+			room += i.width() * i.kv
+			bounded = true
 		}
 	}
-	return (l.ahead == 0 || l.ahead < max(places, l.f.cfg.Ahead)) && l.kv+r.kv() <= room
+	return (l.ahead == 0 || l.ahead < max(places, l.f.cfg.Ahead)) && (!bounded || l.kv+r.kv() <= room)
 }
 
 func (l *line) take(r *request) {

@@ -112,7 +112,7 @@ func (f *Fleet) do(o Order) error {
 			f.leave(op, from, c.Numbers, func() {
 				f.after(half+start, func() {
 					if i == nil {
-						i = f.add(fmt.Sprintf("%s-%d", c.Roles, f.started), c.Node, c.Roles, nil, true)
+						i = f.add(Instance{Name: fmt.Sprintf("%s-%d", c.Roles, f.started), Node: c.Node, Roles: c.Roles, Replica: true}, nil)
 					}
 					f.joined(op, i)
 				})
@@ -130,7 +130,7 @@ func (f *Fleet) do(o Order) error {
 		f.after(f.takes(c.Action), func() {
 			f.count()
 			for k := range c.Count {
-				f.add(fmt.Sprintf("%s-%d", c.Roles, f.started), c.Node, c.Roles, c.Numbers[k*c.NPUs:(k+1)*c.NPUs], true)
+				f.add(Instance{Name: fmt.Sprintf("%s-%d", c.Roles, f.started), Node: c.Node, Roles: c.Roles, Replica: true}, c.Numbers[k*c.NPUs:(k+1)*c.NPUs])
 			}
 			op.reserved = nil
 			f.finish(op)

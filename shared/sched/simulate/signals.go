@@ -234,8 +234,8 @@ func (i *instance) tell() autoscale.Instance {
 	for _, r := range i.seqs {
 		kv += r.Prompt + r.tokens
 	}
-	if i.f.cfg.KV > 0 && len(t.NPUs) > 0 {
-		t.KV = min(1, float64(kv)/float64(i.f.cfg.KV*len(t.NPUs)))
+	if i.kv > 0 && len(t.NPUs) > 0 {
+		t.KV = min(1, float64(kv)/float64(i.kv*len(t.NPUs)))
 	}
 	if n := len(i.samples); n > 0 && !slices.Equal(i.samples[n-1].npus, s.npus) {
 		i.samples = nil

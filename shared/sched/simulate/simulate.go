@@ -61,6 +61,7 @@ type Instance struct {
 	Roles   string // letters: E, P, D, EP, PD, EPD
 	NPUs    int    // 0: a standby
 	Replica bool   // its process can be stopped, and others like it started
+	KV      int    // tokens for which each of its NPUs has KV memory; 0: as many as Config.KV says
 }
 
 // Controller changes the fleet.
@@ -92,12 +93,16 @@ type Config struct {
 	Pieces int           // that a picture is computed in, between steps; 0: 7, as of the bundled model
 	KV     int           // tokens for which an NPU has KV memory; 0: any number
 
+	Rows       int // most prompt tokens of a step and NPU; 0: 512, the services' default
+	StepTokens int // most tokens of a step of an NPU in which prompts are beside sequences that decode; 0: 128, likewise
+
 	Ahead int           // requests without first token that are let in, for each NPU that encodes or computes prompts; 0: 32, the gateway's default
 	Wait  time.Duration // longest wait in the gateway's line until a request is refused; 0: it waits for ever
 	Order sched.Policy  // of the line
 	Aims  sched.Targets // by which the line is ordered under SLO, late ones last; zero: none, as gateways have it by default
 
 	Targets sched.Targets // by which requests are judged
+	Misses  int           // a run ends at once when so many requests are known to miss them; 0: it does not
 	Control Controller    // nil: nothing is changed
 	Changes map[autoscale.Action]time.Duration
 	Jitter  float64          // part by which a change may take longer or shorter
@@ -117,14 +122,17 @@ func DefaultChanges() map[autoscale.Action]time.Duration {
 
 // The limits of instances, as the services have them by default.
 const (
-	rows       = 512 // most prompt tokens of a step and NPU (services/prefill)
+	Rows       = 512 // most prompt tokens of a step and NPU (services/prefill)
+	StepTokens = 128 // with Blocks and Least of mixed as stage.MixedDefault
+	Sequences  = 256 // on an NPU (services/decoder)
 	promptSeqs = 32  // prompts in work on an NPU (services/prefill)
-	decodeSeqs = 256 // sequences on an NPU (services/decoder)
 	patience   = 30 * time.Second
 )
 
-// mixed bounds steps with prompts beside sequences that decode, as stage.MixedDefault does.
-var mixed = sched.Mixed{Tokens: 128, Blocks: 1 << 14, Least: 16}
+// mixed bounds steps with prompts beside sequences that decode.
+func (c *Config) mixed() sched.Mixed {
+	return sched.Mixed{Tokens: c.StepTokens, Blocks: 1 << 14, Least: 16}
+}
 
 // Fleet is a simulation. New makes one; Run plays it, once.
 type Fleet struct {
@@ -141,7 +149,8 @@ type Fleet struct {
 	started   int // instances so far, for their names
 	given     uint64
 	ops       []*operation
-	open      int // requests that have not ended
+	served    stages // at the beginning
+	open      int    // requests that have not ended
 	signals   signals
 	result    Result
 	used      time.Duration // when NPUs were counted last
@@ -161,12 +170,19 @@ func New(cfg Config) (*Fleet, error) {
 	if cfg.Ahead == 0 {
 		cfg.Ahead = 32
 	}
+	if cfg.Rows == 0 {
+		cfg.Rows = Rows
+	}
+	if cfg.StepTokens == 0 {
+		cfg.StepTokens = StepTokens
+	}
 	if cfg.Changes == nil {
 		cfg.Changes = DefaultChanges()
 	}
 	cfg.Drag = max(1, cfg.Drag)
-	if cfg.Jitter < 0 || cfg.Jitter >= 1 || cfg.Lost < 0 || cfg.Lost >= 1 || cfg.Lag[0] < 0 || cfg.Lag[1] < cfg.Lag[0] || cfg.KV < 0 {
-		return nil, bad("jitter %g, lost %g, lag %v, KV %d", cfg.Jitter, cfg.Lost, cfg.Lag, cfg.KV)
+	if cfg.Jitter < 0 || cfg.Jitter >= 1 || cfg.Lost < 0 || cfg.Lost >= 1 || cfg.Lag[0] < 0 || cfg.Lag[1] < cfg.Lag[0] || cfg.KV < 0 || cfg.Rows < 1 || cfg.StepTokens < 1 || cfg.Misses < 0 {
+		return nil, bad("jitter %g, lost %g, lag %v, KV %d, rows %d, step tokens %d, misses %d",
+			cfg.Jitter, cfg.Lost, cfg.Lag, cfg.KV, cfg.Rows, cfg.StepTokens, cfg.Misses)
 	}
 	f := &Fleet{cfg: cfg, rand: rand.New(rand.NewPCG(cfg.Seed, 0x51)), spare: map[string][]int{}}
 	f.line = newLine(f)
@@ -180,20 +196,19 @@ func New(cfg Config) (*Fleet, error) {
 		}
 		return all
 	}
-	var served stages
 	names := map[string]bool{}
 	for _, i := range cfg.Instances {
-		if i.Roles == "" || stagesOf(i.Roles) == 0 || names[i.Name] || i.NPUs < 0 || i.NPUs > most {
+		if i.Roles == "" || stagesOf(i.Roles) == 0 || names[i.Name] || i.NPUs < 0 || i.NPUs > most || i.KV < 0 {
 			return nil, bad("instance %+v: a name of its own, roles of E, P and D, and 0 to %d NPUs", i, most)
 		}
 		names[i.Name] = true
-		f.add(i.Name, i.Node, i.Roles, numbers(i.Node, i.NPUs), i.Replica)
+		f.add(i, numbers(i.Node, i.NPUs))
 		if i.NPUs > 0 {
-			served |= stagesOf(i.Roles)
+			f.served |= stagesOf(i.Roles)
 		}
 	}
-	if served != 1<<autoscale.Stages-1 {
-		return nil, bad("not every stage has an NPU")
+	if need := stagesOf("PD"); f.served&need != need {
+		return nil, bad("prefill and decode have no NPU each")
 	}
 	for _, i := range cfg.Instances {
 		f.spare[i.Node] = nil
@@ -243,8 +258,18 @@ type Result struct {
 	Refused  []string  // orders that could not be carried out, and why
 	Timeline []Moment  // each second until the load has ended
 	NPUTime  time.Duration
-	Steps    int // computed
-	Blind    int // Views in which the demand or an instance was missing
+	Length   time.Duration // until all had ended, or the run was ended
+	Steps    int           // computed
+	Blind    int           // Views in which the demand or an instance was missing
+	Missed   int           // requests that are known to have missed Config.Targets; all of them, unless the run was ended for these
+	Used     []Used
+}
+
+// Used is how much of the time an instance that is there at the end has computed.
+type Used struct {
+	Roles string
+	NPUs  int
+	Busy  time.Duration // of all of them together, since each came
 }
 
 // Run plays a load, rising in Arrive, for at least so long, and until the last answer has ended.
@@ -255,13 +280,22 @@ func (f *Fleet) Run(load []Request, length time.Duration) (*Result, error) {
 	f.end = length
 	last := time.Duration(0)
 	f.result.Outcomes = make([]Outcome, len(load))
+	room := f.cfg.KV
+	for _, i := range f.instances {
+		if i.kv > 0 && i.has(autoscale.Decode) && (room == 0 || i.kv < room) {
+			room = i.kv
+		}
+	}
 	for i := range load {
 		r := &load[i]
 		if r.Arrive < last || r.Pictures < 0 || r.Visual < 0 || r.Prompt < 1 || r.Output < 1 || r.Prompt < r.Pictures*r.Visual {
 			return nil, fmt.Errorf("%w: request %d of the load: %+v", ErrConfig, i, *r)
 		}
-		if f.cfg.KV > 0 && r.Prompt+r.Output > f.cfg.KV {
-			return nil, fmt.Errorf("%w: request %d has %d tokens, an NPU has memory for %d", ErrConfig, i, r.Prompt+r.Output, f.cfg.KV)
+		if room > 0 && r.Prompt+r.Output > room {
+			return nil, fmt.Errorf("%w: request %d has %d tokens, an NPU has memory for %d", ErrConfig, i, r.Prompt+r.Output, room)
+		}
+		if r.Pictures > 0 && f.served&stagesOf("E") == 0 {
+			return nil, fmt.Errorf("%w: request %d has pictures, and no NPU encodes", ErrConfig, i)
 		}
 		last = r.Arrive
 	}
@@ -274,10 +308,20 @@ func (f *Fleet) Run(load []Request, length time.Duration) (*Result, error) {
 	if c := f.cfg.Control; c != nil {
 		f.at(c.Every(), f.ask)
 	}
-	for f.events.Len() > 0 && (f.open > 0 || f.now < f.end) {
+	for f.events.Len() > 0 && (f.open > 0 || f.now < f.end) && (f.cfg.Misses == 0 || f.result.Missed < f.cfg.Misses) {
 		f.next()
 	}
 	f.count()
+	for _, i := range f.instances {
+		u := Used{Roles: i.roles, NPUs: i.width()}
+		for _, n := range i.npus {
+			if n != nil {
+				u.Busy += n.busy
+			}
+		}
+		f.result.Used = append(f.result.Used, u)
+	}
+	f.result.Length = f.now
 	return &f.result, nil
 }
 
@@ -343,17 +387,29 @@ func (f *Fleet) count() {
 	}
 }
 
+// miss takes note that a request misses its targets.
+func (f *Fleet) miss(r *request) {
+	if !r.missed {
+		r.missed = true
+		f.result.Missed++
+	}
+}
+
 // ended takes note of the end of a request.
 func (f *Fleet) ended(r *request, refused bool) {
 	o := &f.result.Outcomes[r.index]
 	o.Refused = refused
 	f.open--
 	if refused {
+		f.miss(r)
 		return
 	}
 	o.TTFT, o.E2E = r.first-r.Arrive, f.now-r.Arrive
 	if r.Output > 1 {
 		o.TPOT = (f.now - r.first) / time.Duration(r.Output-1)
+	}
+	if !o.Good(f.cfg.Targets) {
+		f.miss(r)
 	}
 	f.signals.ended(r, o)
 	f.line.release(r)

@@ -393,6 +393,68 @@ func TestConfigErrors(t *testing.T) {
 	if _, err := f.Run([]Request{{Prompt: 90, Output: 20}}, 0); err == nil {
 		t.Error("a request for which there is no memory is taken")
 	}
+	cfg := fleetOf(Config{Costs: a100}, "P", "D")
+	cfg.Instances[1].KV = 100
+	if f, err = New(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Run([]Request{{Prompt: 90, Output: 20}}, 0); err == nil {
+		t.Error("a request for which its decoder has no memory is taken")
+	}
+	if f, err = New(fleetOf(Config{Costs: a100}, "P", "D")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Run([]Request{{Pictures: 1, Visual: 64, Prompt: 90, Output: 20}}, 0); err == nil {
+		t.Error("a picture that nobody can encode is taken")
+	}
+}
+
+// Text needs no encoder. A run that is to end when too many have missed their targets ends there, and knows which had until then; one that may
+// go on knows all.
+func TestMisses(t *testing.T) {
+	var load []Request
+	for i := range 100 {
+		load = append(load, Request{Arrive: time.Duration(i) * 10 * time.Millisecond, Prompt: 512, Output: 5})
+	}
+	targets := sched.Targets{TTFT: 200 * time.Millisecond, TPOT: time.Second}
+	all := run(t, fleetOf(Config{Costs: a100, Targets: targets}, "P", "D"), load, 0)
+	late := 0
+	for i := range all.Outcomes {
+		if !all.Outcomes[i].Good(targets) {
+			late++
+		}
+	}
+	if all.Missed != late || late < 50 {
+		t.Errorf("%d missed, %d were late", all.Missed, late)
+	}
+	some := run(t, fleetOf(Config{Costs: a100, Targets: targets, Misses: 11}, "P", "D"), load, 0)
+	if some.Missed != 11 || some.Steps >= all.Steps || some.Length >= all.Length {
+		t.Errorf("%d missed after %d of %d steps", some.Missed, some.Steps, all.Steps)
+	}
+	u := all.Used[0]
+	if want := 100 * (20*time.Millisecond + 512*100*time.Microsecond); u.Roles != "P" || u.NPUs != 1 || u.Busy != want {
+		t.Errorf("prefill computed for %v, want %v: %+v", u.Busy, want, u)
+	}
+}
+
+// Larger steps take more of a prompt at once, and of two decoders the one with room gets what the other has no memory for.
+func TestRowsAndRoom(t *testing.T) {
+	load := []Request{{Prompt: 1024, Output: 2}}
+	for rows, steps := range map[int]int{0: 2, 512: 2, 1024: 1, 100: 11} {
+		if r := run(t, fleetOf(Config{Costs: a100, Rows: rows}, "P", "D"), load, 0); r.Steps != steps+1 {
+			t.Errorf("%d rows: %d steps, want %d and one that decodes", rows, r.Steps, steps)
+		}
+	}
+	cfg := fleetOf(Config{Costs: a100}, "P", "D", "D")
+	cfg.Instances[1].KV, cfg.Instances[2].KV = 600, 3000
+	load = nil
+	for range 5 {
+		load = append(load, Request{Prompt: 500, Output: 100})
+	}
+	r := run(t, cfg, load, 0)
+	if a, b := r.Used[1].Busy, r.Used[2].Busy; a == 0 || b == 0 || b < a {
+		t.Errorf("busy for %v and %v, %d steps", a, b, r.Steps)
+	}
 }
 
 // As at the gateway, so many requests are under way to their first token for each NPU that encodes or computes prompts; one of an instance that
