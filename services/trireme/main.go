@@ -49,17 +49,18 @@ type cli struct {
 	LogLevel   string          `help:"debug, info, warn or error; by default info, of up and its children warn."`
 	CPUProfile string          `name:"cpu-profile" help:"Write a CPU profile of this process to a file when it ends, for go tool pprof." placeholder:"FILE" type:"path" hidden:""`
 
-	Up        upCmd        `cmd:"" help:"Run everything on this machine: NATS, HMM, stages and gateway." group:"Run"`
-	Chat      chatCmd      `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
-	Status    statusCmd    `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
-	Events    eventsCmd    `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
-	Dead      deadCmd      `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
-	Scale     scaleCmd     `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
-	Role      roleCmd      `cmd:"" help:"Have an NPU go over to an instance of another role." group:"Use"`
-	Rebalance rebalanceCmd `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
-	Explain   explainCmd   `cmd:"" help:"Say why the scaler has decided something, and what came of it." group:"Use"`
-	Model     modelCmd     `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
-	Bench     benchCmd     `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
+	Up        upCmd         `cmd:"" help:"Run everything on this machine: NATS, HMM, stages and gateway." group:"Run"`
+	Chat      chatCmd       `cmd:"" help:"Ask a running gateway, with pictures if you like; the answer streams." group:"Use"`
+	Status    statusCmd     `cmd:"" help:"Show stages, NPUs, queues and memory." group:"Use"`
+	Events    eventsCmd     `cmd:"" help:"Show what has happened: instances that came, went or died, and what was done about it." group:"Use"`
+	Dead      deadCmd       `cmd:"" help:"List, show, replay or delete requests that failed for good." group:"Use"`
+	Scale     scaleCmd      `cmd:"" help:"Give a running instance another number of NPUs." group:"Use"`
+	Role      roleCmd       `cmd:"" help:"Have an NPU go over to an instance of another role." group:"Use"`
+	Rebalance rebalanceCmd  `cmd:"" help:"Place the experts of a running instance anew, by their measured load." group:"Use"`
+	Explain   explainCmd    `cmd:"" help:"Say why the scaler has decided something, and what came of it." group:"Use"`
+	Plan      benchcmd.Plan `cmd:"" help:"Find the topology that serves a load best, by simulation." group:"Use"`
+	Model     modelCmd      `cmd:"" help:"Check a model folder or its tokenizer." group:"Use"`
+	Bench     benchCmd      `cmd:"" help:"Measure: what memory costs here, what clients of a server feel." group:"Use"`
 
 	Gateway gatewayCmd `cmd:"" help:"Run the gateway: OpenAI-compatible HTTP." group:"Services"`
 	Encoder encoderCmd `cmd:"" help:"Run an encoder: pixels to multimodal tokens." group:"Services"`

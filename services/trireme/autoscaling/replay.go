@@ -30,12 +30,17 @@ func (l *Lab) Replay(topology string, load []simulate.Request) (*Felt, error) {
 	if err != nil {
 		return nil, err
 	}
-	felt := NewFelt(len(load))
-	for i := range d.Outcomes {
-		o := &d.Outcomes[i]
+	return FeltOf(d), nil
+}
+
+// FeltOf is what clients felt of a simulated load.
+func FeltOf(r *simulate.Result) *Felt {
+	felt := NewFelt(len(r.Outcomes))
+	for i := range r.Outcomes {
+		o := &r.Outcomes[i]
 		felt.Add(o.Arrive, o.TTFT, o.TPOT, o.E2E, o.Output)
 	}
-	return felt.End(), nil
+	return felt.End()
 }
 
 // Burst simulates phases on a fleet that begins as topology, with the scaler or without.

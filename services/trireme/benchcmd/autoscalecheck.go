@@ -1,10 +1,8 @@
 package benchcmd
 
 import (
-	"cmp"
 	"fmt"
 	"io"
-	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -77,15 +75,8 @@ func (c *Autoscale) validate(e Env, profile *pace.Profile) error {
 				return fmt.Errorf("%d of %d requests failed", report.Failed, len(report.Samples))
 			}
 			var all []simulate.Request
-			felt := autoscaling.NewFelt(len(report.Samples))
-			for _, s := range report.Samples {
-				tpot, _ := s.TPOT()
-				sent := s.Sent.Sub(report.Began)
-				felt.Add(sent, s.TTFT, tpot, s.E2EL, s.Output)
-				all = append(all, simulate.Request{Arrive: max(0, sent), Pictures: x.pictures, Visual: picture256, Prompt: s.Input, Output: s.Output})
-			}
-			slices.SortStableFunc(all, func(a, b simulate.Request) int { return cmp.Compare(a.Arrive, b.Arrive) })
-			k.Requests, k.Real = len(all), felt.End()
+			k.Real, all = felt(report, func(*load.Sample) int { return x.pictures }, picture256)
+			k.Requests = len(all)
 			if k.Simulated, err = lab.Replay(x.topology, all); err != nil {
 				return err
 			}
@@ -104,12 +95,14 @@ func (c *Autoscale) validate(e Env, profile *pace.Profile) error {
 // picture256 is the multimodal tokens of a picture of 256 x 256 with the bundled model.
 const picture256 = 64
 
+// pair is a figure that was measured, the same one simulated, and how far that is off.
+func pair(real, simulated float64) string {
+	return fmt.Sprintf("%.1f\t%.1f\t%+.1f%%", real, simulated, 100*(simulated-real)/real)
+}
+
 func (r *CheckReport) writeTable(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "TOPOLOGY\tPICTURES\tREQUESTS/S\tREQUESTS\tTTFT ms REAL\tSIMULATED\t\tP90 REAL\tSIMULATED\t\tTPOT ms REAL\tSIMULATED\t\tTOKENS/s REAL\tSIMULATED\t\tPACE KEPT")
-	pair := func(real, simulated float64) string {
-		return fmt.Sprintf("%.1f\t%.1f\t%+.1f%%", real, simulated, 100*(simulated-real)/real)
-	}
 	for _, k := range r.Runs {
 		fmt.Fprintf(t, "%s\t%d\t%g\t%d\t%s\t%s\t%s\t%s\t%.1f%%\n", k.Topology, k.Pictures, k.Rate, k.Requests, pair(k.Real.TTFT, k.Simulated.TTFT),
 			pair(k.Real.TTFT90, k.Simulated.TTFT90), pair(k.Real.TPOT, k.Simulated.TPOT), pair(k.Real.Tokens, k.Simulated.Tokens), 100*k.Kept)

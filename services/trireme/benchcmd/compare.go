@@ -311,34 +311,39 @@ func (c *Compare) one(f *fleet, s *comparison, workload int, rate float64, seed 
 	})
 }
 
-// kept asks the instances of a paced fleet which part of the profile's rate they have achieved so far, all together. Heartbeats say it, too, but
-// as it was a second ago, which of a short load is before it.
+// kept is the part of the profile's rate that the instances of a paced fleet have achieved so far, all together.
 func (f *fleet) kept() (float64, error) {
+	busy, behind, err := f.paced()
+	if err == nil && busy == 0 {
+		err = errors.New("the NPUs of the fleet do not tell how busy they were")
+	}
+	return busy.Seconds() / (busy + behind).Seconds(), err
+}
+
+// paced asks the instances of a paced fleet for how long their NPUs were busy by the profile so far, and were behind it, all together. Heartbeats say
+// it, too, but as it was a second ago, which of a short load is before it.
+func (f *fleet) paced() (busy, behind time.Duration, err error) {
 	b, err := bus.Connect(f.ctx, f.nats, "bench", slog.New(slog.DiscardHandler))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer b.Close()
 	ctx, cancel := context.WithTimeout(f.ctx, stopping)
 	defer cancel()
 	instances, err := b.Instances(ctx)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	stats, err := b.Stats(ctx, instances.All())
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	var busy, behind time.Duration
 	for _, s := range stats {
 		if s.Work != nil {
 			busy, behind = busy+s.Work.PacedBusy, behind+s.Work.PacedBehind
 		}
 	}
-	if busy == 0 {
-		return 0, errors.New("the NPUs of the fleet do not tell how busy they were")
-	}
-	return busy.Seconds() / (busy + behind).Seconds(), nil
+	return busy, behind, nil
 }
 
 // report writes what came of it.
@@ -356,7 +361,7 @@ func (c *Compare) report(e Env, s *comparison, kept float64) error {
 		ext := filepath.Ext(c.Plot)
 		for i, w := range s.Workloads {
 			title := fmt.Sprintf("%s pictures, TTFT %.0f ms, TPOT %.0f ms, NPUs paced as %s", w.Pictures, w.TTFTBound, w.TPOTBound, s.profile.Name)
-			errs = append(errs, load.Plot(strings.TrimSuffix(c.Plot, ext)+"-"+w.Pictures+ext, title, s.Curves(i)))
+			errs = append(errs, load.Plot(strings.TrimSuffix(c.Plot, ext)+"-"+w.Pictures+ext, title, load.Goal, s.Curves(i)))
 		}
 	}
 	return errors.Join(append(errs, write(e.Out, c.JSON, r))...)

@@ -123,7 +123,7 @@ func (c *Serve) Run(e Env) error {
 		fmt.Fprintf(e.Out, "%.0f%% of requests keep their bounds up to %.2f requests a second\n", load.Goal*100, curve.Capacity(load.Goal))
 	}
 	if c.Plot != "" {
-		if err := load.Plot(c.Plot, c.title(paced), []load.Curve{curve}); err != nil {
+		if err := load.Plot(c.Plot, c.title(paced), load.Goal, []load.Curve{curve}); err != nil {
 			return err
 		}
 	}

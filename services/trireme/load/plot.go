@@ -44,8 +44,8 @@ func (c *Curve) Capacity(goal float64) float64 {
 	return best
 }
 
-// Plot draws attainment against rate into a file, whose ending, .svg or .png, says how.
-func Plot(path, title string, curves []Curve) error {
+// Plot draws attainment against rate, with a line at goal, into a file, whose ending, .svg or .png, says how.
+func Plot(path, title string, goal float64, curves []Curve) error {
 	if ext := strings.ToLower(filepath.Ext(path)); ext != ".svg" && ext != ".png" {
 		return fmt.Errorf("plot file %s: its name must end in .svg or .png", path)
 	}
@@ -70,9 +70,9 @@ func Plot(path, title string, curves []Curve) error {
 		p.Add(line, points)
 		p.Legend.Add(c.Name, line, points)
 	}
-	goal := plotter.NewFunction(func(float64) float64 { return 100 * Goal })
-	goal.Dashes = []vg.Length{vg.Points(4), vg.Points(4)}
-	p.Add(goal)
+	line := plotter.NewFunction(func(float64) float64 { return 100 * goal })
+	line.Dashes = []vg.Length{vg.Points(4), vg.Points(4)}
+	p.Add(line)
 	if err := p.Save(16*vg.Centimeter, 10*vg.Centimeter, path); err != nil {
 		_ = os.Remove(path) // half a picture is none
 		return fmt.Errorf("plotting to %s: %w", path, err)

@@ -261,7 +261,7 @@ func (r *Report) JSON(g Goodput) map[string]any {
 		}
 	}
 	var in, out []int
-	var ttfts []float64
+	var ttfts, starts []float64
 	var itls [][]float64
 	var failures []string
 	for i := range r.Samples {
@@ -275,9 +275,11 @@ func (r *Report) JSON(g Goodput) map[string]any {
 			why = s.Err.Error()
 		}
 		in, out, ttfts = append(in, s.Input), append(out, s.Output), append(ttfts, s.TTFT.Seconds())
+		starts = append(starts, s.Sent.Sub(r.Began).Seconds())
 		itls, failures = append(itls, gaps), append(failures, why)
 	}
 	m["input_lens"], m["output_lens"], m["ttfts"], m["itls"], m["errors"] = in, out, ttfts, itls, failures
+	m["start_times"] = starts
 	return m
 }
 

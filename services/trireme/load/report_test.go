@@ -160,7 +160,7 @@ func TestPlot(t *testing.T) {
 	curves := []Curve{{"1E1P1D", []Point{{1, 1}, {2, 0.8}}}, {"2EPD", []Point{{1, 0.9}, {2, 0.6}}}}
 	for name, magic := range map[string]string{"a.svg": "<?xml", "b.png": "\x89PNG"} {
 		path := filepath.Join(t.TempDir(), name)
-		if err := Plot(path, "attainment", curves); err != nil {
+		if err := Plot(path, "attainment", Goal, curves); err != nil {
 			t.Fatal(err)
 		}
 		data, err := os.ReadFile(path)
@@ -168,7 +168,7 @@ func TestPlot(t *testing.T) {
 			t.Errorf("%s: %d bytes, %.10q, %v", name, len(data), data, err)
 		}
 	}
-	if err := Plot(filepath.Join(t.TempDir(), "c.txt"), "", curves); err == nil {
+	if err := Plot(filepath.Join(t.TempDir(), "c.txt"), "", Goal, curves); err == nil {
 		t.Error("a plot was written as text")
 	}
 }

@@ -134,6 +134,11 @@ const (
 	prefixStream  = 1 << 33
 )
 
+// PicturesOf is how many pictures request i has; those of the warm-up come first.
+func (s *Shape) PicturesOf(seed uint64, i int) int {
+	return s.Pictures.draw(rand.New(rand.NewPCG(seed, requestStream+uint64(i))))
+}
+
 func (s *Shape) body(model string, seed uint64, i int) ([]byte, error) {
 	r := rand.New(rand.NewPCG(seed, requestStream+uint64(i)))
 	var parts []any
