@@ -72,7 +72,7 @@ Examples:
   trireme plan --npus 16 --pictures 1-4 --output 100-500 --slo ttft:2s,tpot:50ms
   trireme plan --rate 12 --pictures 1                               the fewest NPUs for 12 requests a second
   trireme plan --profile mine.yaml --plot plan.svg --json
-  trireme plan --trace result.json --pictures 1                  what trireme bench serve --result result.json has sent
+  trireme plan --trace result.json --pictures 1                     what trireme bench serve --result result.json has sent
   trireme plan --from-running 1m                                    what comes to the system that runs here
   trireme plan --npus 4 --roles E,P,D,EPD --beside 2E1P1D --validate`
 }
