@@ -163,6 +163,9 @@ func (c *upCmd) Run(e *env) error {
 		p.natsURL = server.URL()
 		fmt.Fprintf(e.err, "nats      %s  monitoring %s\n", server.URL(), server.MonitorURL())
 	}
+	if err := c.forgetLayouts(e.ctx, p); err != nil {
+		return err
+	}
 	return c.serve(e, p)
 }
 

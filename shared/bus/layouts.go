@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"trireme.dev/shared/wire"
@@ -112,15 +113,29 @@ func (b *Bus) SettleLayout(ctx context.Context, key string, l *wire.Layout, oper
 
 // DeleteLayout removes a layout record; one that is not there is no error.
 func (b *Bus) DeleteLayout(ctx context.Context, key string) error {
-	err := b.retry(ctx, func(ctx context.Context) error {
-		stream, err := b.js.Stream(ctx, "KV_"+wire.BucketLayouts)
-		if err != nil {
-			return err
-		}
-		return stream.Purge(ctx, jetstream.WithPurgeSubject("$KV."+wire.BucketLayouts+"."+key))
-	})
+	err := b.retry(ctx, func(ctx context.Context) error { return purgeLayouts(ctx, b.js, key) })
 	if err != nil {
 		return fmt.Errorf("deleting layout record %s: %w", key, err)
 	}
 	return nil
+}
+
+// ForgetLayouts removes the layout records of all instances of a node, none of which may run. There need not be any, nor a place for them.
+func ForgetLayouts(ctx context.Context, conn *nats.Conn, node string) error {
+	js, err := jetstream.New(conn)
+	if err == nil {
+		err = purgeLayouts(ctx, js, wire.LayoutKey(node, "*"))
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+		return fmt.Errorf("deleting the layout records of node %s: %w", node, err)
+	}
+	return nil
+}
+
+func purgeLayouts(ctx context.Context, js jetstream.JetStream, keys string) error {
+	stream, err := js.Stream(ctx, "KV_"+wire.BucketLayouts)
+	if err != nil {
+		return err
+	}
+	return stream.Purge(ctx, jetstream.WithPurgeSubject("$KV."+wire.BucketLayouts+"."+keys))
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -225,4 +226,31 @@ func TestScaledInstanceComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.expectDecoder(t, 1, 3, 2)
+}
+
+// What was scaled outlives also a death of `trireme up`, unless it is started again with another topology, in which others may need the NPUs.
+func TestScaledInstanceAndAnotherTopology(t *testing.T) {
+	data := t.TempDir()
+	for _, x := range []struct {
+		topology string
+		scale    string
+		npus     int
+		epoch    uint64
+	}{{"1E1P1Dx2+2", "4", 4, 1}, {"1E1P1Dx2+2", "", 4, 1}, {"1E1P1Dx2", "", 2, 0}} {
+		c := start(t, "--topology", x.topology, "--threads", "1", "--domains", "node", "--node", "n", "--data", data)
+		c.data = data
+		if x.scale != "" {
+			if _, err := c.change(t, "scale", "decoder", x.scale); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.expectDecoder(t, x.npus, 0, x.epoch)
+		all := c.children()
+		c.killed = true
+		kill(t, c.cmd.Process.Pid)
+		<-c.exited
+		c.await(t, "its children have ended with it", func() bool {
+			return !slices.ContainsFunc(all, func(p process) bool { return syscall.Kill(p.pid, 0) == nil })
+		}, func() string { return fmt.Sprint(all) })
+	}
 }
