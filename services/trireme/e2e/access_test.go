@@ -18,8 +18,9 @@ import (
 // The official client and the program's own are let in with a key and not without; nothing that others of the machine can see, and nothing
 // that is written, has a key in it.
 func TestKeysOfUp(t *testing.T) {
-	t.Setenv("TRIREME_API_KEY", "sk-first-of-two,sk-second-of-two")
-	c := start(t, "--log-level", "debug", "--allowed-origin", "https://app.example.com")
+	t.Parallel()
+	keys := []string{"TRIREME_API_KEY=sk-first-of-two,sk-second-of-two"}
+	c := startWith(t, keys, "--log-level", "debug", "--allowed-origin", "https://app.example.com")
 	for key, status := range map[string]int{"sk-first-of-two": 0, "sk-second-of-two": 0, "sk-of-nobody": 401} {
 		client := openai.NewClient(option.WithBaseURL(c.url+"/v1"), option.WithAPIKey(key), option.WithMaxRetries(0), option.WithHTTPClient(http.DefaultClient))
 		answer, err := client.Chat.Completions.New(t.Context(), openai.ChatCompletionNewParams{
@@ -53,7 +54,9 @@ func TestKeysOfUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command(path, "chat", "--url", c.url, "Hello!").Output(); err != nil || !strings.HasPrefix(string(out), "Hello!") {
+	chat := exec.Command(path, "chat", "--url", c.url, "Hello!")
+	chat.Env = append(os.Environ(), keys...)
+	if out, err := chat.Output(); err != nil || !strings.HasPrefix(string(out), "Hello!") {
 		t.Errorf("chat with the key of the environment: %q, %v", out, err)
 	}
 	looked := 0
@@ -84,6 +87,7 @@ func TestKeysOfUp(t *testing.T) {
 
 // Two encoders serve metrics at free ports, and status says at which.
 func TestMetricsOfSeveralInstances(t *testing.T) {
+	t.Parallel()
 	settings := filepath.Join(t.TempDir(), "c.yaml")
 	if err := os.WriteFile(settings, []byte("encoder: {metrics: 127.0.0.1:0}\n"), 0o600); err != nil {
 		t.Fatal(err)

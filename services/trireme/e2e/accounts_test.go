@@ -339,6 +339,7 @@ func (u *user) cache(ctx context.Context) error {
 // TestAccountsAgree compares `status`, `status --json`, /metrics and the kernel's books of the HMM's files: at rest, in
 // moments of a load, and after it.
 func TestAccountsAgree(t *testing.T) {
+	t.Parallel()
 	n := startNode(t, "--npus", "3", "--npu-memory", "16MiB", "--host-memory", "8MiB", "--mm-cache", "1MiB", "--kv-cache", "1MiB")
 	n.dial(t, "watcher", 1)
 	rest := n.agree(t)

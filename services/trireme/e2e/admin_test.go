@@ -13,9 +13,9 @@ import (
 
 // Operators change instances over HTTP as by the commands; what cannot be read, found or done has a status and says why.
 func TestAdminEndpoints(t *testing.T) {
+	t.Parallel()
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	t.Setenv("TRIREME_ADMIN", address)
-	c := start(t, "--topology", "1E1P1Dx2+1", "--threads", "1", "--domains", "node")
+	c := startWith(t, []string{"TRIREME_ADMIN=" + address}, "--topology", "1E1P1Dx2+1", "--threads", "1", "--domains", "node")
 	ask := func(method, path, body string) (int, wire.ChangeReport, string) {
 		t.Helper()
 		r, err := http.NewRequest(method, "http://"+address+path, strings.NewReader(body))

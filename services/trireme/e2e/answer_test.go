@@ -15,6 +15,7 @@ import (
 
 // Every reference case, asked through all stages with the official client, gives the reference answer.
 func TestGoldenAnswers(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	client := c.client()
 	for _, g := range loadGoldens(t) {
@@ -75,6 +76,7 @@ func mixed(tb testing.TB, i int) openai.ChatCompletionNewParams {
 
 // 200 streams at once, mixed 0 to 4 pictures, greedy and seeded: each answer is the one that it gets alone.
 func TestTwoHundredStreamsAtOnce(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "2E1P2D")
 	manyAtOnce(t, c, c, 200)
 }
@@ -123,6 +125,7 @@ func manyAtOnce(t *testing.T, first, c *cluster, streams int) {
 // Several choices share the prompt's KV and differ only by their draws; each equals the answer at n=1 of its draw, which
 // the first one shows.
 func TestChoices(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	client := c.client()
 	p := mixed(t, 3)
@@ -163,6 +166,7 @@ func TestChoices(t *testing.T) {
 
 // A long answer passes the window of unconfirmed tokens and several KV slabs.
 func TestLongAnswer(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	p := openai.ChatCompletionNewParams{
 		Model:     "shapes-vl-moe",
@@ -184,6 +188,7 @@ func TestLongAnswer(t *testing.T) {
 }
 
 func TestCompletionsTakeTextAndIDs(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	g := loadGoldens(t)[1] // text only
 	client := c.client()

@@ -79,6 +79,7 @@ func (c *cluster) heartbeat(tb testing.TB, view *bus.Instances, role string) wir
 //
 // where the number is that of operations. TRIREME_CHAOS_SEED draws others.
 func TestChaosOfAnything(t *testing.T) {
+	t.Parallel()
 	seed := chaosSeed(t)
 	for i, domains := range []string{"node", "per-npu"} {
 		t.Run(domains, func(t *testing.T) {

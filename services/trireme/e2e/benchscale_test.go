@@ -78,6 +78,7 @@ type scaleReport struct {
 // bench scale grows an instance in place at two copy rates, by another process, and by another instance that stands by: nobody's answer is lost
 // or changed, and it tells of all.
 func TestBenchScale(t *testing.T) {
+	t.Parallel()
 	r := changesOf(t, "--strategy", "elastic,no-standby,standby", "--from", "1", "--to", "2", "--copy-rate", "1GiB,100MiB")
 	var ways []string
 	for _, c := range r.Changes {
@@ -107,6 +108,7 @@ func TestBenchScale(t *testing.T) {
 
 // The same for experts that are placed anew; without paced NPUs there are no bars.
 func TestBenchRebalance(t *testing.T) {
+	t.Parallel()
 	r := changesOf(t, "--change", "rebalance", "--from", "2", "--strategy", "elastic", "--pace", "none", "--no-ready")
 	if len(r.Changes) != 1 || r.Changes[0].Ready != 0 || r.Paced != "" || len(r.Bars) != 0 || r.Changes[0].Parts["balance_after"] <= r.Changes[0].Parts["balance_before"] {
 		t.Errorf("%+v", r)
@@ -115,30 +117,39 @@ func TestBenchRebalance(t *testing.T) {
 
 // The same for an NPU that goes over from prefill to the decoder, and back: in place, and by other processes of both instances.
 func TestBenchRole(t *testing.T) {
-	for _, c := range []struct{ from, to, ways string }{{"1", "2", "all"}, {"2", "1", "elastic,cold"}} {
-		r := changesOf(t, "--change", "role", "--from", c.from, "--to", c.to, "--strategy", c.ways)
-		var ways []string
-		for _, x := range r.Changes {
-			ways = append(ways, x.Strategy)
-		}
-		want := []string{"elastic", "cold", "extravagant", "colocated"}
-		if c.ways != "all" {
-			want = want[:2]
-		}
-		if !slices.Equal(ways, want) || len(r.Bars) != 5 || r.Best <= 0 {
-			t.Fatalf("%+v; want %v, and no bar for how much faster than others", r, want)
-		}
-		if p := r.Changes[0].Parts; p["leave_operation_s"] <= 0 || p["join_operation_s"] <= 0 {
-			t.Errorf("%v", p)
-		}
-		if disk := 64.0 / 205; r.Changes[1].Latency < disk || r.Changes[1].Downtime < disk {
-			t.Errorf("cold took %g s, %g of silence; the disk needs %g", r.Changes[1].Latency, r.Changes[1].Downtime, disk)
-		}
+	t.Parallel()
+	for _, x := range []struct{ from, to, ways string }{{"1", "2", "all"}, {"2", "1", "elastic,cold"}} {
+		t.Run("from "+x.from+" to "+x.to, func(t *testing.T) {
+			t.Parallel()
+			benchRole(t, x.from, x.to, x.ways)
+		})
+	}
+}
+
+func benchRole(t *testing.T, from, to, which string) {
+	r := changesOf(t, "--change", "role", "--from", from, "--to", to, "--strategy", which)
+	var ways []string
+	for _, x := range r.Changes {
+		ways = append(ways, x.Strategy)
+	}
+	want := []string{"elastic", "cold", "extravagant", "colocated"}
+	if which != "all" {
+		want = want[:2]
+	}
+	if !slices.Equal(ways, want) || len(r.Bars) != 5 || r.Best <= 0 {
+		t.Fatalf("%+v; want %v, and no bar for how much faster than others", r, want)
+	}
+	if p := r.Changes[0].Parts; p["leave_operation_s"] <= 0 || p["join_operation_s"] <= 0 {
+		t.Errorf("%v", p)
+	}
+	if disk := 64.0 / 205; r.Changes[1].Latency < disk || r.Changes[1].Downtime < disk {
+		t.Errorf("cold took %g s, %g of silence; the disk needs %g", r.Changes[1].Latency, r.Changes[1].Downtime, disk)
 	}
 }
 
 // bench scale that is ended early says what it has until then, and leaves out the comparison of answers. The model is kept.
 func TestBenchScaleEnded(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	saved, kept := filepath.Join(dir, "report.json"), filepath.Join(dir, "models")
 	cmd := benchScale(t, "--strategy", "elastic", "--from", "1", "--to", "2", "--repeats", "50", "--save", saved, "--keep", kept)

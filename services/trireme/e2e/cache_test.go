@@ -68,6 +68,7 @@ func userMessage(tb testing.TB, text string, pictures ...string) openai.ChatComp
 // Fifty requests with one picture at the same moment: it is encoded once, and every answer is the one of a system
 // without caches.
 func TestOnePictureIsEncodedOnce(t *testing.T) {
+	t.Parallel()
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
 	questions := []string{"Describe the image.", "How many shapes are in the image?", "Where is the star?"}
 	want := map[string]string{}
@@ -136,6 +137,7 @@ func TestOnePictureIsEncodedOnce(t *testing.T) {
 
 // An encoder that dies while others wait for its picture keeps nobody waiting.
 func TestEncoderDiesWhileOthersWait(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "2E1P1D")
 	p := mixed(t, 4)
 	p.Temperature = openai.Float(0)
@@ -165,6 +167,7 @@ func TestEncoderDiesWhileOthersWait(t *testing.T) {
 // A conversation of three turns with pictures: each turn computes only what is new, whoever decoded the turn before, and
 // says what a system without caches says.
 func TestConversationIsCached(t *testing.T) {
+	t.Parallel()
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
 	c := start(t, "--topology", "1E2P2D")
 	turns := []openai.ChatCompletionMessageParamUnion{
@@ -240,6 +243,7 @@ func TestConversationIsCached(t *testing.T) {
 // A prompt that is in the cache as a whole still has its last token computed, and answers of many at once that share
 // it, by pictures that are cut by a block's end too, are those of a system without caches.
 func TestSharedPrefixesAtOnce(t *testing.T) {
+	t.Parallel()
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
 	c := start(t, "--topology", "1E2P2D", "--npu-memory", "12MiB")
 	var wg sync.WaitGroup
@@ -275,6 +279,7 @@ func TestSharedPrefixesAtOnce(t *testing.T) {
 
 // Usage says what came from the caches, on each endpoint, streaming or not, and the answer is the same with it.
 func TestUsageTellsWhatWasCached(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	client := c.client()
 	type answer struct {
@@ -379,6 +384,7 @@ func TestUsageTellsWhatWasCached(t *testing.T) {
 
 // A picture whose KV is in the cache is not encoded, even when its MM object is not there.
 func TestPictureInCachedPrefixIsNotEncoded(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--mm-cache", "0")
 	p := ask(t, "Describe each image. How many shapes are in the image?", "case15_0.png", "case16_0.png")
 	want, err := c.stream(t.Context(), p, nil)

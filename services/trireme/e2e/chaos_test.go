@@ -282,6 +282,7 @@ func busy(pids []int) int {
 // Instances of every role are killed again and again, at random moments: every client gets one complete answer, the same as
 // undisturbed.
 func TestChaosOfKills(t *testing.T) {
+	t.Parallel()
 	for name, x := range map[string]struct {
 		few   int
 		share float64
@@ -301,6 +302,7 @@ func TestChaosOfKills(t *testing.T) {
 		"roles apart and joined": {4, 0.2, []string{"--topology", "1EP1PD1D"}, []string{"stage", "stage", "decoder"}},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := start(t, append(x.args, "--threads", "1")...)
 			l := newLoad(t, c)
 			rng := rand.New(rand.NewPCG(chaosSeed(t), 0))
@@ -327,6 +329,7 @@ func TestChaosOfKills(t *testing.T) {
 
 // Decoders alone are killed: no token of any prompt is computed twice.
 func TestChaosOfDecoders(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P3D", "--threads", "1", "--kv-cache", "0")
 	l := newLoad(t, c)
 	rng := rand.New(rand.NewPCG(chaosSeed(t), 1))
@@ -356,9 +359,9 @@ func TestChaosOfDecoders(t *testing.T) {
 
 // Processes are stopped for longer than a message waits for a sign of life, and then go on: as if nothing had been.
 func TestChaosOfStops(t *testing.T) {
+	t.Parallel()
 	const ackWait = time.Second
-	t.Setenv("TRIREME_ACK_WAIT", ackWait.String())
-	c := start(t, "--topology", "2E2P2D", "--threads", "1")
+	c := startWith(t, []string{"TRIREME_ACK_WAIT=" + ackWait.String()}, "--topology", "2E2P2D", "--threads", "1")
 	l := newLoad(t, c)
 	rng := rand.New(rand.NewPCG(chaosSeed(t), 2))
 	stops, _ := disturbances(t, 3, 0.2)
@@ -384,6 +387,7 @@ func TestChaosOfStops(t *testing.T) {
 // The HMM is killed, and with it all that the requests had in memory: the gateway starts each again with the tokens that its
 // client has, every stage starts anew rather than use a map of memory that is gone, and the answers are the same.
 func TestChaosOfMemory(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "2E1P2D", "--threads", "1")
 	l := newLoad(t, c)
 	rng := rand.New(rand.NewPCG(chaosSeed(t), 3))

@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -15,9 +16,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -39,12 +42,25 @@ var binaryDir string
 func TestMain(m *testing.M) {
 	bustest.ServeIfAsked()
 	runIfDoomed()
+	sideBySide()
 	status := m.Run()
 	if err := os.RemoveAll(binaryDir); err != nil {
 		fmt.Fprintln(os.Stderr, "removing the binary of the tests:", err)
 		status = 1
 	}
 	os.Exit(status)
+}
+
+// sideBySide has more tests run at once than there are processors, unless -parallel says how many: each has a fleet of its own, ports of
+// its own and a folder of its own, and most of the time they all wait, for a lease to end, a process to come back or a paced NPU. A fleet has up
+// to a gigabyte of memory.
+func sideBySide() {
+	flag.Parse()
+	said := false
+	flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" })
+	if !said {
+		_ = flag.Set("test.parallel", strconv.Itoa(3*runtime.GOMAXPROCS(0))) // a flag of testing's
+	}
 }
 
 // binaryVariable names a program that is there already, for machines without Go and for testing what is released.
@@ -98,19 +114,36 @@ func (s *syncBuffer) String() string {
 // domainsVariable sets --domains of all clusters that do not say it themselves.
 const domainsVariable = "TRIREME_E2E_DOMAINS"
 
+// lastPort is the last one that freePort has given.
+var lastPort atomic.Int32
+
+func init() { lastPort.Store(int32(20_000 + os.Getpid()%100*100)) }
+
+// freePort is a port that nobody listens on and that no other test gets: not one of those from 32768 on, which the system gives to anybody who
+// asks for any, and would before it is used.
 func freePort(tb testing.TB) int {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
+	for {
+		port := int(lastPort.Add(1))
+		if port >= 32_768 {
+			tb.Fatal("no free port below 32768")
+		}
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
 }
 
 // start runs `trireme up` on free ports and waits until it is ready. The test's end stops it with Ctrl-C and checks
 // that it stops in order.
 func start(tb testing.TB, args ...string) *cluster {
+	tb.Helper()
+	return startWith(tb, nil, args...)
+}
+
+// startWith is start with more in the environment, as "NAME=value".
+func startWith(tb testing.TB, env []string, args ...string) *cluster {
 	tb.Helper()
 	path, err := binary()
 	if err != nil {
@@ -124,7 +157,8 @@ func start(tb testing.TB, args ...string) *cluster {
 	c.cmd = exec.Command(path, append([]string{
 		"up", "--http", "127.0.0.1:0", "--nats", c.nats, "--monitor", "127.0.0.1:0", "--data", c.data,
 	}, args...)...)
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.cmd.Env = append(os.Environ(), env...)
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // it ends with the tests, however they do
 	c.cmd.Stderr = c.log
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {

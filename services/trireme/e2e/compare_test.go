@@ -12,6 +12,7 @@ import (
 // TestBenchCompare runs a small comparison: all runs of both topologies are there, no sooner than the profile allows, each repeated,
 // and the report says whose figures they are and what follows. What follows depends on the machine and is not looked at.
 func TestBenchCompare(t *testing.T) {
+	t.Parallel()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 
 // TestBenchControl runs a small one: every hop is seen for every request, and every token of every stream is found again.
 func TestBenchControl(t *testing.T) {
+	t.Parallel()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)

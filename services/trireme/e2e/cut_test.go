@@ -197,6 +197,7 @@ func (f *cutOff) cut(d time.Duration) {
 }
 
 func TestCutOff(t *testing.T) {
+	t.Parallel()
 	_, full := disturbances(t, 0, 1)
 	for _, x := range []struct {
 		service string
@@ -205,8 +206,10 @@ func TestCutOff(t *testing.T) {
 		t.Run(x.service, func(t *testing.T) {
 			switch {
 			case full:
+				t.Parallel()
 				cutFleet(t, x.service, 0).cut(30 * time.Second)
 			case x.short > 0:
+				t.Parallel()
 				// NATS notices after 1.5 s, messages come again after 2 s, and stages give a gateway up 2 s after its heartbeat is gone.
 				cutFleet(t, x.service, 500*time.Millisecond, "TRIREME_ACK_WAIT=2s", "TRIREME_GATEWAY_LEASE=4s").cut(x.short)
 			default:

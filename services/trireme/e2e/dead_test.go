@@ -139,6 +139,7 @@ func eventually(tb testing.TB, what string, ok func() bool) {
 // others go on with what others ask. It is a dead letter, which can be looked at and replayed: when there is enough memory, the answer is
 // the one that the request would have had, although its picture is nowhere else any more.
 func TestQuarantineAndReplay(t *testing.T) {
+	t.Parallel()
 	picture := huge(t)
 	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(picture) }))
 	defer site.Close()

@@ -10,6 +10,7 @@ import (
 // The disk under the streams fills up while 16 clients stream, and a while later there is room again: answers are late, and all
 // complete and the same.
 func TestDiskIsFullForAWhile(t *testing.T) {
+	t.Parallel()
 	if _, full := disturbances(t, 0, 1); !full {
 		t.Skip("SKIPPED: a full disk under a load; set TRIREME_CHAOS=1 to run it. TestDiskIsFull of shared/bus always runs")
 	}

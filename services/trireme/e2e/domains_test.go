@@ -14,6 +14,7 @@ import (
 // Each NPU a memory domain of its own: what changes hands is copied, and everything is as with one domain. All other tests
 // run this way with TRIREME_E2E_DOMAINS=per-npu.
 func TestDomainsPerNPU(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "2E1P2D", "--domains", "per-npu")
 	goldens := loadGoldens(t)
 
@@ -137,6 +138,7 @@ func domainsWithKV(s hbm.Stats) int {
 // A conversation in domains of their own: prefill copies the blocks that a decoder has filled, and computes only what is
 // new.
 func TestConversationAcrossDomains(t *testing.T) {
+	t.Parallel()
 	cold := start(t, "--mm-cache", "0", "--kv-cache", "0")
 	c := start(t, "--topology", "1E1P1D", "--domains", "per-npu", "--kv-cache", "256MiB")
 	p := openai.ChatCompletionNewParams{Model: "shapes-vl-moe", Temperature: openai.Float(0), MaxTokens: openai.Int(200)}

@@ -20,7 +20,7 @@ func (c *cluster) term(t *testing.T, p process) {
 		t.Fatal(err)
 	}
 	c.waitExit(t, p)
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		ready := 0
 		for _, i := range c.status(t)["instances"].([]any) {
 			if of := i.(map[string]any); of["role"] != "gateway" && of["ready"] == true && of["pid"] != float64(p.pid) {
@@ -40,6 +40,7 @@ func (c *cluster) term(t *testing.T, p process) {
 // Every stage is told to stop, one after the other, while 16 clients stream: a rolling restart. Each answer is complete and as
 // ever, and none had to be started again: what a stage had it finished, or handed over with its KV.
 func TestRollingRestart(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "2E2P2D", "--threads", "1")
 	l := newLoad(t, c)
 	l.begin()
@@ -68,6 +69,7 @@ func TestRollingRestart(t *testing.T) {
 
 // A gateway that is told to stop answers what it has; a second signal ends it at once.
 func TestGatewayIsToldToStop(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--grace", "1m")
 	p := mixed(t, 2)
 	p.MaxTokens = openai.Int(600)
@@ -121,8 +123,8 @@ func TestGatewayIsToldToStop(t *testing.T) {
 // A gateway is killed with requests in every stage: within its lease they are given up everywhere, their memory is free long
 // before their deadline, and nothing more is computed for them.
 func TestGatewayIsKilled(t *testing.T) {
-	t.Setenv("TRIREME_GATEWAY_LEASE", "6s")
-	c := start(t, "--topology", "1E1P1D", "--threads", "1", "--kv-cache", "0", "--mm-cache", "0")
+	t.Parallel()
+	c := startWith(t, []string{"TRIREME_GATEWAY_LEASE=6s"}, "--topology", "1E1P1D", "--threads", "1", "--kv-cache", "0", "--mm-cache", "0")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	begun := make(chan bool, 64)

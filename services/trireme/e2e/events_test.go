@@ -36,6 +36,7 @@ func (c *cluster) events(tb testing.TB, more ...string) []wire.Event {
 
 // An operator sees who came, who died, and who came instead.
 func TestEvents(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	ready := c.events(t, "--kind", wire.EventReady)
 	var decoder string

@@ -107,11 +107,13 @@ func (w testWriter) Write(p []byte) (int, error) {
 
 // The stages as goroutines, some with two NPUs, a mixed load at once: under the race detector, and every answer right.
 func TestAllServicesInOneProcess(t *testing.T) {
+	t.Parallel()
 	t.Run("one role each", func(t *testing.T) { allInOneProcess(t, false) })
 	t.Run("all roles each", func(t *testing.T) { allInOneProcess(t, true) })
 }
 
 func allInOneProcess(t *testing.T, combined bool) {
+	t.Parallel()
 	c := inProcess(t, combined)
 	var wg sync.WaitGroup
 	for _, g := range loadGoldens(t) {

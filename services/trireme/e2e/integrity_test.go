@@ -286,6 +286,7 @@ func (r *rogue) blocks(d *wire.Decode) (found []block) {
 // Whatever happens to bytes, handles and messages between two stages, the answer is the undisturbed one: the harm is
 // found, and the attempt started again, or it has no effect.
 func TestHarmIsFound(t *testing.T) {
+	t.Parallel()
 	c := inProcess(t, false)
 	r := newRogue(t, c)
 	const tokens = 40 // of the answer, with sealed blocks and an open one

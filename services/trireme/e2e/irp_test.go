@@ -12,6 +12,7 @@ import (
 // TestBenchIRP runs a small one: both systems come up, every picture is encoded, no sooner than the profile's NPUs can, and the
 // result says whose figures they are. How much is won depends on the machine and is not looked at.
 func TestBenchIRP(t *testing.T) {
+	t.Parallel()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)

@@ -114,6 +114,7 @@ func (v inventory) over(start inventory) string {
 //
 //	TRIREME_CHAOS=100 go test ./services/trireme/e2e -run TestNothingLeaks -v -timeout 60m
 func TestNothingLeaks(t *testing.T) {
+	t.Parallel()
 	requests, full := disturbances(t, 100, 50)
 	metrics := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	settings := filepath.Join(t.TempDir(), "trireme.yaml")

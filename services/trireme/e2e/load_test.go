@@ -8,6 +8,7 @@ import (
 
 // TestBenchServe sends a small load to a real system. Every figure in the result has to fit the load that was asked for.
 func TestBenchServe(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	path, err := binary()
 	if err != nil {

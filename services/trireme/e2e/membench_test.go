@@ -68,6 +68,7 @@ func nothingLeft(t *testing.T, dir string) {
 }
 
 func TestMemoryBench(t *testing.T) {
+	t.Parallel()
 	cmd, dir := memoryBench(t, "--json", "--largest", "2MiB", "--time", "1ms")
 	var said bytes.Buffer
 	cmd.Stderr = &said
@@ -118,6 +119,7 @@ func TestMemoryBench(t *testing.T) {
 
 // What becomes of the processes and files of a run that ends in the middle.
 func TestMemoryBenchEndsEarly(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		end  func(t *testing.T, cmd *exec.Cmd, dir string) error
 		says string // on standard error, a regular expression
@@ -135,6 +137,7 @@ func TestMemoryBenchEndsEarly(t *testing.T) {
 		}, `the HMM ended \(signal: killed\)|the giver ended .*the HMM`, false, 1}, // which did not reach it any more
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			cmd, dir := memoryBench(t, "--largest", "1MiB", "--time", "1h")
 			var out, said bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &said

@@ -12,6 +12,7 @@ import (
 
 // A model with damaged weights gives no numbers: the client is told that, with logprobs and without, and no process ends.
 func TestModelWithoutNumbers(t *testing.T) {
+	t.Parallel()
 	const norm = "model.language_model.norm.weight"
 	dir := copyModel(t)
 	files, err := filepath.Glob(filepath.Join(dir, "*.safetensors"))

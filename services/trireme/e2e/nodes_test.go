@@ -123,6 +123,7 @@ func (n *nodes) gone(tb testing.TB) {
 // Encoder and prefill on one node, the decoder on another: answers are the reference's, pictures and all, and whoever is
 // killed, HMMs included, the client sees one undisturbed answer.
 func TestTwoNodes(t *testing.T) {
+	t.Parallel()
 	n := startNodes(t, nil, false)
 	t.Run("goldens", func(t *testing.T) {
 		var wg sync.WaitGroup
@@ -177,6 +178,7 @@ func TestTwoNodes(t *testing.T) {
 
 // A link that is cut in the middle of a transfer, and comes back: the rest is pulled, over TLS, and nobody sees it.
 func TestLinkBetweenNodesIsCut(t *testing.T) {
+	t.Parallel()
 	c := &cut{t: t, at: 300 << 10}
 	n := startNodes(t, c.proxy, true)
 	var g goldenCase

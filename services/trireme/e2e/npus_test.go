@@ -16,10 +16,12 @@ import (
 // Instances of several NPUs, with experts spread over them, give every reference answer, all at once: in one memory domain, and
 // with a domain for each NPU, where an NPU has the memory of no other one.
 func TestGoldenAnswersOnSeveralNPUs(t *testing.T) {
+	t.Parallel()
 	for _, x := range []struct{ topology, domains string }{
 		{"1E1P1Dx4", "node"}, {"1Ex2,1Px2,1Dx3", "per-npu"}, {"1EPDx5", "per-npu"},
 	} {
 		t.Run(x.topology+" "+x.domains, func(t *testing.T) {
+			t.Parallel()
 			c := start(t, "--topology", x.topology, "--domains", x.domains, "--threads", "1")
 			var wg sync.WaitGroup
 			for _, g := range loadGoldens(t) {
@@ -41,6 +43,7 @@ func TestGoldenAnswersOnSeveralNPUs(t *testing.T) {
 // A decoder goes from one NPU to 64, more than a layer has experts, and through numbers that do not divide them, each NPU a memory domain, while
 // reference answers are given.
 func TestAnyNumberOfNPUs(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1D+63", "--domains", "per-npu", "--npu-memory", "64MiB", "--threads", "1")
 	goldens := loadGoldens(t)
 	var stop atomic.Bool
@@ -71,6 +74,7 @@ func TestAnyNumberOfNPUs(t *testing.T) {
 // 200 streams at once on a decoder of three NPUs, each a memory domain: each answer is the one that one NPU gives to it alone.
 // Every NPU has a part of them.
 func TestTwoHundredStreamsOnSeveralNPUs(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx3", "--domains", "per-npu")
 	manyAtOnce(t, start(t), c, 200)
 	decoders := 0
@@ -89,6 +93,7 @@ func TestTwoHundredStreamsOnSeveralNPUs(t *testing.T) {
 
 // A decoder of three NPUs that is killed in the middle of answers is succeeded, and nobody sees it; memory is where it was.
 func TestSeveralNPUsKilled(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx3")
 	const streams = 9
 	var want [streams]streamed

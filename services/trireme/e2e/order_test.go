@@ -29,10 +29,9 @@ func (c *cluster) waiting(tb testing.TB) map[string]any {
 // Requests wait in line when there is no room. What comes too late for its target is refused at once, who goes last when too
 // many wait is refused with a time to come again, a client that obeys gets in, and nobody is refused who was let in.
 func TestWhoGoesFirst(t *testing.T) {
-	t.Setenv("TRIREME_MAX_OPEN", "1")
-	t.Setenv("TRIREME_MAX_QUEUE", "2")
-	t.Setenv("TRIREME_QUEUE_WAIT", "5m")
-	c := start(t, "--topology", "1EPD", "--late", "refuse", "--class", "batch=priority:20,ttft:none", "--tenant-weight", "search=3")
+	t.Parallel()
+	line := []string{"TRIREME_MAX_OPEN=1", "TRIREME_MAX_QUEUE=2", "TRIREME_QUEUE_WAIT=5m"}
+	c := startWith(t, line, "--topology", "1EPD", "--late", "refuse", "--class", "batch=priority:20,ttft:none", "--tenant-weight", "search=3")
 	long := openai.ChatCompletionNewParams{Model: "shapes-vl-moe", MaxTokens: openai.Int(7000),
 		Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage("Count from 1 to 9.")}}
 	long.SetExtraFields(map[string]any{"ignore_eos": true})

@@ -15,6 +15,7 @@ import (
 // Paced NPUs answer as others do, take at least the time that their profile says, and are labelled wherever figures of theirs
 // are: status, health, models, metrics of stages and gateway, bench.
 func TestPaced(t *testing.T) {
+	t.Parallel()
 	profile := filepath.Join(t.TempDir(), "slow.yaml")
 	text := "name: slow\nsource: this test\nencode: {picture_ms: 30}\nprefill: {step_ms: 20}\ndecode: {step_ms: 5}\n"
 	if err := os.WriteFile(profile, []byte(text), 0o600); err != nil {

@@ -27,6 +27,7 @@ import (
 // A 10-picture request: no message on NATS is over 64 KiB, none carries a picture, and the decoder maps the very pages
 // that prefill wrote.
 func TestTenPicturesTravelByHandle(t *testing.T) {
+	t.Parallel()
 	if os.Getenv(domainsVariable) == "per-npu" {
 		t.Skip("SKIPPED: between memory domains nothing is mapped; TestDomainsPerNPU asks about ten pictures")
 	}
@@ -198,6 +199,7 @@ func maps(tb testing.TB, pid int, p place) bool {
 
 // A stage that is killed in the middle costs nobody anything: the answer is complete and the same.
 func TestKilledStagesAreSucceeded(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	p := mixed(t, 4) // four pictures
 	p.MaxTokens = openai.Int(400)
@@ -262,6 +264,7 @@ func kill(tb testing.TB, pid int) {
 
 // A client that goes away frees everything.
 func TestCancelFreesMemory(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	p := mixed(t, 2)
 	p.MaxTokens = openai.Int(4000)
@@ -324,6 +327,7 @@ func (c *cluster) expectWithin(tb testing.TB, limit time.Duration, what string, 
 
 // Bad requests get an error that says what is wrong, and the service goes on.
 func TestBadRequests(t *testing.T) {
+	t.Parallel()
 	c := start(t)
 	chat := func(content string) string {
 		return `{"messages":[{"role":"user","content":` + content + `}]}`

@@ -5,6 +5,7 @@ import "testing"
 // Experts that kernels find in ranges of addresses: rebalanced, grown, given up in the middle and shrunk under load, where an operation maps
 // the ranges of the next epoch beside serving and unmaps those of the last. No answer changes.
 func TestExpertsInRanges(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx2+1", "--threads", "1", "--domains", "per-npu", "--indirection", "ranges")
 	l := newLoad(t, c)
 	l.begin()

@@ -59,8 +59,12 @@ func (c *cluster) kinds(tb testing.TB, operation string) []string {
 // Experts of a decoder of four NPUs are placed anew while 16 clients stream: what is measured as balance gets better, each state is
 // an event, a second one finds little to do, and all answers are the same as before.
 func TestRebalance(t *testing.T) {
+	t.Parallel()
 	for _, domains := range []string{"node", "per-npu"} {
-		t.Run(domains, func(t *testing.T) { rebalances(t, domains) })
+		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
+			rebalances(t, domains)
+		})
 	}
 }
 
@@ -112,6 +116,7 @@ func rebalances(t *testing.T, domains string) {
 
 // What cannot be done is refused, with the reason and a status that is not 0.
 func TestRebalanceRefused(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P2D", "--threads", "1", "--domains", "node")
 	for _, x := range []struct {
 		args []string

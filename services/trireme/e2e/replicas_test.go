@@ -16,9 +16,9 @@ import (
 
 // Instances come and go at an operator's word while a request is answered, as far as NPUs are spare and each role stays with somebody.
 func TestReplicasComeAndGo(t *testing.T) {
+	t.Parallel()
 	admin := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	t.Setenv("TRIREME_ADMIN", admin)
-	c := start(t, "--topology", "1E1P1D+1")
+	c := startWith(t, []string{"TRIREME_ADMIN=" + admin}, "--topology", "1E1P1D+1")
 	post := func(body string) (status int, r wire.ReplicasReport, said string) { // the same over HTTP
 		t.Helper()
 		resp, err := http.Post("http://"+admin+"/admin/replicas", "application/json", strings.NewReader(body))

@@ -48,8 +48,12 @@ func (c *cluster) npuOf(tb testing.TB, name string) string {
 
 // An NPU goes from each role to each other one and back while 16 clients stream, with pictures and without: nobody sees it.
 func TestRoleSwitch(t *testing.T) {
+	t.Parallel()
 	for _, domains := range []string{"node", "per-npu"} {
-		t.Run(domains, func(t *testing.T) { roleSwitch(t, domains) })
+		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
+			roleSwitch(t, domains)
+		})
 	}
 }
 
@@ -83,9 +87,9 @@ func roleSwitch(t *testing.T, domains string) {
 // What cannot be done is not begun, and what is cut off leaves the NPU spare: a command that is killed between the two operations, and
 // whoever takes the NPU in its own.
 func TestRoleSwitchCutOff(t *testing.T) {
+	t.Parallel()
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	t.Setenv("TRIREME_ADMIN", address)
-	c := start(t, "--topology", "1E1P1Dx2,1Dx0", "--threads", "1", "--domains", "node")
+	c := startWith(t, []string{"TRIREME_ADMIN=" + address}, "--topology", "1E1P1Dx2,1Dx0", "--threads", "1", "--domains", "node")
 	c.expectNPUs(t, "decoder-0 2", "decoder-1 0")
 	node := strings.Split(c.npuOf(t, "decoder-0"), "/")[0]
 	for _, x := range []struct {

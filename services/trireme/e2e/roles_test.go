@@ -14,8 +14,10 @@ import (
 // Every reference case gives the reference answer in any topology, all of them at once: in instances with all roles prompts are
 // computed beside sequences that decode, and pictures between their steps.
 func TestGoldenAnswersInAnyTopology(t *testing.T) {
+	t.Parallel()
 	for _, topology := range []string{"1EPD", "2EPD", "1E1PD", "1EP1D", "1ED1P", "1EPD1E1P1D", "1EPD1E1P1D --domains per-npu"} {
 		t.Run(topology, func(t *testing.T) {
+			t.Parallel()
 			c := start(t, append([]string{"--threads", "1", "--topology"}, strings.Fields(topology)...)...)
 			var wg sync.WaitGroup
 			for _, g := range loadGoldens(t) {
@@ -36,6 +38,7 @@ func TestGoldenAnswersInAnyTopology(t *testing.T) {
 
 // 200 streams at once on instances with all roles: each answer is the one that separate instances give to it alone.
 func TestTwoHundredStreamsOnSeveralRoles(t *testing.T) {
+	t.Parallel()
 	manyAtOnce(t, start(t), start(t, "--topology", "2EPD"), 200)
 }
 
@@ -43,8 +46,10 @@ func TestTwoHundredStreamsOnSeveralRoles(t *testing.T) {
 // request is let in, so that nobody has to give up what it has, whatever waits for what; and the answers are those that there
 // are without haste.
 func TestSeveralRolesOnAnNPUThatIsFull(t *testing.T) {
+	t.Parallel()
 	for _, topology := range []string{"1EPD", "1EP1D", "1E1PD"} {
 		t.Run(topology, func(t *testing.T) {
+			t.Parallel()
 			if yields := fullNPU(t, topology, "4MiB", 8, func(i int, p *openai.ChatCompletionNewParams) {
 				p.MaxTokens = openai.Int(int64(20 + i))
 			}); yields != 0 {
@@ -107,6 +112,7 @@ func fullNPU(t *testing.T, topology, memory string, requests int, change func(in
 
 // An instance with several roles is one process with one NPU and one heartbeat, and is shown as such.
 func TestStatusOfSeveralRoles(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1EPD")
 	var stages []string
 	for _, i := range c.status(t)["instances"].([]any) {

@@ -14,6 +14,7 @@ import (
 // Each grows to all of the NPU. Half of them begin alike with more than a slab of 256 tokens, which they share when it is
 // in the cache, in the memory that they grow into.
 func TestMoreAnswersThanRoom(t *testing.T) {
+	t.Parallel()
 	t.Run("for one", func(t *testing.T) { moreThanRoom(t, "1E1P1D", "4MiB", 1200, 4, 2) }) // 5 slabs
 	t.Run("for two at first", func(t *testing.T) { moreThanRoom(t, "1E1P1D", "9MiB", 2500, 5, 3) })
 	// Prompts that wait for room wait for the very memory that the answers grow into.
@@ -22,8 +23,9 @@ func TestMoreAnswersThanRoom(t *testing.T) {
 
 // moreThanRoom asks for answers that fill an NPU with so many tokens, first alone, then at once.
 func moreThanRoom(t *testing.T, topology, memory string, fill int64, requests, alike int) {
-	t.Setenv("TRIREME_QUEUE_WAIT", "20m") // a slow machine is no reason to refuse
-	c := start(t, "--topology", topology, "--npu-memory", memory)
+	t.Parallel()
+	patient := []string{"TRIREME_QUEUE_WAIT=20m"} // a slow machine is no reason to refuse
+	c := startWith(t, patient, "--topology", topology, "--npu-memory", memory)
 	client := c.client()
 	ask := func(i int) (string, int64, error) {
 		p := openai.ChatCompletionNewParams{

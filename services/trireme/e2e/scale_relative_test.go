@@ -11,9 +11,9 @@ import (
 
 // One more NPU is one more than the instance has when it begins, and not than a heartbeat of a second ago says it has.
 func TestScaleByOneTwice(t *testing.T) {
+	t.Parallel()
 	admin := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	t.Setenv("TRIREME_ADMIN", admin)
-	c := start(t, "--topology", "1E1P1D+3", "--threads", "1")
+	c := startWith(t, []string{"TRIREME_ADMIN=" + admin}, "--topology", "1E1P1D+3", "--threads", "1")
 	for _, want := range []int{2, 3} {
 		r, err := c.change(t, "scale", "decoder", "+1")
 		if err != nil || !r.Committed || wire.NPUCount(r.Plan.After) != want {

@@ -45,8 +45,12 @@ func (c *cluster) expectDecoder(tb testing.TB, npus, spare int, epoch uint64) {
 //
 // where the number is that of cycles.
 func TestScaleUnderLoad(t *testing.T) {
+	t.Parallel()
 	for _, domains := range []string{"node", "per-npu"} {
-		t.Run(domains, func(t *testing.T) { scaleUnderLoad(t, domains) })
+		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
+			scaleUnderLoad(t, domains)
+		})
 	}
 }
 
@@ -131,6 +135,7 @@ func (c *cluster) scaleOnce(t *testing.T, npus, domains string, epoch uint64) ti
 // An operation reports how much memory it took at most, which is what the larger layout needs and each expert that moves once more, as the dry
 // run says, and a hundredth at most.
 func TestScaleMemory(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx4+2", "--threads", "1", "--domains", "per-npu")
 	l := newLoad(t, c)
 	l.begin() // there is a load to be balanced
@@ -169,6 +174,7 @@ func inUse(s hbm.Stats, npus []int) (bytes int64) {
 
 // What cannot be done is not begun, a dry run says what would be, and what takes too long is given up: everything is as it was.
 func TestScaleRefused(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx2+1", "--threads", "1", "--domains", "node")
 	for _, x := range []struct {
 		args []string
@@ -204,6 +210,7 @@ func TestScaleRefused(t *testing.T) {
 // A decoder that was given more NPUs and dies is started again with them, and with its experts where they were; and so when the HMM
 // dies.
 func TestScaledInstanceComesBack(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx2+2", "--threads", "1", "--domains", "node")
 	if _, err := c.change(t, "scale", "decoder", "4"); err != nil {
 		t.Fatal(err)

@@ -122,13 +122,16 @@ func prompted(tb testing.TB, i int) openai.ChatCompletionNewParams {
 	}
 }
 
-// briskly is a policy under which NPUs are soon taken away again: with targets that were missed they would be kept for a minute.
-const briskly = "targets: {ttft: 30s, tpot: 1s}\nshrink: {window: 5s, cooldown: 1s}\n"
+// briskly is a policy under which prefill soon gets an NPU: it is short of them long before it cannot do more, where the need that is sure comes
+// near to that only slowly. And they are soon taken away again: with targets that were missed they would be kept for a minute.
+const briskly = "targets: {ttft: 30s, tpot: 1s}\nstages: {prefill: {utilisation: 0.5}}\nshrink: {window: 5s, cooldown: 1s}\n"
 
 // Nothing arrives: nothing is done. Then more than a prefill NPU bears: it gets a spare one, while answers stay the same. Then nothing
 // again: the NPU is spare again, and that is all. Events tell it, explain tells why, and a replay of the record decides the same.
 func TestScalerWidensAndNarrows(t *testing.T) {
-	c, file, record := scaled(t, "1E1P1D+2", briskly+"actions: [widen, narrow]\n")
+	t.Parallel()
+	const widenAndNarrow = briskly + "actions: [widen, narrow]\n"
+	c, file, record := scaled(t, "1E1P1D+1", widenAndNarrow)
 	c.awaitTurns(t, 8) // longer than all windows
 	if d, _ := c.decisions(t); len(d) > 0 {
 		t.Errorf("nothing has arrived, and it was decided: %+v", d)
@@ -149,6 +152,10 @@ func TestScalerWidensAndNarrows(t *testing.T) {
 		}
 	}
 	l.end(t)
+	// What has arrived is forgotten slowly; an NPU that may be busy all the time bears it sooner.
+	if err := os.WriteFile(file, []byte(strings.Replace(widenAndNarrow, "0.5", "1", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	c.awaitOutcome(t, autoscale.Narrow, "prefill-0")
 	c.expectNPUs(t, "encoder-0 1", "prefill-0 1", "decoder-0 1")
 	before, _ := c.decisions(t)
@@ -184,6 +191,7 @@ func TestScalerWidensAndNarrows(t *testing.T) {
 
 // Without spare NPUs a decoder with more than it needs gives one to prefill.
 func TestScalerMovesAnNPU(t *testing.T) {
+	t.Parallel()
 	c, _, _ := scaled(t, "1E1P1Dx2", briskly+"actions: [move]\n")
 	l := newLoadOf(t, c, prompted)
 	l.begin()

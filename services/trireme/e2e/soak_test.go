@@ -204,6 +204,7 @@ func (f footprint) checkGrowth(tb testing.TB, begin footprint, kills map[string]
 //
 //	TRIREME_SOAK=30m go test ./services/trireme/e2e -run TestSoak -v -timeout 60m
 func TestSoak(t *testing.T) {
+	t.Parallel()
 	// In the full form kills are rarer: at 80% of capacity there is a fifth to spare for what they undo, and all stages load
 	// their weights anew after one of the HMM. In the short form it is enough that requests end in time.
 	length, measured, pause := 20*time.Second, 2*clients, 1500*time.Millisecond
@@ -214,14 +215,14 @@ func TestSoak(t *testing.T) {
 		}
 		measured, pause = 10*clients, 10*time.Second
 	}
-	t.Setenv("TRIREME_QUEUE_WAIT", "5m") // a machine that has become slow is no reason to refuse
 	metrics := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	settings := filepath.Join(t.TempDir(), "trireme.yaml")
 	if err := os.WriteFile(settings, []byte("hmm:\n  metrics: "+metrics+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	server := bustest.RunProcess(t) // the one inside `trireme up` cannot be killed
-	c := start(t, "--topology", "2E2P2D", "--threads", "1", "--config", settings, "--nats-url", server.URL())
+	server := bustest.RunProcess(t)              // the one inside `trireme up` cannot be killed
+	patient := []string{"TRIREME_QUEUE_WAIT=5m"} // a machine that has become slow is no reason to refuse
+	c := startWith(t, patient, "--topology", "2E2P2D", "--threads", "1", "--config", settings, "--nats-url", server.URL())
 	c.nats = strings.TrimPrefix(server.URL(), "nats://")
 	nc, err := nats.Connect(server.URL(), nats.MaxReconnects(-1), nats.ReconnectWait(50*time.Millisecond))
 	if err != nil {

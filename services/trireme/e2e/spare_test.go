@@ -11,6 +11,7 @@ import (
 
 // Spare NPUs are nobody's, in text and in JSON, and an instance that is killed has its NPUs and its name again.
 func TestSpareNPUsAndNames(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx2+2")
 	type npu struct{ NPU, Instance, Name string }
 	read := func() (all []npu) {
@@ -43,7 +44,7 @@ func TestSpareNPUsAndNames(t *testing.T) {
 	}
 	after := read()
 	for deadline := time.Now().Add(time.Minute); !slices.ContainsFunc(after, back) && time.Now().Before(deadline); after = read() {
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond)
 	}
 	for i, n := range after {
 		if n.NPU != before[i].NPU || n.Name != before[i].Name || (n.Name == "decoder-0") == (n.Instance == before[i].Instance) {

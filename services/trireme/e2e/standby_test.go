@@ -48,8 +48,12 @@ func (c *cluster) expectNPUs(tb testing.TB, want ...string) {
 // A standby decoder is given the NPU of the other one, and back, while 16 clients stream: nobody sees it. The last one with NPUs is not
 // made a standby.
 func TestStandby(t *testing.T) {
+	t.Parallel()
 	for _, domains := range []string{"node", "per-npu"} {
-		t.Run(domains, func(t *testing.T) { standby(t, domains) })
+		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
+			standby(t, domains)
+		})
 	}
 }
 

@@ -128,6 +128,7 @@ func noted(tb testing.TB, js jetstream.JetStream) (op *lead.Operation) {
 // A scaler is killed with SIGKILL before, in, between and behind what it has begun, under load, and a real one comes after it, which ends
 // what it finds: once, and so that nobody sees it.
 func TestScalerIsSucceeded(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P1Dx2+3", "--threads", "1", "--domains", "per-npu")
 	js := c.jetstream(t)
 	l := newLoad(t, c)

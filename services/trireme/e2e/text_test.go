@@ -14,6 +14,7 @@ import (
 // A model that takes no pictures needs no encoder, and nobody has to know that: the usual topology runs without one, and the
 // reference answers come out. The reference has no tokenizer; the bundled model's is put beside it, which knows all of its ids.
 func TestTextModel(t *testing.T) {
+	t.Parallel()
 	const family, bundled = root + "/shared/testdata/families/qwen3_moe", root + "/models/shapes-vl-moe"
 	dir := filepath.Join(t.TempDir(), "text")
 	if err := os.CopyFS(dir, os.DirFS(family)); err != nil {

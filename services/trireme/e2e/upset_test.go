@@ -42,8 +42,10 @@ func upsets() []upset {
 // that, the command says which it is, and clients see nothing. By default it happens to a few operations, others with another
 // TRIREME_CHAOS_SEED; with TRIREME_CHAOS, whatever it is, to all pairs of a victim and a state.
 func TestChaosOfRebalances(t *testing.T) {
+	t.Parallel()
 	for i, domains := range []string{"node", "per-npu"} {
 		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
 			upset := 0
 			chaosOfChanges(t, i, "1E1P1Dx4", domains, (*cluster).decoder, func(wire.Instance) []string {
 				upset++ // a rebalance that has something to move, whatever it finds
@@ -55,8 +57,10 @@ func TestChaosOfRebalances(t *testing.T) {
 
 // The same when NPUs join and leave: nobody else has lost any, and those that are not the decoder's are spare.
 func TestChaosOfScales(t *testing.T) {
+	t.Parallel()
 	for i, domains := range []string{"node", "per-npu"} {
 		t.Run(domains, func(t *testing.T) {
+			t.Parallel()
 			chaosOfChanges(t, 2+i, "1E1P1Dx2+2", domains, (*cluster).decoder, func(now wire.Instance) []string {
 				return []string{"scale", "decoder", map[bool]string{true: "+2", false: "-2"}[len(now.NPUs) == 2], "--timeout", "5m"}
 			})
@@ -66,6 +70,7 @@ func TestChaosOfScales(t *testing.T) {
 
 // The same when an instance gives up its last NPU and stands by, or has some again, beside another one that goes on with its work.
 func TestChaosOfStandbys(t *testing.T) {
+	t.Parallel()
 	first := func(c *cluster, tb testing.TB) wire.Instance { return c.ready(tb, "decoder-0") }
 	chaosOfChanges(t, 4, "1E1P1Dx2,1D+1", "per-npu", first, func(now wire.Instance) []string {
 		return []string{"scale", "decoder-0", map[bool]string{true: "2", false: "0"}[len(now.NPUs) == 0], "--timeout", "5m"}
@@ -206,10 +211,12 @@ func (c *cluster) ready(tb testing.TB, name string) wire.Instance {
 	}
 }
 
-// await waits until ok.
+// await waits until ok, which may run a command of the program: it asks less and less often, so that asking is not what the machine does.
 func (c *cluster) await(tb testing.TB, what string, ok func() bool, state func() string) {
 	tb.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
+	pause := 10 * time.Millisecond
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(pause) {
+		pause = min(2*pause, 200*time.Millisecond)
 		if time.Now().After(deadline) {
 			tb.Fatalf("after two minutes still not: %s\n%s", what, state())
 		}

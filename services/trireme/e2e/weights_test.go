@@ -54,6 +54,7 @@ func hbmMemory(tb testing.TB, pid int) (rss, pss int64) {
 // A second and a third user of a model cost no memory: by the HMM's books and by the kernel's. A decoder that is killed
 // finds the weights there when it starts again, and after the HMM's death they are loaded anew.
 func TestWeightsOnceANode(t *testing.T) {
+	t.Parallel()
 	c := start(t, "--topology", "1E1P2D", "--threads", "1")
 	account := c.weightsHeld(t, 3)
 	var sumRSS, sumPSS int64
