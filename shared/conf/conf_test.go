@@ -134,6 +134,28 @@ func TestFileStandsUnderEnvironmentAndFlags(t *testing.T) {
 	}
 }
 
+// What a file says of a flag of text is that, also where YAML would see a number, and a command under which all is a comment has no flags.
+func TestFileIsTakenAsWritten(t *testing.T) {
+	for _, text := range []string{"0123", "1.10", "0x1F", "1e3", "true", "no", "2026-11-27", "12345678901234567890123"} {
+		c, err := parse(t, "up:\n  http: "+text+"\n  allow: ["+text+", b]\n")
+		if err != nil || c.Up.HTTP != text || !cmp.Equal(c.Up.Allow, []string{text, "b"}) {
+			t.Errorf("%s: %+v, %v", text, c.Up, err)
+		}
+	}
+	if c, err := parse(t, "x: &x {n: 7}\nup: {<<: *x, http: &a 07, allow: [*a]}\n"); err == nil || !strings.Contains(err.Error(), "no setting x") {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err := parse(t, "up: {http: &a 07, allow: [*a]}\n"); err != nil || c.Up.HTTP != "07" || !cmp.Equal(c.Up.Allow, []string{"07"}) {
+		t.Errorf("with an anchor: %+v, %v", c.Up, err)
+	}
+	if c, err := parse(t, "log-level: debug\nup:\n#  n: 4\n"); err != nil || c.Up.N != 3 {
+		t.Errorf("a command without flags: %+v, %v", c, err)
+	}
+	if c, err := parse(t, "# nothing\n"); err != nil || c.Up.N != 3 {
+		t.Errorf("only a comment: %+v, %v", c, err)
+	}
+}
+
 func TestSettingOfAFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c.yaml")
 	if err := os.WriteFile(path, []byte("log-level: debug\nencoder: {metrics: \":9101\"}\nscaler: {run: {metrics: \":9102\"}}\nhmm:\n"), 0o600); err != nil {
@@ -159,12 +181,16 @@ func TestSettingOfAFile(t *testing.T) {
 
 func TestFileFaultsNameTheKey(t *testing.T) {
 	for file, say := range map[string]string{
-		"up:\n  htttp: x\n": "c.yaml: there is no setting up.htttp",
-		"topology: 1E\n":    "c.yaml: there is no setting topology",
-		"http: x\n":         "c.yaml: there is no setting http here: it belongs under the name of its command, up",
-		"up: 3\n":           "c.yaml: up is a command",
-		"up: [\n":           "c.yaml: yaml",
-		"up:\n  n: many\n":  "--n",
+		"up:\n  htttp: x\n":         "c.yaml: there is no setting up.htttp",
+		"topology: 1E\n":            "c.yaml: there is no setting topology",
+		"http: x\n":                 "c.yaml: there is no setting http here: it belongs under the name of its command, up",
+		"up: 3\n":                   "c.yaml: up is a command",
+		"up: [\n":                   "c.yaml: yaml",
+		"up:\n  n: many\n":          "--n",
+		"up:\n  http:\n":            "c.yaml: up.http has no value",
+		"up:\n  http: ~\n":          "c.yaml: up.http has no value",
+		"up:\n  allow: [a, null]\n": "c.yaml: up.allow has no value",
+		"up: &x {n: *x}\n":          "contains itself",
 	} {
 		if _, err := parse(t, file); err == nil || !strings.Contains(err.Error(), say) {
 			t.Errorf("%q: %v, want an error with %q", file, err, say)

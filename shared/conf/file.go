@@ -1,11 +1,11 @@
 package conf
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/alecthomas/kong"
@@ -33,11 +33,33 @@ func YAML(r io.Reader) (kong.Resolver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w%s: %w", ErrFile, file, err)
 	}
-	values := map[string]any{}
-	if err := yaml.NewDecoder(bytes.NewReader(data)).Decode(&values); err != nil && !errors.Is(err, io.EOF) {
+	values, err := settings(data)
+	if err != nil {
 		return nil, fmt.Errorf("%w%s: %w", ErrFile, file, err)
 	}
 	return &resolver{file, values}, nil
+}
+
+// settings is what a file says: strings as they are written, nil where there is no value, and lists and maps of these.
+func settings(data []byte) (map[string]any, error) {
+	var file yaml.Node
+	if err := yaml.Unmarshal(data, &file); err != nil {
+		return nil, err
+	}
+	verbatim(&file)
+	values := map[string]any{}
+	return values, file.Decode(&values)
+}
+
+// verbatim has all values be strings: to YAML a name or a key 0123 is the number 83.
+func verbatim(n *yaml.Node) {
+	switch n.ShortTag() {
+	case "!!int", "!!float", "!!bool", "!!timestamp":
+		n.Tag = "!!str"
+	}
+	for _, below := range n.Content {
+		verbatim(below)
+	}
 }
 
 // Setting is what a file of settings says at a path of commands and a flag, "" when it says nothing or there is no file: for who starts
@@ -50,10 +72,11 @@ func Setting(file string, path ...string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrFile, err)
 	}
-	var at any
-	if err := yaml.Unmarshal(data, &at); err != nil {
+	values, err := settings(data)
+	if err != nil {
 		return "", fmt.Errorf("%w %s: %w", ErrFile, file, err)
 	}
+	var at any = values
 	for _, key := range path {
 		under, _ := at.(map[string]any)
 		at = under[key]
@@ -81,6 +104,9 @@ func check(n *kong.Node, path string, values map[string]any) error {
 	for key, v := range values {
 		at := strings.TrimPrefix(path+"."+key, ".")
 		if child := childOf(n, key); child != nil {
+			if v == nil { // all of it is a comment
+				continue
+			}
 			under, ok := v.(map[string]any)
 			if !ok {
 				return fmt.Errorf("%s is a command, its flags stand under it", at)
@@ -95,6 +121,9 @@ func check(n *kong.Node, path string, values map[string]any) error {
 				return fmt.Errorf("there is no setting %s here: it belongs under the name of its command, %s", at, strings.Join(owners, " or "))
 			}
 			return fmt.Errorf("there is no setting %s", at)
+		}
+		if list, ok := v.([]any); v == nil || ok && slices.Contains(list, nil) {
+			return fmt.Errorf("%s has no value: write one, or leave it out", at)
 		}
 	}
 	return nil
