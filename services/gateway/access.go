@@ -5,7 +5,6 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/url"
 	"regexp"
 	"slices"
@@ -97,9 +96,4 @@ func keyed(keys []string) echo.MiddlewareFunc {
 			return e
 		},
 	})
-}
-
-// unread reports whether a body may not have been read when a request is answered with an error of this status.
-func unread(status int, r *http.Request) bool {
-	return status == http.StatusRequestEntityTooLarge || status == http.StatusUnauthorized && r.ContentLength != 0
 }

@@ -128,7 +128,7 @@ func TestKeyComesBeforeTheBody(t *testing.T) {
 // Who sends a long body without a key reads why it is refused, and meets no broken connection.
 func TestLongBodyWithoutAKey(t *testing.T) {
 	f := keyed(t)
-	status, _, body := f.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"`+strings.Repeat("long ", 4<<20)+`"}]}`)
+	status, body := postWhole(t, f, "/v1/chat/completions", "", `{"messages":[{"role":"user","content":"`+strings.Repeat("long ", 4<<20)+`"}]}`)
 	if status != 401 || *parseError(t, body).Error.Code != "invalid_api_key" {
 		t.Errorf("%d %s", status, body)
 	}

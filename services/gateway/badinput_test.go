@@ -1,13 +1,16 @@
 package gateway_test
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"image/color"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -187,6 +190,45 @@ func TestBodyLimitDefault(t *testing.T) {
 		status, _, body := f.post("/v1/chat/completions", `{"x":"`+strings.Repeat("y", size)+`","messages":[]}`)
 		if status != want {
 			t.Errorf("%d bytes: %d %.200s", size, status, body)
+		}
+	}
+}
+
+// postWhole sends all of a request before it reads the answer, as most clients do. Go's own reads earlier.
+func postWhole(t *testing.T, f *fixture, path, header, body string) (status int, answer string) {
+	t.Helper()
+	c, err := net.Dial("tcp", strings.TrimPrefix(f.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s", path, header, len(body), body); err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	return resp.StatusCode, string(data)
+}
+
+// Who sends a long body where nobody wants it, as a picture without the /v1, reads what is wrong, and meets no broken connection.
+func TestLongBodyNobodyWants(t *testing.T) {
+	f := start(t, nil)
+	long := `{"messages":[{"role":"user","content":"` + strings.Repeat("long ", 4<<20) + `"}]}`
+	for _, x := range []struct {
+		path, header string
+		status       int
+	}{
+		{"/chat/completions", "", 404}, {"/v1/models", "", 405}, {"/health", "", 405}, {"/v1/chat/completions", "Content-Encoding: gzip\r\n", 415},
+	} {
+		if status, answer := postWhole(t, f, x.path, x.header, long); status != x.status || parseError(t, answer).Error.Message == "" {
+			t.Errorf("%s: %d %s", x.path, status, answer)
 		}
 	}
 }

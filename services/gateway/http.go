@@ -78,7 +78,7 @@ func (g *Gateway) fail(err error, c echo.Context) {
 		c.Response().Header().Set("Retry-After", strconv.Itoa(int(e.RetryAfter.Seconds())))
 	}
 	said := e.JSON()
-	left := unread(status, c.Request())
+	left := unread(status, c)
 	if left { // the answer is whole when it is flushed, before the rest of the body has come
 		c.Response().Header().Set("Connection", "close")
 		c.Response().Header().Set("Content-Length", strconv.Itoa(len(said)))
@@ -92,6 +92,15 @@ func (g *Gateway) fail(err error, c echo.Context) {
 		_ = w.Flush()
 		g.drain(c.Request(), w)
 	}
+}
+
+// bodyTaken is set in the context of a request whose body somebody has begun to read.
+const bodyTaken = "body taken"
+
+// unread reports whether a body may not have been read when a request is answered with an error of this status: a path, method, key or
+// encoding that is wrong is told before.
+func unread(status int, c echo.Context) bool {
+	return status == http.StatusRequestEntityTooLarge || c.Request().ContentLength != 0 && c.Get(bodyTaken) == nil
 }
 
 // sayWhere says what there is instead of a path or a method that there is not.
@@ -173,6 +182,7 @@ func (g *Gateway) body(c echo.Context) ([]byte, error) {
 		e.Status = http.StatusUnsupportedMediaType
 		return nil, e
 	}
+	c.Set(bodyTaken, true)
 	w := http.NewResponseController(c.Response())
 	_ = w.SetReadDeadline(time.Now().Add(g.cfg.BodyWait))
 	data, err := io.ReadAll(c.Request().Body)
