@@ -106,12 +106,7 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 		}
 		writeAdmin(w, status, answer)
 	})
-	// Who reaches the address may do all, and a browser of theirs does: a page that they look at must not.
-	pages := http.NewCrossOriginProtection()
-	pages.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		writeAdmin(w, http.StatusForbidden, adminAnswer{Error: "pages of other origins may change nothing here"})
-	}))
-	server := &http.Server{Handler: pages.Handler(mux), ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	server := &http.Server{Handler: withoutPages(mux), ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -122,6 +117,20 @@ func (g *Gateway) serveAdmin(ctx context.Context, l net.Listener) error {
 
 // errAdmin is wrapped by errors of who asks.
 var errAdmin = errors.New("the request cannot be read")
+
+// withoutPages lets no page change anything. Who reaches the address may do all, and a browser of theirs does, for pages of anywhere that they
+// look at: also for one whose name is made to lead here, to which it is one of this server. As there are no pages here, whatever is from one
+// is refused; browsers say so of all but what is only read.
+func withoutPages(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+		if !reads && (r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") != "") {
+			writeAdmin(w, http.StatusForbidden, adminAnswer{Error: "pages in browsers may change nothing here"})
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
 
 // adminStatus is the HTTP status of an error.
 func adminStatus(err error) int {

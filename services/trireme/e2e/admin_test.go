@@ -71,15 +71,19 @@ func TestAdminEndpoints(t *testing.T) {
 	if resp, err := http.Get(c.url + "/admin/instances"); err != nil || resp.StatusCode != 404 || resp.Body.Close() != nil {
 		t.Errorf("clients reach the operators' endpoints: %v, %v", resp, err)
 	}
-	// A browser sends this for a page of anywhere, without asking first.
-	page, err := http.NewRequest("POST", "http://"+address+"/admin/instances/decoder/scale", strings.NewReader(`{"npus":"+1"}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	page.Header.Set("Content-Type", "text/plain")
-	page.Header.Set("Origin", "https://elsewhere.example")
-	if resp, err := http.DefaultClient.Do(page); err != nil || resp.StatusCode != 403 || resp.Body.Close() != nil {
-		t.Errorf("a page of another origin may change instances: %v, %v", resp, err)
+	// A browser sends these for a page of anywhere, without asking first: the second where the page's own name has been made to lead here.
+	for _, headers := range []http.Header{
+		{"Origin": {"https://elsewhere.example"}}, {"Origin": {"http://" + address}}, {"Origin": {"null"}}, {"Sec-Fetch-Site": {"cross-site"}},
+	} {
+		page, err := http.NewRequest("POST", "http://"+address+"/admin/instances/decoder/scale", strings.NewReader(`{"npus":"+1"}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		page.Header = headers
+		page.Header.Set("Content-Type", "text/plain")
+		if resp, err := http.DefaultClient.Do(page); err != nil || resp.StatusCode != 403 || resp.Body.Close() != nil {
+			t.Errorf("a page may change instances, with %v: %v, %v", headers, resp, err)
+		}
 	}
 	c.expectDecoder(t, 2, 1, 0)
 	if status, r, said := ask("POST", "/admin/instances/decoder/scale", `{"npus":"+1","dry_run":true}`); status != 200 || wire.NPUCount(r.Plan.After) != 3 || r.Committed {
