@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/labstack/echo/v4"
 	"github.com/labstack/echo/v4/middleware"
@@ -55,8 +56,9 @@ func origin(o string) string {
 	if err != nil || u.Scheme == "" || u.Hostname() == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
 		return ""
 	}
-	host := strings.ToLower(u.Host)
-	if strings.ContainsAny(strings.TrimPrefix(host, "*."), "*?") {
+	host := strings.TrimSuffix(strings.ToLower(u.Host), ":")
+	name := strings.TrimPrefix(host, "*.")
+	if name == "" || strings.ContainsAny(name, "*?") || strings.ContainsFunc(name, func(r rune) bool { return r >= utf8.RuneSelf }) { // browsers send xn--
 		return ""
 	}
 	if port, usual := u.Port(), map[string]string{"http": "80", "https": "443"}; port == usual[u.Scheme] {

@@ -228,6 +228,7 @@ func TestCheckAccess(t *testing.T) {
 	for bad, says := range map[string]string{
 		"": "is none like", "localhost:3000": "is none like", "app.example.com": "is none like", "https://": "is none like", "https://a.com/app": "is none like",
 		"https://a.com?x": "is none like", "https://me@a.com": "is none like", "https://a.*.com": "is none like", "https://*": "is none like", "https://*a.com": "is none like", "null": "is none like",
+		"https://*.": "is none like", "https://bücher.de": "is none like", "https://a.com:": "which is https://a.com",
 		"https://a.com/": "which is https://a.com", "https://A.com": "which is https://a.com", "https://a.com:443": "which is https://a.com", "HTTP://a.com:80/": "which is http://a.com",
 	} {
 		if err := gateway.CheckAccess(nil, []string{bad}); err == nil || !strings.Contains(err.Error(), says) {
