@@ -46,8 +46,8 @@ type Config struct {
 	Weights int64
 
 	// Ready is memory of each NPU that is taken from the system and touched before anybody wants it, and kept beside what is in use, up to
-	// what the domain may have; 0: none. An accelerator has all of its memory from the start; that of a host comes when it is touched
-	// first, at 0.4 to 4 GB/s.
+	// what the domain may have and as long as a sixteenth of the machine's memory is free; 0: none. An accelerator has all of its memory from
+	// the start; that of a host comes when it is touched first, at 0.4 to 4 GB/s.
 	Ready int64
 
 	CacheBytes   int64         // freed memory kept for reuse, of the host and of each memory domain, which may keep what is to be Ready, too; 0: 256 MiB, negative: none

@@ -30,6 +30,7 @@ type Daemon struct {
 	rooms   []protocol.Space
 	domains []int   // by NPU: its space
 	ready   []int64 // by space: bytes that are to be ready
+	free    func() (free, total int64, err error)
 	table   *host.Table
 	board   *host.Board // what holders of claims say of their work, by slot
 	others  *peers      // nil: the node is alone
@@ -63,7 +64,7 @@ func New(cfg Config, log *slog.Logger) (*Daemon, error) {
 	}
 	d := &Daemon{
 		cfg: cfg, log: log, id: rand.Text(), began: time.Now(),
-		sessions: map[*session]bool{}, watched: map[*session]bool{}, quit: make(chan struct{}),
+		sessions: map[*session]bool{}, watched: map[*session]bool{}, quit: make(chan struct{}), free: host.Free,
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("starting the HMM: %w", err), d.close())

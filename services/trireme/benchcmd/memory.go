@@ -8,6 +8,7 @@ import (
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hbm/hbmbench"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/host"
 )
 
 // row is one measurement to make.
@@ -39,7 +40,7 @@ func (c *Memory) sizes() []int64 {
 // measure makes all rows.
 func (c *Memory) measure(e Env) (r *Report, err error) {
 	sizes := c.sizes()
-	room, err := freeMemory()
+	room, _, err := host.Free()
 	if err != nil {
 		return nil, err
 	}

@@ -2,14 +2,10 @@ package benchcmd
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -125,38 +121,6 @@ func short(ns float64) string {
 		}
 	}
 	return strconv.FormatFloat(ns, 'f', 0, 64) + " ns"
-}
-
-// freeMemory is what this process and its children may still take: of the machine, and of the control group if that says.
-func freeMemory() (int64, error) {
-	text, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return 0, fmt.Errorf("asking for free memory: %w", err)
-	}
-	room := int64(-1)
-	for line := range strings.Lines(string(text)) {
-		var kib int64
-		if _, err := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); err == nil {
-			room = kib << 10
-		}
-	}
-	if room < 0 {
-		return 0, errors.New("asking for free memory: /proc/meminfo has no MemAvailable")
-	}
-	limit, err1 := readNumber("/sys/fs/cgroup/memory.max") // of the container, where it sees no more than its own group
-	current, err2 := readNumber("/sys/fs/cgroup/memory.current")
-	if err1 == nil && err2 == nil {
-		room = min(room, limit-current)
-	}
-	return room, nil
-}
-
-func readNumber(file string) (int64, error) {
-	text, err := os.ReadFile(filepath.Clean(file))
-	if err != nil {
-		return 0, err
-	}
-	return strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // "max" is no number: no limit
 }
 
 // tabler is a report that a person can read.

@@ -81,9 +81,3 @@ func TestFlags(t *testing.T) {
 		}
 	}
 }
-
-func TestFreeMemory(t *testing.T) {
-	if n, err := freeMemory(); err != nil || n < 1<<20 || n > 1<<50 {
-		t.Errorf("%d bytes are free, %v", n, err)
-	}
-}

@@ -11,6 +11,7 @@ import (
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/mem/host"
 	"trireme.dev/shared/wire"
 )
 
@@ -38,7 +39,7 @@ func (c *Scale) readyMemory(w way, npus int) (int64, error) {
 	if w.adds { // a copy of all
 		most = max(most, int64(c.Bytes)/int64(c.To-c.From))
 	}
-	room, err := freeMemory()
+	room, _, err := host.Free()
 	if err != nil {
 		return 0, err
 	}
