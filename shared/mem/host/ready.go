@@ -3,6 +3,7 @@ package host
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync/atomic"
 	"unsafe"
@@ -31,16 +32,14 @@ func (s *Store) Ready(bytes int64) (bool, error) {
 	return true, errors.Join(err, s.taken(e, err == nil))
 }
 
-// take takes the memory of e from the system.
+// take takes the memory of e from the system, page by page: fallocate would hold the file's lock, and who calls Ready may have to wait long
+// for a processor then, with everybody behind it who backs or drops.
 func (s *Store) take(e mem.Extent) error {
-	err := s.fallocate(unix.FALLOC_FL_KEEP_SIZE, e.Offset, e.Bytes)
-	if err == nil {
-		err = s.touch(e)
-	}
+	err := s.touch(e)
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOSPC):
+	case errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EFAULT):
 		return fmt.Errorf("readying %v: the system has no memory left: %w: %w", e, mem.ErrExhausted, err)
 	}
 	return fmt.Errorf("readying %v: %w", e, err)
@@ -97,8 +96,8 @@ func (s *Store) wanted(bytes int64) (mem.Extent, bool) {
 	return mem.Extent{Offset: int64(first) * mem.HostPage, Bytes: int64(after-first) * mem.HostPage}, true
 }
 
-// touch has the system bring in the pages of e, which have memory, as a write does. It changes no content: they may be in use
-// already.
+// touch has the system bring in the pages of e, as a write does. It changes no content: they may be in use already. EFAULT where they have no
+// memory, and the system has none.
 func (s *Store) touch(e mem.Extent) error {
 	p, err := unix.Mmap(int(s.file.Fd()), e.Offset, int(e.Bytes), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
@@ -110,10 +109,25 @@ func (s *Store) touch(e mem.Extent) error {
 		}
 	}
 	if errors.Is(err, unix.EINVAL) { // before Linux 5.14
-		err = nil
-		for i := 0; i < len(p); i += unix.Getpagesize() {
-			atomic.OrUint32((*uint32)(unsafe.Pointer(&p[i])), 0)
-		}
+		err = touchEach(p)
 	}
 	return errors.Join(err, unix.Munmap(p))
+}
+
+// touchEach is touch where the system cannot do it in one call.
+func touchEach(p []byte) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		switch fault := recover().(type) {
+		case nil:
+		case interface{ Addr() uintptr }: // of the runtime: SIGBUS
+			err = unix.EFAULT
+		default:
+			panic(fault)
+		}
+	}()
+	for i := 0; i < len(p); i += unix.Getpagesize() {
+		atomic.OrUint32((*uint32)(unsafe.Pointer(&p[i])), 0)
+	}
+	return nil
 }

@@ -1,7 +1,10 @@
 package host
 
 import (
+	"errors"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"trireme.dev/shared/mem"
 )
@@ -75,5 +78,33 @@ func TestTakenMeanwhile(t *testing.T) {
 				t.Error(err)
 			}
 		}
+	}
+}
+
+// Memory that is taken away while Ready is about to touch it, when the system has no other, is an error and brings nobody down. Behind the end
+// of the file there is none.
+func TestTouchWithoutMemory(t *testing.T) {
+	s, err := NewStore("test", mem.HostPage, mem.HostPage, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.touch(mem.Extent{Offset: mem.HostPage, Bytes: mem.HostPage}); !errors.Is(err, unix.EFAULT) {
+		t.Errorf("in one call: %v", err)
+	}
+	p, err := unix.Mmap(int(s.file.Fd()), 0, 2*mem.HostPage, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(p) //nolint:errcheck // a test's own
+	if err := touchEach(p); !errors.Is(err, unix.EFAULT) {
+		t.Errorf("page by page: %v", err)
+	}
+	p[1] = 7
+	if err := touchEach(p[:mem.HostPage]); err != nil || p[1] != 7 {
+		t.Errorf("page by page, where there is memory: %v, %d", err, p[1])
+	}
+	if got, err := s.Resident(); err != nil || got != mem.HostPage {
+		t.Errorf("%d bytes resident, %v", got, err)
 	}
 }
