@@ -12,6 +12,7 @@ import (
 // What trireme plan finds runs: its topology and the one beside it serve the requests that were simulated, no sooner than the profile
 // allows. How close the simulator is depends on the machine and is not looked at.
 func TestPlanValidate(t *testing.T) {
+	t.Parallel()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)

@@ -237,6 +237,7 @@ func TestScaledInstanceComesBack(t *testing.T) {
 
 // What was scaled outlives also a death of `trireme up`, unless it is started again with another topology, in which others may need the NPUs.
 func TestScaledInstanceAndAnotherTopology(t *testing.T) {
+	t.Parallel()
 	data := t.TempDir()
 	for _, x := range []struct {
 		topology string
