@@ -22,9 +22,10 @@ import (
 
 // replicas are the stage processes of `trireme up`, whose number operators change while it runs.
 type replicas struct {
-	make func(g conf.Group, name string) supervise.Child
-	must []byte // roles that one instance has to have at least
-	sole soles  // services of which there can be one instance
+	make  func(g conf.Group, name string) supervise.Child
+	must  []byte // roles that one instance has to have at least
+	sole  soles  // services of which there can be one instance
+	model string // folder; "": nothing is said of weights
 
 	mu         sync.Mutex
 	supervisor *supervise.Supervisor
@@ -96,8 +97,11 @@ func (r *replicas) runBy(service string) (names []string) {
 
 // grants are who has the NPUs of the node.
 type grants struct {
-	free, kept int             // that nobody has; and of those that are kept for a while for whoever had them
-	named      map[string]bool // instances that have any, or for which some are kept
+	spare   []int              // numbers of those that nobody has
+	kept    int                // of those that are kept for a while for whoever had them
+	named   map[string]bool    // instances that have any, or for which some are kept
+	perNPU  bool               // each is a memory domain
+	weights []hbm.WeightsStats // that the domains have
 }
 
 // set does what is asked for, once. granted asks who has the NPUs of the node.
@@ -166,13 +170,16 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 		if err != nil {
 			return no("asking the HMM for spare NPUs: %v", err)
 		}
-		if need := more * report.NPUs; has.free < need {
-			if has.free+has.kept >= need {
+		if need := more * report.NPUs; len(has.spare) < need {
+			if len(has.spare)+has.kept >= need {
 				return no("%d more instances of %d NPUs need %d, and %d are spare; %d are kept for ten seconds for instances that have ended: try again then",
-					more, report.NPUs, need, has.free, has.kept)
+					more, report.NPUs, need, len(has.spare), has.kept)
 			}
 			return no("%d more instances of %d NPUs need %d, and %d are spare: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
-				"instance have fewer", more, report.NPUs, need, has.free, need-has.free)
+				"instance have fewer", more, report.NPUs, need, len(has.spare), need-len(has.spare))
+		}
+		if ask.Check {
+			r.weigh(&report, r.groups[i].Group, more, has)
 		}
 	case more < 0:
 		has, err := granted()
@@ -249,13 +256,14 @@ func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), e
 		if i < 0 {
 			return has, errors.New("it does not answer")
 		}
+		has.perNPU, has.weights = len(all[i].Shared) > 1, all[i].Weights // one NPU is one domain either way
 		for _, m := range all[i].Memory {
 			switch {
 			case m.NPU < 0:
 			case m.Instance != "":
 				has.named[m.Name] = true
 			case m.Reserved == "":
-				has.free++
+				has.spare = append(has.spare, m.NPU)
 			default:
 				has.kept++
 				has.named[m.Reserved] = true
@@ -324,7 +332,8 @@ func (c *scaleCmd) runReplicas(e *env) error {
 		}
 	}
 	if more := ask.Count - len(report.Instances); c.DryRun && more > 0 {
-		fmt.Fprintf(e.out, "to start  %d of %d NPUs\n", more, report.NPUs)
+		fmt.Fprintf(e.out, "to start  %d of %d NPUs\nweights   %v of each; %v at most to be copied or read, and of memory beside what is in use\n",
+			more, report.NPUs, conf.Bytes(report.Weights), conf.Bytes(report.Fresh))
 	}
 	return nil
 }

@@ -81,7 +81,7 @@ func TestReplicasOfScalers(t *testing.T) {
 		{what: "the only encoder", ask: wire.Replicas{Roles: "E", Stop: []string{"encoder-0"}, ID: "g", Fence: 7}, why: "no instance with role E would be left"},
 		{what: "fewer than none", ask: wire.Replicas{Roles: "D", Start: -1, ID: "h", Fence: 7}, why: "none at the least"},
 	} {
-		got := r.set(c.ask, func() (grants, error) { return grants{free: 5, named: named}, nil })
+		got := r.set(c.ask, func() (grants, error) { return grants{spare: []int{0, 1, 2, 3, 4}, named: named}, nil })
 		if c.why != "" || got.Why != "" {
 			if c.why == "" || !strings.Contains(got.Why, c.why) {
 				t.Errorf("%s: refused with %q, want %q", c.what, got.Why, c.why)
@@ -113,7 +113,7 @@ func TestScalerStartsProcesses(t *testing.T) {
 		if err := wire.Unmarshal(data, &ask); err != nil {
 			t.Error(err)
 		}
-		report := r.set(ask, func() (grants, error) { return grants{free: 2, named: named}, nil })
+		report := r.set(ask, func() (grants, error) { return grants{spare: []int{0, 1}, named: named}, nil })
 		if err := respond(&report); err != nil {
 			t.Error(err)
 		}
@@ -183,7 +183,7 @@ func TestReplicas(t *testing.T) {
 		}
 	}
 	ask := func(roles string, count int, check bool) wire.ReplicasReport {
-		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (grants, error) { return grants{free: spare, named: named}, nil })
+		return r.set(wire.Replicas{Roles: roles, Count: count, Check: check}, func() (grants, error) { return grants{spare: make([]int, spare), named: named}, nil })
 	}
 	for _, c := range []struct {
 		what                        string

@@ -61,7 +61,7 @@ func TestOneAddressForMetricsOfReplicas(t *testing.T) {
 	r := sleepers(t, "1E1P1D")
 	r.sole = soles{"decoder": ":9103"}
 	granted := func() (grants, error) {
-		return grants{free: 5, named: map[string]bool{"decoder-0": true, "encoder-0": true, "prefill-0": true}}, nil
+		return grants{spare: []int{0, 1, 2, 3, 4}, named: map[string]bool{"decoder-0": true, "encoder-0": true, "prefill-0": true}}, nil
 	}
 	for _, ask := range []wire.Replicas{{Roles: "D", Count: 2}, {Roles: "D", Start: 1}, {Roles: "D", Start: 1, NPUs: 2}, {Roles: "D", Count: 2, Check: true}} {
 		if report := r.set(ask, granted); !strings.Contains(report.Why, "2 instances of decoder cannot all serve metrics at :9103") {

@@ -475,7 +475,7 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	})
 	all := c.children(e, p, binary)
 	s.Start(all.hmm)
-	stages := &replicas{make: all.stage, must: p.must, sole: p.sole, supervisor: s, named: map[string]int{}, out: e.err}
+	stages := &replicas{make: all.stage, must: p.must, sole: p.sole, model: p.model, supervisor: s, named: map[string]int{}, out: e.err}
 	stages.begin(p.topology)
 	s.Start(all.gateway)
 	if all.scaler != nil {

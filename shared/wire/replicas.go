@@ -34,4 +34,8 @@ type ReplicasReport struct {
 	Why       string   `json:"why,omitempty"`   // nothing was done, and what to do
 	Again     bool     `json:"again,omitempty"` // it was done before, under the same ID
 	Fence     uint64   `json:"fence,omitempty"` // of what was refused for an older one: the newest that was seen
+
+	// Of a Check that starts any: bytes of weights of each, and how many memory domains of the node have to get for all of them, at most.
+	Weights int64 `json:"weights_bytes,omitempty"`
+	Fresh   int64 `json:"fresh_bytes,omitempty"`
 }

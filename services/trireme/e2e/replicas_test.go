@@ -59,7 +59,7 @@ func TestReplicasComeAndGo(t *testing.T) {
 			t.Errorf("%s: %q, %v; want %q", what, s.text, err, g.Output)
 		}
 	}
-	if r, said := scale("decoder", "--replicas", "2", "--dry-run"); said != "" || len(r.Started) > 0 || r.NPUs != 1 {
+	if r, said := scale("decoder", "--replicas", "2", "--dry-run"); said != "" || len(r.Started) > 0 || r.NPUs != 1 || r.Weights < 10<<20 || r.Fresh != 0 {
 		t.Errorf("a plan: %+v, %s", r, said)
 	}
 	more, said := scale("decoder", "--replicas", "2")
