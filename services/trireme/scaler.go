@@ -64,6 +64,9 @@ Examples:
 
 // Run runs the scaler until the process is told to end.
 func (c *scalerRunCmd) Run(e *env) error {
+	if err := checkAddress("--metrics", c.Metrics); err != nil {
+		return err
+	}
 	return scaler.Run(e.ctx, scaler.Config{
 		NATSURL: c.NATSURL, AckWait: c.AckWait, Replicas: c.Replicas, Mode: autoscale.Mode(c.Mode), Policy: c.Policy, Record: c.Record,
 		RecordSize: int64(c.RecordSize), Metrics: c.Metrics, Lease: c.Lease, Settle: c.Settle,

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -108,6 +109,9 @@ func (f *stageFlags) run(e *env, role string, serve func(context.Context, *stage
 	without, err := stage.ParseWithout(f.Without)
 	if err != nil {
 		return fmt.Errorf("%w--%w", errUsage, err)
+	}
+	if err := checkAddress("--metrics", f.Metrics); err != nil {
+		return err
 	}
 	s, err := stage.Open(e.ctx, role, stage.Config{
 		NATSURL: f.NATSURL, HMM: f.HMM, Model: model, Name: f.Name, Metrics: f.Metrics,
@@ -315,7 +319,7 @@ func (c *gatewayCmd) Run(e *env) error {
 	if err := c.apply(&cfg); err != nil {
 		return err
 	}
-	if err := c.accessFlags.check(); err != nil {
+	if err := errors.Join(c.accessFlags.check(), checkAddress("--http", c.HTTP), checkAddress("--admin", c.Admin)); err != nil {
 		return err
 	}
 	if err := cfg.Validate(); err != nil {
@@ -441,6 +445,9 @@ Examples:
 func (c *hmmCmd) Run(e *env) error {
 	if c.Node == "" {
 		c.Node = nodeName()
+	}
+	if err := errors.Join(checkAddress("--metrics", c.Metrics), checkAddress("--peer-listen", c.PeerListen)); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o700); err != nil {
 		return fmt.Errorf("making the socket's folder: %w", err)

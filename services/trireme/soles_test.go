@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -33,6 +34,11 @@ func TestOneAddressForMetrics(t *testing.T) {
 		{"stage: {metrics: \"[::1]:9103\"}", "1EP1PD1D", "2 instances of stage cannot all serve metrics at [::1]:9103, as the file of settings says: write [::1]:0"},
 		{"stage: {metrics: \":9103\"}", "1EPD2D", ""},
 		{"encoder:\n", "2E1P1D", ""},
+		{"encoder: {metrics: \":9101\"}\ndecoder: {metrics: \":9101\"}", "1E1P1D", "encoder and decoder cannot both serve metrics at :9101, as the file of settings says: give each another port"},
+		{"encoder: {metrics: \":9101\"}\nstage: {metrics: \":9101\"}", "1E1P1D", ""},
+		{"stage: {metrics: \":9101\"}\nhmm: {metrics: \":9101\"}", "1EPD", "stage and hmm cannot both serve metrics at :9101"},
+		{"hmm: {metrics: \":9101\"}\nscaler: {run: {metrics: \":9101\"}}", "1EPD", ""}, // there is no scaler
+		{"encoder: {metrics: \":0\"}\ndecoder: {metrics: \":0\"}\nhmm: {metrics: \":0\"}", "2E1P2D", ""},
 		{"up: {topology: 9EPD}", "2E1P1D", ""},
 	} {
 		s, err := readSoles(settings(t, x.file))
@@ -43,7 +49,7 @@ func TestOneAddressForMetrics(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.checkTopology(parsed); x.refused == "" && err != nil || x.refused != "" && (err == nil || !strings.Contains(err.Error(), x.refused)) {
+		if err := s.checkTopology(parsed, "hmm"); x.refused == "" && err != nil || x.refused != "" && (err == nil || !strings.Contains(err.Error(), x.refused)) {
 			t.Errorf("%s, %s: %v, want %q", x.file, x.topology, err, x.refused)
 		}
 	}
@@ -53,6 +59,33 @@ func TestOneAddressForMetrics(t *testing.T) {
 	file := settings(t, "decoder: {metrics: \":9103\"}\n")
 	if text, status := said("up", "--config", file, "--data", t.TempDir(), "--topology", "1E1P2D"); status != exitUsage || !strings.Contains(text, "write :0 there") {
 		t.Errorf("up: status %d, %s", status, text)
+	}
+}
+
+// An address that is none is refused at once, as it would be as wrong when whoever has it is started again.
+func TestAddressesThatAreNone(t *testing.T) {
+	for _, x := range []struct{ args, says string }{
+		{"encoder --metrics 9101", "--metrics 9101 is no address like 127.0.0.1:9101"},
+		{"stage --roles EPD --metrics 127.0.0.1:99999", "--metrics 127.0.0.1:99999 is no address"},
+		{"hmm --metrics :x", "--metrics :x is no address"},
+		{"hmm --peer-listen 7400", "--peer-listen 7400 is no address"},
+		{"gateway --http localhost", "--http localhost is no address"},
+		{"gateway --admin 8081", "--admin 8081 is no address"},
+		{"scaler run --metrics 9101", "--metrics 9101 is no address"},
+	} {
+		args := append(strings.Fields(x.args), "--nats-url", "nats://127.0.0.1:1")
+		if text, status := said(args...); status != exitUsage || !strings.Contains(text, x.says) {
+			t.Errorf("%s: status %d, %s", x.args, status, text)
+		}
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	taken := l.Addr().String()
+	if text, status := said("up", "--data", t.TempDir(), "--http", "127.0.0.1:0", "--peer-listen", taken); status != exitUsage || !strings.Contains(text, "port of --peer-listen "+taken+" is in use") {
+		t.Errorf("up where another one serves other nodes: status %d, %s", status, text)
 	}
 }
 

@@ -137,7 +137,11 @@ func (c *upCmd) Run(e *env) error {
 	if p.sole, err = readSoles(e.settings); err != nil {
 		return err
 	}
-	if err := p.sole.checkTopology(p.topology); err != nil {
+	others := []string{"hmm"}
+	if c.Scaler != "off" {
+		others = append(others, "scaler run")
+	}
+	if err := p.sole.checkTopology(p.topology, others...); err != nil {
 		return fmt.Errorf("%wtopology %s: %w", errUsage, p.topology, err)
 	}
 	if err := checkMemory(&cfg.Text, p.memory); err != nil {
@@ -153,6 +157,11 @@ func (c *upCmd) Run(e *env) error {
 	}
 	if p.http, err = free(c.HTTP, "--http"); err != nil {
 		return err
+	}
+	if c.PeerListen != "" {
+		if _, err = free(c.PeerListen, "--peer-listen"); err != nil {
+			return err
+		}
 	}
 	if c.NATSURL == "" {
 		server, err := c.startNATS(e)
