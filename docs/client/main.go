@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -51,5 +52,8 @@ func ask(picture, question string) error {
 		}
 	}
 	fmt.Println()
+	if e := (*openai.Error)(nil); errors.As(stream.Err(), &e) && e.Message != "" { // which its text leaves out
+		return fmt.Errorf("%s (%d)", e.Message, e.StatusCode)
+	}
 	return stream.Err()
 }
