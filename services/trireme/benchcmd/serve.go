@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -192,9 +193,14 @@ func (c *Serve) loads() ([]load.Config, error) {
 func (c *Serve) firstModel(e Env) (name, paced string, _ error) {
 	client := openai.NewClient(option.WithBaseURL(load.Base(c.URL)+"/v1"), option.WithAPIKey(c.APIKey), option.WithMaxRetries(0))
 	page, err := client.Models.List(e.Context)
+	var api *openai.Error
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "", "", fmt.Errorf("nothing listens at %s: start it with `trireme up`, or say where with --url", c.URL)
+	case errors.As(err, &api) && api.StatusCode == http.StatusUnauthorized:
+		return "", "", fmt.Errorf("%s wants another API key, or one at all: give it with --api-key, TRIREME_API_KEY or OPENAI_API_KEY (%d)", c.URL, api.StatusCode)
+	case errors.As(err, &api) && api.Message != "": // which its text leaves out
+		return "", "", fmt.Errorf("asking %s for its models: %s (%d)", c.URL, api.Message, api.StatusCode)
 	case err != nil:
 		return "", "", fmt.Errorf("asking %s for its models: %w", c.URL, err)
 	case len(page.Data) == 0:

@@ -2,7 +2,11 @@ package benchcmd
 
 import (
 	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"slices"
+	"strings"
 	"testing"
 
 	"trireme.dev/services/trireme/load"
@@ -47,5 +51,21 @@ func TestServeRefuses(t *testing.T) {
 		if err := serve(change).Run(Env{Context: t.Context()}); !errors.Is(err, ErrUsage) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Before there is any load it is said why the server does not answer, and what to do.
+func TestServeAsksForTheModelFirst(t *testing.T) {
+	for status, says := range map[int]string{401: "--api-key", 503: "This server is stopping"} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(status)
+			_, _ = io.WriteString(w, `{"error":{"message":"This server is stopping."}}`)
+		}))
+		err := serve(func(c *Serve) { c.URL, c.Model = server.URL, "" }).Run(Env{Context: t.Context(), Out: io.Discard, Err: io.Discard})
+		if err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), server.URL) {
+			t.Errorf("%d: %v", status, err)
+		}
+		server.Close()
 	}
 }
