@@ -40,3 +40,21 @@ func TestReadyLeavesMemoryToOthers(t *testing.T) {
 		t.Errorf("with all of it ready: %v", err)
 	}
 }
+
+// What is dropped counts as ready, whatever else is kept of freed memory.
+func TestDroppedMemoryIsReady(t *testing.T) {
+	d, err := New(Config{Socket: filepath.Join(t.TempDir(), "s"), Node: "n", NPUs: 1, NPUBytes: 64 << 20, HostBytes: 1 << 20, CacheBytes: -1, Ready: 16 << 20},
+		slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	e := mem.Extent{Bytes: 16 << 20}
+	s := d.stores[1]
+	if err := errors.Join(d.readyAll(t.Context()), s.Back(e), s.Drop(e)); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Unready(16 << 20); got != 0 {
+		t.Errorf("%d bytes are unready", got)
+	}
+}

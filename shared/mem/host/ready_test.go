@@ -40,6 +40,18 @@ func TestReadyGoesBackWhenMemoryIsShort(t *testing.T) {
 	}
 }
 
+// One Ready takes no more than a few MiB, whatever is missing: whoever calls it again and again ends soon.
+func TestReadyTakesLittleAtATime(t *testing.T) {
+	const pages = 16 << 20 / page
+	s := store(t, pages, pages, 0)
+	if more, err := s.Ready(pages * page); !more || err != nil {
+		t.Fatalf("%t, %v", more, err)
+	}
+	if got, err := s.Resident(); err != nil || got == 0 || got > 4<<20 {
+		t.Errorf("%d bytes resident, %v", got, err)
+	}
+}
+
 // Memory is given out, written and taken back while it is being readied: it reads as zeros at first, and keeps what was written.
 func TestReadyBesideUse(t *testing.T) {
 	const pages, users, rounds = 512, 4, 60

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"errors"
 	"testing"
 
@@ -15,13 +16,23 @@ func TestTakenMeanwhile(t *testing.T) {
 	all := mem.Extent{Bytes: 3 * mem.HostPage}
 	for _, x := range []struct {
 		name               string
-		keep               int64 // pages
+		keep, limit        int64 // pages; limit 0: 8
 		meanwhile          func(*Store) error
+		before             int64 // pages with memory then, before Ready has taken any
 		live, kept, unread int64 // pages
 	}{
 		{name: "nothing", kept: 3},
-		{name: "given out", meanwhile: func(s *Store) error { return s.Back(first) }, live: 1, kept: 2, unread: 1},
+		{name: "given out", meanwhile: func(s *Store) error { return s.Back(first) }, before: 1, live: 1, kept: 2, unread: 1},
+		{name: "others given out, for which there is no room beside", limit: 3, meanwhile: func(s *Store) error {
+			return s.Back(mem.Extent{Offset: 5 * mem.HostPage, Bytes: mem.HostPage})
+		}, before: 1, live: 1, kept: 2},
 		{name: "given out and dropped", meanwhile: func(s *Store) error {
+			if err := s.Back(first); err != nil {
+				return err
+			}
+			return s.Drop(first)
+		}, kept: 2, unread: 1},
+		{name: "given out, and dropped where what is coming leaves no room", keep: 2, meanwhile: func(s *Store) error {
 			if err := s.Back(first); err != nil {
 				return err
 			}
@@ -32,7 +43,7 @@ func TestTakenMeanwhile(t *testing.T) {
 				return err
 			}
 			return s.Drop(first)
-		}, kept: 3},
+		}, before: 1, kept: 3},
 		{name: "trimmed", meanwhile: func(s *Store) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -41,7 +52,7 @@ func TestTakenMeanwhile(t *testing.T) {
 		}, unread: 3},
 	} {
 		for _, ok := range []bool{true, false} {
-			s, err := NewStore("test", 8*mem.HostPage, 8*mem.HostPage, x.keep*mem.HostPage)
+			s, err := NewStore("test", 8*mem.HostPage, cmp.Or(x.limit, 8)*mem.HostPage, x.keep*mem.HostPage)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -54,6 +65,9 @@ func TestTakenMeanwhile(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			if got, err := s.Resident(); err != nil || got != x.before*mem.HostPage { // nobody relies on Ready
+				t.Errorf("%s: %d bytes resident before any is ready, want %d pages: %v", x.name, got, x.before, err)
+			}
 			if err := s.take(e); err != nil {
 				t.Fatal(err)
 			}
@@ -63,7 +77,7 @@ func TestTakenMeanwhile(t *testing.T) {
 			kept := x.kept
 			if !ok { // then only what was dropped is kept
 				kept = 0
-				if x.keep > 0 {
+				if x.keep == 3 {
 					kept = 1
 				}
 			}
