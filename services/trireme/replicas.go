@@ -172,11 +172,11 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 		}
 		if need := more * report.NPUs; len(has.spare) < need {
 			if len(has.spare)+has.kept >= need {
-				return no("%d more instances of %d NPUs need %d, and %d are spare; %d are kept for ten seconds for instances that have ended: try again then",
-					more, report.NPUs, need, len(has.spare), has.kept)
+				return no("%s spare NPUs, and there are %d; %d are kept for ten seconds for instances that have ended: try again then",
+					needs(more, report.NPUs), len(has.spare), has.kept)
 			}
-			return no("%d more instances of %d NPUs need %d, and %d are spare: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
-				"instance have fewer", more, report.NPUs, need, len(has.spare), need-len(has.spare))
+			return no("%s spare NPUs, and there are %d: start `trireme up` with spare ones, as in --topology 1E1P1D+%d, or let another "+
+				"instance have fewer", needs(more, report.NPUs), len(has.spare), need-len(has.spare))
 		}
 		if ask.Check {
 			r.weigh(&report, r.groups[i].Group, more, has)
@@ -216,6 +216,17 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 	}
 	report.Instances = append(report.Instances, r.like(ask.Roles)...)
 	return report
+}
+
+// needs is "2 more instances of 4 NPUs each need 8".
+func needs(instances, npus int) string {
+	if instances == 1 {
+		return fmt.Sprintf("1 more instance needs %d", npus)
+	}
+	if npus == 1 {
+		return fmt.Sprintf("%d more instances need %d", instances, instances)
+	}
+	return fmt.Sprintf("%d more instances of %d NPUs each need %d", instances, npus, instances*npus)
 }
 
 // like are the instances with certain roles that were started with NPUs. r.mu is held.
@@ -293,6 +304,13 @@ func (r *replicas) serve(ctx context.Context, url, node string) (leave func(), e
 
 // runReplicas has `trireme up` start or stop instances.
 func (c *scaleCmd) runReplicas(e *env) error {
+	roles := bus.RoleLetters(c.Who)
+	switch {
+	case conf.CheckRoles(roles) != nil:
+		return fmt.Errorf("%w--replicas is for a kind of instances: write encoder, prefill or decoder, or letters of a topology such as EPD, instead of %q", errUsage, c.Who)
+	case *c.Replicas < 0:
+		return fmt.Errorf("%w--replicas %d cannot be negative", errUsage, *c.Replicas)
+	}
 	ctx, cancel := context.WithTimeout(e.ctx, c.Timeout)
 	defer cancel()
 	b, err := look(ctx, c.NATSURL, "scale", ackFlag{AckWait: c.AckWait})
@@ -311,7 +329,7 @@ func (c *scaleCmd) runReplicas(e *env) error {
 		}
 		node = all[0].Node
 	}
-	ask := wire.Replicas{Roles: bus.RoleLetters(c.Who), Count: *c.Replicas, Check: c.DryRun}
+	ask := wire.Replicas{Roles: roles, Count: *c.Replicas, Check: c.DryRun}
 	report, err := b.SetReplicas(ctx, node, ask, func(what string) {
 		if !c.JSON {
 			fmt.Fprintln(e.err, what)

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 var (
 	// ErrRefused is returned when the instance does not begin the operation.
 	ErrRefused = errors.New("refused")
-	// ErrNoInstance is returned by Meant.
+	// ErrNoInstance is returned by Meant, also by errors that say in other words why no one instance is meant.
 	ErrNoInstance = errors.New("no such instance")
 	// ErrGivenUp is returned when the operation has not come to its commit: everything is as it was.
 	ErrGivenUp = errors.New("given up, everything is as it was")
@@ -141,8 +142,20 @@ func Meant(all []wire.Instance, who, which string) (*wire.Instance, error) {
 	switch {
 	case len(found) == 1:
 		return &found[0], nil
+	case len(found) == 0 && slices.ContainsFunc(all, func(i wire.Instance) bool {
+		return i.Role == "gateway" && (who == "gateway" || who == i.ID || who == i.Name)
+	}):
+		return nil, notMeant(who + ": a gateway has no NPUs: name an encoder, prefill instance or decoder")
 	case len(found) == 0:
 		return nil, fmt.Errorf("%w: %s; `trireme status` shows those that run; one that is just starting, or NATS with it, is there in a moment", ErrNoInstance, strings.TrimSpace(who+" "+which))
 	}
-	return nil, fmt.Errorf("%w: %d instances are a %s, say which: %s", ErrNoInstance, len(found), who, strings.Join(names, ", "))
+	return nil, notMeant(fmt.Sprintf("there are %d instances with the role %s, say which: %s", len(found), who, strings.Join(names, ", ")))
 }
+
+// notMeant is an ErrNoInstance that says in words of its own what is wrong.
+type notMeant string
+
+func (n notMeant) Error() string { return string(n) }
+
+// Is has it be an ErrNoInstance.
+func (notMeant) Is(target error) bool { return target == ErrNoInstance }

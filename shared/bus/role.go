@@ -48,7 +48,7 @@ func RoleNamed(word string) (string, error) {
 		roles = append(roles, role)
 	}
 	if len(roles) == 0 {
-		return "", fmt.Errorf("%w: no role is called %q: write encoder, prefill or decoder, or letters such as EP", ErrNoInstance, word)
+		return "", notMeant(fmt.Sprintf("no role is called %q: write encoder, prefill or decoder, or letters such as EP", word))
 	}
 	return strings.Join(roles, wire.RoleSeparator), nil
 }
@@ -63,9 +63,9 @@ func (q *RoleSwitch) taker(all []wire.Instance) (*wire.Instance, error) {
 		}
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("%w: no instance on node %s is %s alone and ready%s: have one that stands by (`trireme up --topology …,1Dx0`), or start "+
-			"one on a spare NPU (`trireme scale … --replicas`)", ErrNoInstance, q.Node, strings.ReplaceAll(q.Role, wire.RoleSeparator, " and "),
-			map[bool]string{true: " as " + q.Instance}[q.Instance != ""])
+		return nil, notMeant(fmt.Sprintf("no instance on node %s is %s alone and ready%s: have one that stands by (`trireme up --topology …,1Dx0`), or start "+
+			"one on a spare NPU (`trireme scale … --replicas`)", q.Node, strings.ReplaceAll(q.Role, wire.RoleSeparator, " and "),
+			map[bool]string{true: " as " + q.Instance}[q.Instance != ""]))
 	}
 	return new(slices.MinFunc(found, func(a, b wire.Instance) int {
 		return cmp.Or(len(a.NPUs)-len(b.NPUs), strings.Compare(a.ID, b.ID))
@@ -79,7 +79,7 @@ const ownerWait = 5 * time.Second
 func (b *Bus) owner(ctx context.Context, node string, npu int) (instance string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, ownerWait)
 	defer cancel()
-	err = fmt.Errorf("%w: no HMM of a node %s answers", ErrNoInstance, node)
+	err = notMeant(fmt.Sprintf("no HMM of a node %s answers: `trireme status` shows the nodes that there are", node))
 	if asked := b.AskAll(ctx, wire.SubjectHMM, struct{}{}, func(data []byte) (more bool) {
 		var s struct { // of hbm.Stats
 			Node   string
@@ -91,7 +91,7 @@ func (b *Bus) owner(ctx context.Context, node string, npu int) (instance string,
 		if json.Unmarshal(data, &s) != nil || s.Node != node {
 			return true
 		}
-		err = fmt.Errorf("%w: node %s has no NPU %d; `trireme status` shows those that it has", ErrNoInstance, node, npu)
+		err = notMeant(fmt.Sprintf("node %s has no NPU %d; `trireme status` shows those that it has", node, npu))
 		for _, m := range s.Memory {
 			if m.NPU == npu && npu >= 0 {
 				instance, err = m.Instance, nil

@@ -52,8 +52,8 @@ func (w *scale) plan(ctx context.Context, p *wire.ChangePlan) error {
 			return err
 		}
 		if len(spare) < more {
-			return fmt.Errorf("%d more NPUs are wanted, and node %s has %d spare: have another instance give some up, or start the node with "+
-				"more (trireme up --topology …+%d)", more, s.HBM.Node(), len(spare), more)
+			return fmt.Errorf("%s wanted, and node %s has %d spare: have another instance give some up, or start the node with "+
+				"more (trireme up --topology …+%d)", moreNPUs(more), s.HBM.Node(), len(spare), more)
 		}
 		for _, number := range spare[:more] {
 			w.enter(number)
@@ -307,4 +307,12 @@ func (w *scale) undo() error {
 		return nil
 	}
 	return w.part(w.taken, "")
+}
+
+// moreNPUs is "2 more NPUs are", as a sentence has it.
+func moreNPUs(n int) string {
+	if n == 1 {
+		return "1 more NPU is"
+	}
+	return fmt.Sprintf("%d more NPUs are", n)
 }

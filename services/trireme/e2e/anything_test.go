@@ -222,7 +222,7 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 		return "nothing"
 	case x.victim == "" && failed == nil:
 		t.Errorf("%v ended well, and nothing has changed: %+v", x.args, known)
-	case x.victim == "" && !wrong("not come to its commit in time") && !wrong("more NPUs are wanted") && !wrong("cannot have") &&
+	case x.victim == "" && !wrong("not come to its commit in time") && !wrong("wanted, and node") && !wrong("cannot have") &&
 		!wrong("has not ended, and goes on") && !wrong("no other instance with NPUs could"):
 		t.Errorf("%v: %s", x.args, end)
 	}
