@@ -147,7 +147,7 @@ func run(args []string, in io.Reader, out, errOut io.Writer) (status int) {
 		parser.Stdout = errOut
 		_, _ = parser.Parse([]string{"--help"}) // leaves by a panic
 	}
-	k, err := parser.Parse(shielded(args))
+	k, err := parser.Parse(shielded(glued(args, valued(parser.Model.Node))))
 	if err != nil {
 		fmt.Fprintf(errOut, "trireme: %v%s\n", err, hint(err))
 		return exitUsage

@@ -3,8 +3,11 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
+
+	"github.com/alecthomas/kong"
 
 	"trireme.dev/shared/conf"
 	"trireme.dev/shared/wire"
@@ -24,7 +27,11 @@ type scaleCmd struct {
 func (scaleCmd) Help() string {
 	return `The instance goes on meanwhile: spare NPUs of its node join it, or some of its own leave it and are spare then. Nothing is refused or
 drained, and answers stay the same bit by bit. If it cannot be done everything stays as it is. With --replicas it is the number of instances that
-changes: new ones start on spare NPUs, and those started last hand over what they have in work, and end.
+changes: new ones start on spare NPUs, and those started last hand over what they have in work, and end. Instances that stand by from the start
+(1Dx0 in a topology) are not counted.
+
+What is printed: "balance" is how evenly experts load the NPUs (1: no NPU waits for another), an "epoch" is one more with each change of an instance,
+"copies" are experts that an NPU has, which cost nothing where NPUs share memory.
 
 Examples:
   trireme scale decoder 4
@@ -71,6 +78,46 @@ func (c *npuCount) UnmarshalText(text []byte) error {
 }
 
 var negative = regexp.MustCompile(`^-[0-9]+$`)
+
+// glued are the arguments of a command line with negative numbers joined to the flags before them, `--last=-3` for `--last -3`: the parser
+// takes -3 for a flag, and it would be said of that what is to be said of the number. valued are the flags that take a value.
+func glued(args []string, valued map[string]bool) []string {
+	var all []string
+	for i := 0; i < len(args); i++ {
+		if args[i] == "--" {
+			return append(all, args[i:]...)
+		}
+		if i+1 < len(args) && valued[args[i]] && negativeValue.MatchString(args[i+1]) {
+			all = append(all, args[i]+"="+args[i+1])
+			i++
+			continue
+		}
+		all = append(all, args[i])
+	}
+	return all
+}
+
+var negativeValue = regexp.MustCompile(`^-[0-9.]`)
+
+// valued are the flags of a command line, as --last, that take a value, whichever command they are of.
+func valued(n *kong.Node) map[string]bool {
+	all, switches := map[string]bool{}, map[string]bool{}
+	var walk func(n *kong.Node)
+	walk = func(n *kong.Node) {
+		for _, f := range n.Flags {
+			all["--"+f.Name] = true
+			if f.IsBool() {
+				switches["--"+f.Name] = true
+			}
+		}
+		for _, child := range n.Children {
+			walk(child)
+		}
+	}
+	walk(n)
+	maps.DeleteFunc(all, func(name string, _ bool) bool { return switches[name] })
+	return all
+}
 
 // shielded are the arguments of a command line, with the minus of -2 in `scale decoder -2` written as the parser does not take for the
 // beginning of a flag. There are no flags of digits.

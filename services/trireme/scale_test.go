@@ -21,6 +21,23 @@ func TestShielded(t *testing.T) {
 	}
 }
 
+// A negative value of a flag belongs to the flag, whose own error is told.
+func TestNegativeValues(t *testing.T) {
+	for args, want := range map[string]string{
+		"scale decoder --replicas -1":                              "--replicas -1 cannot be negative",
+		"scale decoder 1 --timeout -1s":                            "--timeout -1s must be above 0",
+		"rebalance decoder --spare -1":                             "cannot be negative",
+		"chat --max-tokens -1 hi":                                  "--max-tokens -1 cannot be negative",
+		"scale decoder --dry-run -2 --nats-url nats://127.0.0.1:1": "no NATS at", // --dry-run takes no value
+		"scale gateway --replicas 2":                               "instead of \"gateway\"",
+	} {
+		var out, said bytes.Buffer
+		if status := run(strings.Fields(args), nil, &out, &said); status == 0 || !strings.Contains(said.String(), want) {
+			t.Errorf("%s: %d, %q; want %q", args, status, said.String(), want)
+		}
+	}
+}
+
 // The parser takes all ways to write a number, and refuses what is none, before anything is connected to.
 func TestScaleCommandLine(t *testing.T) {
 	for _, x := range []struct{ args, want string }{
