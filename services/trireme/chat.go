@@ -221,6 +221,12 @@ func (c *chatCmd) explain(err error) error {
 		return fmt.Errorf("nothing listens at %s: start it with `trireme up`, or say where with --url", c.URL)
 	case errors.Is(err, context.Canceled):
 		return err
+	case errors.As(err, &api) && api.StatusCode == http.StatusNotFound:
+		return fmt.Errorf("%s is a server, but not one with OpenAI's API: it answers 404; say with --url where the gateway is", c.URL)
+	case strings.Contains(err.Error(), "malformed HTTP"):
+		return fmt.Errorf("what listens at %s does not speak HTTP: say with --url where the gateway is", c.URL)
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("%s closed the connection before the answer was complete: it has stopped or was started again; ask once more", c.URL)
 	}
 	return fmt.Errorf("asking %s: %w", c.URL, err)
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -33,6 +35,37 @@ func echoServer(t *testing.T) string {
 	}))
 	t.Cleanup(s.Close)
 	return s.URL
+}
+
+// What is at --url and is no gateway, or ends in the middle, is said in words of somebody who asks.
+func TestChatElsewhere(t *testing.T) {
+	other := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(other.Close)
+	dies := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	t.Cleanup(dies.Close)
+	nats, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { nats.Close() })
+	go func() {
+		for {
+			c, err := nats.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprint(c, "INFO {\"server_id\":\"N\"}\r\n")
+			go io.Copy(io.Discard, c)
+		}
+	}()
+	for url, want := range map[string]string{
+		other.URL: "not one with OpenAI's API", dies.URL: "closed the connection", "http://" + nats.Addr().String(): "does not speak HTTP",
+	} {
+		var out, said bytes.Buffer
+		if status := run([]string{"chat", "--url", url, "hi"}, nil, &out, &said); status != exitFailed || !strings.Contains(said.String(), want) {
+			t.Errorf("%s: status %d, %q; want %q", url, status, said.String(), want)
+		}
+	}
 }
 
 // All of stdin is the question, and not its first line.
