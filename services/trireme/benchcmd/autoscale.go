@@ -77,14 +77,14 @@ func (c *Autoscale) Run(e Env) error {
 		return fmt.Errorf("--pace: %w", err)
 	}
 	if c.Seeds < 1 || c.Seeds > 100 || c.Rate < 0 || c.Rate > 1000 {
-		return fmt.Errorf("--seeds 1 to 100, --rate above 0 and at most 1000: %w", ErrUsage)
+		return fmt.Errorf("--seeds 1 to 100, --rate above 0 and at most 1000%w", ErrUsage)
 	}
 	if ext := strings.ToLower(filepath.Ext(c.Plot)); c.Plot != "" && ext != ".svg" && ext != ".png" {
-		return fmt.Errorf("--plot %s: its name must end in .svg or .png: %w", c.Plot, ErrUsage)
+		return fmt.Errorf("--plot %s: its name must end in .svg or .png%w", c.Plot, ErrUsage)
 	}
 	if c.Validate {
 		if c.Real < time.Second || c.Real > time.Hour {
-			return fmt.Errorf("--real 1s to 1h: %w", ErrUsage)
+			return fmt.Errorf("--real 1s to 1h%w", ErrUsage)
 		}
 		return c.validate(e, profile)
 	}
@@ -110,7 +110,7 @@ func (c *Autoscale) Run(e Env) error {
 	scenarios := make([]*autoscaling.Scenario, len(names))
 	for i, name := range names {
 		if scenarios[i], err = autoscaling.Find(name); err != nil {
-			return fmt.Errorf("%w: %w", err, ErrUsage)
+			return fmt.Errorf("%w%w", err, ErrUsage)
 		}
 	}
 	r := &AutoscaleReport{

@@ -26,8 +26,8 @@ type Env struct {
 	Out, Err io.Writer
 }
 
-// ErrUsage is returned for flags that cannot be used.
-var ErrUsage = errors.New("cannot be used")
+// ErrUsage marks errors of flags that cannot be used; it has no text of its own and stands at the end.
+var ErrUsage = errors.New("")
 
 // Memory is `trireme bench memory`.
 type Memory struct {
@@ -52,10 +52,10 @@ Examples:
 // Run measures and prints.
 func (c *Memory) Run(e Env) error {
 	if c.Largest < hbmbench.Page || c.Largest > 1<<40 {
-		return fmt.Errorf("--largest %v, must be %v to 1 TiB: %w", c.Largest, conf.Bytes(hbmbench.Page), ErrUsage)
+		return fmt.Errorf("--largest %v, must be %v to 1 TiB%w", c.Largest, conf.Bytes(hbmbench.Page), ErrUsage)
 	}
 	if c.Time < 0 || c.Time > time.Hour {
-		return fmt.Errorf("--time %v, must be 0 to 1h: %w", c.Time, ErrUsage)
+		return fmt.Errorf("--time %v, must be 0 to 1h%w", c.Time, ErrUsage)
 	}
 	r, err := c.measure(e)
 	if err != nil {

@@ -134,7 +134,7 @@ func (c *Compare) plan() (*comparison, error) {
 		return nil, fmt.Errorf("--pace: %w", err)
 	}
 	if c.NPUs < 2 || c.NPUs > 64 || c.Repeats < 2 || c.Repeats > 20 || len(c.Pictures) == 0 {
-		return nil, fmt.Errorf("--npus 2 to 64, --repeats 2 to 20 (one tells nothing about the next), --pictures at least one: %w", ErrUsage)
+		return nil, fmt.Errorf("--npus 2 to 64, --repeats 2 to 20 (one tells nothing about the next), --pictures at least one%w", ErrUsage)
 	}
 	if len(s.Topologies) == 0 {
 		s.Topologies = sweep(c.NPUs)
@@ -142,15 +142,15 @@ func (c *Compare) plan() (*comparison, error) {
 	for i, text := range s.Topologies {
 		t, err := conf.ParseTopology(text)
 		if err != nil {
-			return nil, fmt.Errorf("--topologies: %w: %w", err, ErrUsage)
+			return nil, fmt.Errorf("--topologies: %w%w", err, ErrUsage)
 		}
 		if s.Topologies[i] = t.String(); t.NPUs() != c.NPUs {
-			return nil, fmt.Errorf("--topologies: %s has %d NPUs, --npus says %d: only equal numbers can be compared: %w", t, t.NPUs(), c.NPUs, ErrUsage)
+			return nil, fmt.Errorf("--topologies: %s has %d NPUs, --npus says %d: only equal numbers can be compared%w", t, t.NPUs(), c.NPUs, ErrUsage)
 		}
 	}
 	given, err := load.ParseGoodput(c.Goodput)
 	if err != nil {
-		return nil, fmt.Errorf("--goodput: %w: %w", err, ErrUsage)
+		return nil, fmt.Errorf("--goodput: %w%w", err, ErrUsage)
 	}
 	tokens, err := pictureTokens(c.Size)
 	if err != nil {
@@ -179,7 +179,7 @@ func (c *Compare) plan() (*comparison, error) {
 			}
 		}
 		if rates[0] <= 0 {
-			return nil, fmt.Errorf("--rates must be above 0: %w", ErrUsage)
+			return nil, fmt.Errorf("--rates must be above 0%w", ErrUsage)
 		}
 		s.rates = append(s.rates, slices.Compact(rates))
 	}
@@ -188,7 +188,7 @@ func (c *Compare) plan() (*comparison, error) {
 		return s, nil
 	}
 	if least := c.takes(s, leastRun); least > c.Time {
-		return nil, fmt.Errorf("--time %v is too little, runs of %v take about %v: give it that, or fewer topologies, workloads, rates or repeats: %w",
+		return nil, fmt.Errorf("--time %v is too little, runs of %v take about %v: give it that, or fewer topologies, workloads, rates or repeats%w",
 			c.Time, leastRun, least.Round(time.Second), ErrUsage)
 	}
 	for s.sending = leastRun; c.takes(s, s.sending+time.Second) <= c.Time; {
@@ -263,7 +263,7 @@ func pictureTokens(size load.Size) (int, error) {
 	}
 	grid, err := prep.Grid(size.W, size.H)
 	if err != nil {
-		return 0, fmt.Errorf("--size: %w: %w", err, ErrUsage)
+		return 0, fmt.Errorf("--size: %w%w", err, ErrUsage)
 	}
 	return grid.Tokens(prep.MergeSize), nil
 }
@@ -300,7 +300,7 @@ func (c *Compare) fleet(e Env, s *comparison, topology string, repeat int, next 
 func (c *Compare) one(f *fleet, s *comparison, workload int, rate float64, seed uint64) (*load.Report, error) {
 	arrivals, err := load.ParseArrivals("poisson", rate)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, ErrUsage)
+		return nil, fmt.Errorf("%w%w", err, ErrUsage)
 	}
 	g := s.goodput[workload]
 	answer := time.Duration((4*g.TTFT + 4*g.TPOT*float64(c.Output.Max) + 4*g.E2EL) * float64(time.Millisecond))

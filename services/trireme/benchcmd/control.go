@@ -48,7 +48,7 @@ Examples:
 func (c *Control) Run(e Env) error {
 	if c.Streams < 1 || c.Streams > 256*c.Decoders || c.Decoders > 32 || c.Step < time.Millisecond || c.Step > time.Second ||
 		c.Time < c.Step || c.Time > 2*time.Minute || c.Requests < 1 || c.Requests > 1e5 {
-		return fmt.Errorf("--streams 1 to 256 a decoder, --decoders up to 32, --step 1ms to 1s, --time up to 2m, --requests up to 100000: %w", ErrUsage)
+		return fmt.Errorf("--streams 1 to 256 a decoder, --decoders up to 32, --step 1ms to 1s, --time up to 2m, --requests up to 100000%w", ErrUsage)
 	}
 	var s *system
 	r := &ControlReport{Streams: c.Streams, Step: c.Step.Seconds() * 1e3, Decoders: c.Decoders, Together: c.Together}

@@ -241,7 +241,7 @@ func (s *system) load(client *streamer, c *Control) (*ControlLoad, error) {
 	ramp := time.Duration(c.Streams) * apart
 	tokens := int((2*ramp+c.Time+spare)/c.Step) + 2
 	if tokens > 7000 {
-		return nil, fmt.Errorf("answers of %d tokens are too long: take a longer --step or a shorter --time: %w", tokens, ErrUsage)
+		return nil, fmt.Errorf("answers of %d tokens are too long: take a longer --step or a shorter --time%w", tokens, ErrUsage)
 	}
 	text := textBody(tokens)
 	ctx, cancel := context.WithCancel(s.ctx)

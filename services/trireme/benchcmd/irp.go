@@ -66,7 +66,7 @@ const side = 256
 // Run measures and prints.
 func (c *IRP) Run(e Env) error {
 	if c.Encoders < 1 || c.Encoders > 32 || c.Requests < 1 || len(c.Pictures) == 0 || slices.Min(c.Pictures) < 1 || slices.Max(c.Pictures) > 64 {
-		return fmt.Errorf("--encoders 1 to 32, --pictures 1 to 64, --requests at least 1: %w", ErrUsage)
+		return fmt.Errorf("--encoders 1 to 32, --pictures 1 to 64, --requests at least 1%w", ErrUsage)
 	}
 	profile, err := pace.Load(c.Pace)
 	if err != nil {

@@ -25,7 +25,7 @@ import (
 
 // Plan is `trireme plan`.
 type Plan struct {
-	NPUs    int     `name:"npus" help:"NPUs that there are; with --rate the most that may be used. By default 8, with --rate 64." placeholder:"N"`
+	NPUs    int     `name:"npus" help:"NPUs that there are; with --rate the most that may be used. 0: 8, with --rate 64." placeholder:"N"`
 	Rate    float64 `help:"Look for the fewest NPUs that keep this many requests a second within targets, instead of for the greatest rate." placeholder:"N"`
 	Profile string  `help:"What NPUs take: ${profiles}, or a file FILE.yaml." default:"distserve-opt-13b-a100" placeholder:"NAME"`
 
@@ -124,7 +124,7 @@ type planStudy struct {
 // study checks the flags, and works out what is bounded by arithmetic.
 func (c *Plan) study(e Env) (*planStudy, error) {
 	usage := func(format string, args ...any) error {
-		return fmt.Errorf("%w: %w", fmt.Errorf(format, args...), ErrUsage)
+		return fmt.Errorf("%w%w", fmt.Errorf(format, args...), ErrUsage)
 	}
 	s := &planStudy{Plan: c}
 	var err error
@@ -202,7 +202,7 @@ func (c *Plan) study(e Env) (*planStudy, error) {
 		problem.Judges = append(problem.Judges, c.Seed+1000+k)
 	}
 	if s.planner, err = plan.New(problem); err != nil {
-		return nil, fmt.Errorf("%w: %w", err, ErrUsage)
+		return nil, fmt.Errorf("%w%w", err, ErrUsage)
 	}
 	s.report = &PlanReport{
 		Version: obs.Version(), Simulated: true, Profile: s.profile.Name, Source: s.profile.Source, Load: s.load.what,
@@ -280,7 +280,7 @@ func (s *planStudy) beside(best []plan.Found) ([]plan.Found, error) {
 			err = s.planner.Fits(t)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("--beside: %w: %w", err, ErrUsage)
+			return nil, fmt.Errorf("--beside: %w%w", err, ErrUsage)
 		}
 		add(t)
 	}

@@ -116,7 +116,7 @@ func readRequests(file string, drawn *planned, pictures load.Span, visual int) (
 		err = errors.New("there are fewer than two requests in it")
 	}
 	if timed = timed && err == nil && slices.ContainsFunc(all, func(r simulate.Request) bool { return r.Arrive != all[0].Arrive }); err != nil {
-		return nil, fmt.Errorf("--trace %s: %w: %w", file, err, ErrUsage)
+		return nil, fmt.Errorf("--trace %s: %w%w", file, err, ErrUsage)
 	}
 	return recorded(file, all, timed), nil
 }

@@ -221,7 +221,7 @@ func (c *Scale) runs(ways []way) (all []trial) {
 func (c *Scale) plan() ([]way, load.Goodput, error) {
 	var none load.Goodput
 	usage := func(format string, args ...any) ([]way, load.Goodput, error) {
-		return nil, none, fmt.Errorf(format+": %w", append(args, ErrUsage)...)
+		return nil, none, fmt.Errorf(format+"%w", append(args, ErrUsage)...)
 	}
 	most := min(placement.MaxNPUs, 64)
 	switch c.Change {
@@ -281,7 +281,7 @@ func (c *Scale) plan() ([]way, load.Goodput, error) {
 func (c *Scale) config(url string, stop <-chan struct{}) (load.Config, error) {
 	arrivals, err := load.ParseArrivals(c.Arrivals, c.Rate)
 	if err != nil {
-		return load.Config{}, fmt.Errorf("--rate, --arrivals: %w: %w", err, ErrUsage)
+		return load.Config{}, fmt.Errorf("--rate, --arrivals: %w%w", err, ErrUsage)
 	}
 	longest := 2*c.Longest + 4*c.Window
 	return load.Config{

@@ -94,11 +94,11 @@ func choose(names []string, change string, from, to int) (ways []way, err error)
 			for _, w := range allWays {
 				known = append(known, w.name)
 			}
-			return nil, fmt.Errorf("--strategy %s: there are %s, all and ablation: %w", name, strings.Join(known, ", "), ErrUsage)
+			return nil, fmt.Errorf("--strategy %s: there are %s, all and ablation%w", name, strings.Join(known, ", "), ErrUsage)
 		case !allWays[i].fits(change, from, to) && change != wire.ChangeScale:
-			return nil, fmt.Errorf("--strategy %s --change %s: it can not make that change: %w", name, change, ErrUsage)
+			return nil, fmt.Errorf("--strategy %s --change %s: it can not make that change%w", name, change, ErrUsage)
 		case !allWays[i].fits(change, from, to):
-			return nil, fmt.Errorf("--strategy %s: it only adds NPUs, and --to %d is below --from %d: %w", name, to, from, ErrUsage)
+			return nil, fmt.Errorf("--strategy %s: it only adds NPUs, and --to %d is below --from %d%w", name, to, from, ErrUsage)
 		}
 		add(allWays[i])
 	}

@@ -67,10 +67,10 @@ func (c *Serve) Run(e Env) error {
 	c.APIKey, _, _ = strings.Cut(c.APIKey, ",")
 	goodput, err := load.ParseGoodput(c.Goodput)
 	if err != nil {
-		return fmt.Errorf("--goodput: %w: %w", err, ErrUsage)
+		return fmt.Errorf("--goodput: %w%w", err, ErrUsage)
 	}
 	if c.Plot != "" && (goodput.None() || len(c.Rate) < 2) {
-		return fmt.Errorf("--plot draws attainment against rate: give --goodput and at least two rates, as in --rate 1,2,4: %w", ErrUsage)
+		return fmt.Errorf("--plot draws attainment against rate: give --goodput and at least two rates, as in --rate 1,2,4%w", ErrUsage)
 	}
 	loads, err := c.loads()
 	if err != nil {
@@ -154,19 +154,19 @@ func (c *Serve) loads() ([]load.Config, error) {
 		check.Model = "to be asked for"
 	}
 	if err := check.Validate(); err != nil {
-		return nil, fmt.Errorf("%w: %w", err, ErrUsage)
+		return nil, fmt.Errorf("%w%w", err, ErrUsage)
 	}
 	rates := slices.Clone(c.Rate)
 	slices.Sort(rates)
 	fromFile := strings.HasPrefix(c.Arrivals, "file:")
 	switch {
 	case fromFile && len(rates) > 0:
-		return nil, fmt.Errorf("--arrivals %s says when requests arrive: leave --rate out: %w", c.Arrivals, ErrUsage)
+		return nil, fmt.Errorf("--arrivals %s says when requests arrive: leave --rate out%w", c.Arrivals, ErrUsage)
 	case fromFile:
 		rates = []float64{0}
 	case len(rates) == 0:
 		if c.Arrivals != "poisson" {
-			return nil, fmt.Errorf("--arrivals %s needs a --rate: %w", c.Arrivals, ErrUsage)
+			return nil, fmt.Errorf("--arrivals %s needs a --rate%w", c.Arrivals, ErrUsage)
 		}
 		if base.Concurrency == 0 {
 			base.Concurrency = 8
@@ -177,7 +177,7 @@ func (c *Serve) loads() ([]load.Config, error) {
 	for _, rate := range rates {
 		a, err := load.ParseArrivals(c.Arrivals, rate)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", err, ErrUsage)
+			return nil, fmt.Errorf("%w%w", err, ErrUsage)
 		}
 		one := base
 		one.Arrivals = a

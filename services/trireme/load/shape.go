@@ -29,8 +29,11 @@ func (s *Span) UnmarshalText(text []byte) error {
 	if s.Max = s.Min; ranged {
 		s.Max, err2 = strconv.Atoi(high)
 	}
-	if err != nil || err2 != nil || s.Min < 0 || s.Max < s.Min {
-		return fmt.Errorf("%q is no number and no range like 1-16", text)
+	if err == nil && err2 == nil && s.Min >= 0 && s.Max < s.Min {
+		return fmt.Errorf("%q: the smaller number comes first, as in %d-%d", text, s.Max, s.Min)
+	}
+	if err != nil || err2 != nil || s.Min < 0 {
+		return fmt.Errorf("%q is neither a number nor a range like 1-16", text)
 	}
 	return nil
 }
