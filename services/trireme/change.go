@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -164,7 +165,7 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 		return err
 	}
 	if before, after := wire.NPUCount(p.Before), wire.NPUCount(p.After); before != after {
-		fmt.Fprintf(w, "NPUs      %d, before %d; of the node %v, before %v (by slot, -1: empty)\n", after, before, p.After, p.Before)
+		fmt.Fprintf(w, "NPUs      %s, before %s\n", npusBySlot(p.After), npusBySlot(p.Before))
 	}
 	if p.HasExperts() {
 		fmt.Fprintf(w, "experts   %d copies made, of which %d are in the same memory already, %d dropped\n", p.Copies, p.Shared, p.Drops)
@@ -183,6 +184,20 @@ func printChange(w io.Writer, r *wire.ChangeReport, dry bool) error {
 	}
 	_, err := fmt.Fprintf(w, "epoch     %d\n", r.Epoch)
 	return err
+}
+
+// npusBySlot says how many NPUs there are, and which of the node.
+func npusBySlot(slots []int) string {
+	var names []string
+	for _, n := range slots {
+		if n >= 0 {
+			names = append(names, strconv.Itoa(n))
+		}
+	}
+	if len(names) == 0 {
+		return "none"
+	}
+	return fmt.Sprintf("%d (%s of the node)", len(names), strings.Join(names, ", "))
 }
 
 // printFigures writes what an operation has cost.

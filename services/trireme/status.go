@@ -30,7 +30,28 @@ type statusCmd struct {
 
 // Help is shown by `trireme status --help`.
 func (statusCmd) Help() string {
-	return `Examples:
+	return `Tables and columns:
+  RUNNING      requests in work at an instance
+  KERNELS      what its NPUs compute with; cpu-…: the processor of its machine
+  PENDING      messages that nobody has taken: while it grows, the stage has
+               too few NPUs
+  IN WORK      taken and not finished
+  REDELIVERED  of these, those given out more than once, as after a kill
+  MEMORY       NPUs; host is for pictures and long prompts, shared0 for the
+               weights of all NPUs
+  KIND         kv: keys and values; log: tokens of answers; mm: encoded
+               pictures; pixels: pictures to encode
+  USED         content; PADDED: lost to whole pages
+  CACHED       of both, what is given up when somebody needs the room
+  PEAK         most of both so far
+  SPACE        files of memory. BOOKED: USED and PADDED of all; KEPT: freed or
+               taken ahead; UNREADY: still to be taken ahead (--ready-memory);
+               RESIDENT: what the system says that the file takes
+  HOLDERS      processes that use a set of weights
+
+What instances say of themselves is up to a second old, so that just after a change the first table may show the NPUs from before.
+
+Examples:
   trireme status
   trireme status --json | jq '.queues[] | {stage, pending, in_work}'
   trireme status --nats-url nats://127.0.0.1:14222`

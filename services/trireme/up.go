@@ -341,7 +341,7 @@ func checkNATS(ctx context.Context, url string) error {
 	defer cancel()
 	nc, err := nats.Connect(url, nats.Timeout(5*time.Second))
 	if err != nil {
-		return fmt.Errorf("%w--nats-url: %w", errUsage, bus.ConnectError(url, err))
+		return fmt.Errorf("%w--nats-url, or TRIREME_NATS_URL: %w; without either up starts a NATS of its own", errUsage, bus.ConnectError(url, err))
 	}
 	defer nc.Close()
 	if v := nc.ConnectedServerVersion(); tooOld(v) {

@@ -117,12 +117,15 @@ func TestStory(t *testing.T) {
 		}
 		return b.String()
 	}
+	unknown := decision("id")
+	unknown.Decision.Inputs.TTFT, unknown.Decision.Inputs.TPOT = -1, -1
 	for what, want := range map[string][]string{
 		tell(decision("id"), nil): {
 			"Decision id, event 10", "3 NPUs with instances, 3 spare; 50% of requests met the target of TTFT", "180 prompt tokens/s", "not known", "at most 0.10",
 			"widen prefill-0 to 2 NPUs", "encode would have 0 NPUs", "and 3 more", "What was chosen: widen prefill-0", "it is not known yet",
 			"4 pending, 3 in work, 2 at the entrance, the oldest for 1.5s", "demand 3ms old, queues 0s old, instances not known",
 		},
+		tell(unknown, nil): {"3 spare; whether requests met their targets lately is not known."},
 		tell(decision("id"), new(outcome("id", 0.72))): {"made in 1.5s; 20s later 72% of what prefill is sized for is asked of it, as expected", "expected", "measured", "95%"},
 		tell(decision("id"), &late):                    {"130% of what prefill is sized for", "expected were 70%: it needs 2.6 NPUs now and 1.4 then"},
 		tell(decision("id"), &drift):                   {"it needs 0.5 NPUs now and 1.4 then"},

@@ -119,8 +119,11 @@ func (b *writer) decision(s *Story, d *Decision) {
 
 // seen is what a decision was made from.
 func (b *writer) seen(in *autoscale.Inputs, m *Measured, queues *[autoscale.Stages]autoscale.Queue) {
-	b.line("What was seen: %d NPUs with instances, %d spare; %s of requests met the target of TTFT lately, %s that of TPOT.", in.NPUs, in.Spare,
-		share(in.TTFT), share(in.TPOT))
+	met := fmt.Sprintf("%s of requests met the target of TTFT lately, %s that of TPOT", share(in.TTFT), share(in.TPOT))
+	if in.TTFT < 0 && in.TPOT < 0 {
+		met = "whether requests met their targets lately is not known"
+	}
+	b.line("What was seen: %d NPUs with instances, %d spare; %s.", in.NPUs, in.Spare, met)
 	t := b.table("STAGE\tNPUS\tNEED\tASKED OF IT\tBUSY\tARRIVES\tAN NPU DOES\tWAITS\tQUEUE")
 	units := [autoscale.Stages]string{"visual tokens/s", "prompt tokens/s", "tokens/s"}
 	waits := [autoscale.Stages]string{"visual tokens", "prompt tokens", "sequences"}
