@@ -156,7 +156,7 @@ func TestScalerStartsProcesses(t *testing.T) {
 			t.Errorf("%+v", out)
 		}
 		add.Count = 3
-		if out := do("d", add); out.Done || !strings.Contains(out.Why, "2 are spare") {
+		if out := do("d", add); out.Done || !strings.Contains(out.Why, "and there are 2:") {
 			t.Errorf("%+v", out)
 		}
 		// Somebody has seen a greater fence.

@@ -67,7 +67,7 @@ func TestReplicasComeAndGo(t *testing.T) {
 		t.Fatalf("one decoder more: %+v, %s", more, said)
 	}
 	ask("with two decoders")
-	if _, said := scale("prefill", "--replicas", "2"); !strings.Contains(said, "0 are spare") {
+	if _, said := scale("prefill", "--replicas", "2"); !strings.Contains(said, "and there are 0") {
 		t.Errorf("more than there is: %q", said)
 	}
 	less, said := scale("decoder", "--replicas", "1")
