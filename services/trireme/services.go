@@ -377,7 +377,7 @@ type weightsFlags struct {
 
 // readyFlag says how much memory is taken from the system before it is wanted.
 type readyFlag struct {
-	ReadyMemory conf.Bytes `help:"Memory of each NPU that the HMM takes from the system before anybody wants it, and keeps beside what is in use. Who adds, shrinks or moves NPUs then does not wait for it, as it would not on an accelerator: on virtual machines memory that is touched first comes at less than 1 GB/s." default:"0" placeholder:"SIZE"`
+	ReadyMemory conf.Bytes `help:"Memory of each NPU that the HMM takes from the system before anybody wants it, as long as a sixteenth of the machine's is free, and keeps beside what is in use. Who adds, shrinks or moves NPUs then does not wait for it, as it would not on an accelerator: on virtual machines memory that is touched first comes at less than 1 GB/s." default:"0" placeholder:"SIZE"`
 }
 
 // cacheFlags say how much memory the caches may keep.
