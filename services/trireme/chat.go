@@ -196,6 +196,9 @@ func (c *chatCmd) ask(e *env, client openai.Client, p openai.ChatCompletionNewPa
 		}
 	}
 	if err := stream.Err(); err != nil {
+		if !c.JSON && r.Answer != "" {
+			fmt.Fprintln(e.out) // the error gets a line of its own
+		}
 		return nil, err
 	}
 	if !c.JSON {
@@ -225,7 +228,7 @@ func (c *chatCmd) explain(err error) error {
 		return fmt.Errorf("%s is a server, but not one with OpenAI's API: it answers 404; say with --url where the gateway is", c.URL)
 	case strings.Contains(err.Error(), "malformed HTTP"):
 		return fmt.Errorf("what listens at %s does not speak HTTP: say with --url where the gateway is", c.URL)
-	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("%s closed the connection before the answer was complete: it has stopped or was started again; ask once more", c.URL)
 	}
 	return fmt.Errorf("asking %s: %w", c.URL, err)

@@ -43,6 +43,17 @@ func TestChatElsewhere(t *testing.T) {
 	t.Cleanup(other.Close)
 	dies := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
 	t.Cleanup(dies.Close)
+	breaks := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		fmt.Fprint(w, `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"1 2"}}]}`+"\n\n")
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}))
+	t.Cleanup(breaks.Close)
+	var out, said bytes.Buffer
+	if run([]string{"chat", "--url", breaks.URL, "--model", "m", "hi"}, nil, &out, &said) != exitFailed || out.String() != "1 2\n" || !strings.Contains(said.String(), "closed the connection") {
+		t.Errorf("an answer that ends in the middle: %q, %q", out.String(), said.String())
+	}
 	nats, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

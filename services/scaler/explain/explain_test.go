@@ -117,6 +117,8 @@ func TestStory(t *testing.T) {
 		}
 		return b.String()
 	}
+	fast := decision("id")
+	fast.Decision.Inputs.Stages[1].Capacity = 13904.2
 	unknown := decision("id")
 	unknown.Decision.Inputs.TTFT, unknown.Decision.Inputs.TPOT = -1, -1
 	for what, want := range map[string][]string{
@@ -125,6 +127,7 @@ func TestStory(t *testing.T) {
 			"widen prefill-0 to 2 NPUs", "encode would have 0 NPUs", "and 3 more", "What was chosen: widen prefill-0", "it is not known yet",
 			"4 pending, 3 in work, 2 at the entrance, the oldest for 1.5s", "demand 3ms old, queues 0s old, instances not known",
 		},
+		tell(fast, nil):    {"13904"},
 		tell(unknown, nil): {"3 spare; whether requests met their targets lately is not known."},
 		tell(decision("id"), new(outcome("id", 0.72))): {"made in 1.5s; 20s later 72% of what prefill is sized for is asked of it, as expected", "expected", "measured", "95%"},
 		tell(decision("id"), &late):                    {"130% of what prefill is sized for", "expected were 70%: it needs 2.6 NPUs now and 1.4 then"},

@@ -131,7 +131,7 @@ func (b *writer) seen(in *autoscale.Inputs, m *Measured, queues *[autoscale.Stag
 		x := &in.Stages[k]
 		does, need := "not known", "not known"
 		if x.Capacity > 0 {
-			does = fmt.Sprintf("%.4g", x.Capacity)
+			does = figure(x.Capacity)
 		}
 		if !x.Unknown {
 			need = fmt.Sprintf("%.2f", x.Need)
@@ -139,10 +139,18 @@ func (b *writer) seen(in *autoscale.Inputs, m *Measured, queues *[autoscale.Stag
 		if x.AtMost {
 			need = "at most " + need
 		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%.4g %s\t%s\t%.4g %s\t%s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], x.Demand, units[k],
-			does, x.Backlog, waits[k], queued(&queues[k]))
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%.0f%%\t%s %s\t%s\t%s %s\t%s\n", k, x.NPUs, need, percent(in.Utilisation[k]), 100*m.Busy[k], figure(x.Demand), units[k],
+			does, figure(x.Backlog), waits[k], queued(&queues[k]))
 	}
 	t.Flush() //nolint:errcheck // into memory
+}
+
+// figure writes a number with four digits that count, and never as 1.39e+04.
+func figure(x float64) string {
+	if x >= 1000 {
+		return fmt.Sprintf("%.0f", x)
+	}
+	return fmt.Sprintf("%.4g", x)
 }
 
 // queued is the state of a queue.

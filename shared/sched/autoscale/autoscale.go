@@ -283,7 +283,7 @@ func (s *State) shrink(d *Decision, o *options, w window, missed bool) bool {
 		return false
 	}
 	d.Change = best.Change
-	d.Why = fmt.Sprintf("no more than %.1f, %.1f and %.1f NPUs were needed in %v: %s", need[Encode], need[Prefill], need[Decode], p.Shrink.Window, best.Change.Sentence())
+	d.Why = fmt.Sprintf("encode, prefill and decode needed no more than %.1f, %.1f and %.1f NPUs in %v: %s", need[Encode], need[Prefill], need[Decode], p.Shrink.Window, best.Change.Sentence())
 	return true
 }
 
