@@ -65,7 +65,7 @@ func TestCommandsStandAlone(t *testing.T) {
 // A command line that cannot be read is one line that says where more is said; none at all is answered with the help.
 func TestCommandLineThatCannotBeRead(t *testing.T) {
 	for args, want := range map[string]string{
-		"model verify x":               "trireme: missing flags: --golden=STRING (trireme model verify --help tells more)\n",
+		"model verify x":               "trireme: missing flags: --golden=DIR (trireme model verify --help tells more)\n",
 		"model":                        "trireme: expected one of \"verify\", \"tokenize\" (trireme model --help tells more)\n",
 		"scale":                        "trireme: expected \"<instance>\" (trireme scale --help tells more)\n",
 		"nonsense":                     "trireme: unexpected argument nonsense (trireme --help tells more)\n",
@@ -77,6 +77,11 @@ func TestCommandLineThatCannotBeRead(t *testing.T) {
 		if text, status := said(strings.Fields(args)...); status != exitUsage || text != want {
 			t.Errorf("%s: status %d, %q; want %q", args, status, text, want)
 		}
+	}
+	empty := t.TempDir()
+	want := "trireme up: --model " + empty + ": it has no config.json, so it is not the folder of a Hugging Face model\n"
+	if text, status := said("up", "--model", empty, "--data", t.TempDir(), "--http", "127.0.0.1:0", "--nats", "127.0.0.1:0", "--monitor", "127.0.0.1:0"); status != exitUsage || text != want {
+		t.Errorf("a folder without a model: status %d, %q; want %q", status, text, want)
 	}
 	help, _ := said("--help")
 	if text, status := said(); status != exitUsage || text != help {

@@ -256,6 +256,9 @@ func modelDir(given, data string) (string, error) {
 		return "", fmt.Errorf("%w--model %s: there is no such folder, and models are not downloaded: fetch one first, as with "+
 			"`hf download NAME --local-dir DIR`, or leave --model out for the bundled one", errUsage, given)
 	}
+	if _, err := os.Stat(filepath.Join(given, "config.json")); errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w--model %s: it has no config.json, so it is not the folder of a Hugging Face model", errUsage, given)
+	}
 	return given, nil
 }
 

@@ -51,7 +51,7 @@ func ParseTopology(s string) (Topology, error) {
 		}
 		m := groupPattern.FindStringSubmatch(rest)
 		if m == nil {
-			return Topology{}, fmt.Errorf("%w %q at %q: expected something like 2E1P1D, 1Dx4, 4EPD or +2", ErrTopology, s, rest)
+			return Topology{}, fmt.Errorf("%w %q at %q: expected something like 2E1P1D, 1Dx4, 4EPD or +2 (E encodes, P computes prompts, D decodes, + is spare NPUs)", ErrTopology, s, rest)
 		}
 		g := Group{Roles: m[2], NPUs: 1}
 		var err error

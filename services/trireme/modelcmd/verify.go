@@ -20,7 +20,7 @@ var ErrDiffers = errors.New("the engine differs from the reference")
 // the largest difference of each tensor, and a summary.
 type Verify struct {
 	Dir     string `arg:"" help:"Model folder in the format of Hugging Face." type:"path"`
-	Golden  string `required:"" help:"Folder of reference outputs: cases.json with pictures and safetensors files, or golden.json." type:"path"`
+	Golden  string `required:"" help:"Folder of reference outputs: cases.json with pictures and safetensors files, or golden.json." type:"path" placeholder:"DIR"`
 	JSON    bool   `name:"json" help:"Write one JSON object instead of lines."`
 	Backend string `help:"Backend to verify: host or reference (plain Go, slow)." default:"host"`
 	Threads int    `help:"Worker threads; 0: one for each processor." default:"0"`
