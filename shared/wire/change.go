@@ -180,7 +180,10 @@ type ChangePlan struct {
 func (r *ChangeReport) Sentence() string {
 	p := &r.Plan
 	head := r.Kind + " " + r.ID + ": "
-	what := fmt.Sprintf("%.3g MB to copy", float64(p.Bytes)/1e6)
+	what := "nothing to copy"
+	if p.Bytes > 0 {
+		what = fmt.Sprintf("%.3g MB to copy", float64(p.Bytes)/1e6)
+	}
 	if p.HasExperts() {
 		what = fmt.Sprintf("%d experts to other NPUs, %d copies dropped, %s, balance %.2f to %.2f", p.Copies, p.Drops, what, p.Was, p.Will)
 	}
