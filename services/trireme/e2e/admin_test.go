@@ -44,7 +44,7 @@ func TestAdminEndpoints(t *testing.T) {
 	}{
 		{"decoder/scale", `{"npus":4}`, 409, "2 more NPUs are wanted"},
 		{"nobody/scale", `{"npus":3}`, 404, "no such instance"},
-		{"gateway/scale", `{"npus":3}`, 404, "no such instance"},
+		{"gateway/scale", `{"npus":3}`, 404, "a gateway has no NPUs"},
 		{"decoder/scale", `{"npus":"many"}`, 400, "no number of NPUs"},
 		{"decoder/scale", `{}`, 400, "npus is missing"},
 		{"decoder/scale", ``, 400, "npus is missing"},
