@@ -100,10 +100,6 @@ func chaosOfAnything(t *testing.T, domains string, rng *rand.Rand, n int) {
 		t.Fatal(err)
 	}
 	defer b.Close()
-	view, err := b.Instances(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
 	l.begin()
 	defer l.stop.Store(true)
 	ends, kills := map[string]int{}, map[string]int{}
@@ -112,7 +108,7 @@ func chaosOfAnything(t *testing.T, domains string, rng *rand.Rand, n int) {
 		if x.victim != "" {
 			kills[x.victim]++
 		}
-		end := x.happen(t, c, b, view, server)
+		end := x.happen(t, c, b, server)
 		ends[x.args[0]+" "+end]++
 		t.Logf("%s: operation %d: trireme %s; %s killed after %v: %s", time.Now().Format("15:04:05"), i, strings.Join(x.args, " "),
 			x.victim, x.after, end)
@@ -144,9 +140,15 @@ func (c *cluster) all(t *testing.T, view *bus.Instances) map[string]wire.Instanc
 }
 
 // happen has it happen, and returns how the operation has ended.
-func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instances, server *bustest.Process) string {
+func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, server *bustest.Process) string {
 	t.Helper()
 	path, err := binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	view, err := b.Instances(ctx) // a new one: an older one may be behind for a while when NATS was away
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,9 +195,7 @@ func (x anything) happen(t *testing.T, c *cluster, b *bus.Bus, view *bus.Instanc
 	}
 	end := strings.TrimSpace(said.String())
 	known := x.said(t, out.Bytes())
-	if x.victim == "nats" { // who asks then sees no instance before its next heartbeat
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
+	if x.victim == "nats" {
 		if view, err = b.Instances(ctx); err != nil {
 			t.Fatal(err)
 		}
