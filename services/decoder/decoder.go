@@ -168,13 +168,10 @@ func (d *decoder) grow(ctx context.Context, s *sequence) {
 		switch {
 		case err == nil:
 			hbm.Prefault(objs...)
-			added := false
-			d.between(func() { added = d.addSlab(s, seat, objs[0]) })
-			if added {
+			if d.added(ctx, s, seat, objs[0]) {
 				return
 			}
-			d.release(ctx, s, objs[0]) // it has moved meanwhile
-			continue
+			continue // it has moved meanwhile
 		case ctx.Err() != nil:
 			return
 		case !errors.Is(err, mem.ErrExhausted):

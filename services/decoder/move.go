@@ -65,7 +65,17 @@ func (d *decoder) move(ctx context.Context, s *sequence) {
 	})
 }
 
-// release gives a slab up that was taken for s on an NPU where s is not any more; the request's hold, too.
+// added gives s the slab that was taken for it at a seat, or the slab back when s is not there any more: false.
+func (d *decoder) added(ctx context.Context, s *sequence, seat *stage.Seat, o *hbm.Object) (added bool) {
+	s.settling.Lock()
+	defer s.settling.Unlock()
+	if d.between(func() { added = d.addSlab(s, seat, o) }); !added {
+		d.release(ctx, s, o)
+	}
+	return added
+}
+
+// release gives a slab up that was taken for s on an NPU where s is not any more; the request's hold, too. s is not settling.
 func (d *decoder) release(ctx context.Context, s *sequence, o *hbm.Object) {
 	if log, err := d.log(s); err == nil {
 		if err := d.HBM.Inherit(ctx, s.claim, log, nil, []mem.Handle{o.Handle()}); err != nil && ctx.Err() == nil {
@@ -272,6 +282,8 @@ func (d *decoder) settle(
 			drop = append(drop, slab.Handle())
 		}
 	}
+	s.settling.Lock()
+	defer s.settling.Unlock()
 	err := d.HBM.Inherit(ctx, s.claim, log, keep, drop)
 	var before []*hbm.Object
 	d.between(func() {

@@ -45,6 +45,10 @@ type sequence struct {
 	parked    bool // while it does, until the HMM has taken note
 	missed    int  // steps, while it was parked
 
+	// settling is for errands: held while the HMM takes note of another log, until s is where that is. A slab that comes meanwhile is for
+	// neither place yet, and nobody may name the log before again.
+	settling sync.Mutex
+
 	life    context.Context // until the loop lets go; set by attend
 	release func()          // ends life
 	errands sync.WaitGroup  // running
