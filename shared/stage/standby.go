@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,7 +28,11 @@ func (s *Stage) tellReady() {
 		s.emit(wire.EventStandby, fmt.Sprintf("stands by for %s, without NPUs", s.Model.Name))
 		return
 	}
-	text := fmt.Sprintf("serves %s on NPUs %v", s.Model.Name, s.HBM.NPUs())
+	var npus []string
+	for _, n := range s.HBM.NPUs() {
+		npus = append(npus, strconv.Itoa(n))
+	}
+	text := fmt.Sprintf("serves %s on NPU %s", s.Model.Name, strings.Join(npus, ", "))
 	if _, epoch := s.changes.current(); epoch > 0 { // also of an operation whose process died behind its commit
 		text += fmt.Sprintf(", in epoch %d", epoch)
 	}

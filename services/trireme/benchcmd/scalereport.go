@@ -56,6 +56,9 @@ func (r *ScaleReport) writeTable(w io.Writer) error {
 		return err
 	}
 	fmt.Fprintln(w)
+	if slices.ContainsFunc(r.Bars, func(b scaling.Bar) bool { return !b.Kept }) {
+		fmt.Fprintln(w, "bars are for the default size on a machine with nothing else to do: of a smaller model, what is the same for every size counts for more")
+	}
 	if !r.Compared {
 		fmt.Fprintln(w, "answers were not compared with those of an instance that does not change, so that none is known to be changed")
 	}
