@@ -296,14 +296,37 @@ func TestJoinRecordsAreSwept(t *testing.T) {
 }
 
 // A gateway that does not read as fast as tokens come loses messages to its own NATS client, and its clients nothing: what is
-// missing is asked for again, and so is what stages asked.
+// missing is asked for again, and so is what stages asked. It does read slower: all messages of an answer come at once, each beside many runs of
+// requests that are nobody's, which take longer to decode than to receive.
 func TestSlowConsumer(t *testing.T) {
+	text := strings.Repeat("far too much to read ", 60)
 	f := start(t, func(cfg *gateway.Config, s *stages) {
 		cfg.Inbox = 1
-		s.answer = func(question) []int32 { return append(s.ids(strings.Repeat("far too much to read ", 60)), eos) }
+		s.answer = func(question) []int32 { return append(s.ids(text), eos) }
+		strangers := make([]wire.Run, 500)
+		for i := range strangers {
+			strangers[i] = wire.Run{Request: "nobody's", Index: i * 16, IDs: make([]int32, 16)}
+		}
+		s.decode = func(_ *wire.Decode, q question) bool {
+			ids := s.all(q)
+			s.note(func() { s.logs[part{q.ID, q.Choice}] = ids })
+			var commands []byte
+			for at := 1; at < len(ids); at++ {
+				data, err := wire.Marshal(&wire.Tokens{Instance: "stages", Items: append(strangers[:len(strangers):len(strangers)], *s.run(q, ids, at, at+1))})
+				if err != nil {
+					t.Error(err)
+					return true
+				}
+				commands = fmt.Appendf(commands, "PUB %s %d\r\n%s\r\n", wire.SubjectTokens(q.Gateway), len(data), data)
+			}
+			if err := s.raw(commands); err != nil {
+				t.Error(err)
+			}
+			s.confirmed(t.Context(), q, ids, len(ids))
+			return true
+		}
 	})
 	const clients = 4
-	want := strings.Repeat("far too much to read ", 60)
 	answers := make(chan string, clients)
 	for range clients {
 		go func() {
@@ -312,7 +335,7 @@ func TestSlowConsumer(t *testing.T) {
 		}()
 	}
 	for range clients {
-		if got := <-answers; !strings.HasPrefix(got, "200") || !strings.Contains(got, want) {
+		if got := <-answers; !strings.HasPrefix(got, "200") || !strings.Contains(got, text) {
 			t.Errorf("got %s", got)
 		}
 	}

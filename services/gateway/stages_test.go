@@ -1,11 +1,16 @@
 package gateway_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"image"
 	_ "image/png"
+	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -331,6 +336,34 @@ func (s *stages) send(gateway string, r *wire.Run) {
 		return
 	}
 	_ = s.bus.Send(wire.SubjectTokens(gateway), &wire.Tokens{Instance: "stages", Items: []wire.Run{*r}})
+}
+
+// raw sends commands of NATS' protocol on a connection of their own, as fast as the kernel takes them, and returns once the server has had them.
+func (s *stages) raw(commands []byte) error {
+	conn, err := net.Dial("tcp", s.bus.Conn().ConnectedAddr())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(time.Minute))
+	told := bufio.NewReader(conn)
+	if _, err := told.ReadString('\n'); err != nil { // INFO
+		return err
+	}
+	if _, err := conn.Write(slices.Concat([]byte("CONNECT {\"verbose\":false}\r\n"), commands, []byte("PING\r\n"))); err != nil {
+		return err
+	}
+	for {
+		line, err := told.ReadString('\n')
+		switch {
+		case err != nil:
+			return err
+		case strings.HasPrefix(line, "PONG"):
+			return nil
+		case strings.HasPrefix(line, "-ERR"):
+			return errors.New(strings.TrimSpace(line))
+		}
+	}
 }
 
 func (s *stages) sendTo(request string, r *wire.Run) {
