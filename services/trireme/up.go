@@ -8,8 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"net"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -92,7 +90,7 @@ func (upCmd) Help() string {
 under encoder, prefill, decoder, stage or hmm says one. Of several of a kind each needs its own: with port 0 it takes a free one,
 which trireme status --json names.
 
-When a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
+When all instances of the topology are there, and a request would succeed, "ready URL" is printed. Ctrl-C stops everything in order, a
 second one, a second or more later, at once.`
 }
 
@@ -505,6 +503,9 @@ func (c *upCmd) serve(e *env, p *plan) error {
 	address := "http://" + p.http
 	loaded := watchLoading(ctx, p.natsURL, e.err)
 	err = waitHealthy(ctx, address, e.err)
+	if err == nil {
+		err = waitStages(ctx, p.natsURL, c.node(), stages.names, e.err)
+	}
 	loaded()
 	if err == nil {
 		ready.Store(true)
@@ -537,53 +538,4 @@ func (c *upCmd) stop(w io.Writer, s *supervise.Supervisor, stages []string) erro
 		errs = append(errs, s.Stop(layer.grace, layer.names...))
 	}
 	return errors.Join(errs...)
-}
-
-// patience is how long up waits for health before it says what is missing, each time again.
-const patience = 10 * time.Second
-
-// waitHealthy polls /health until it is 200. What it names as missing is told from time to time.
-func waitHealthy(ctx context.Context, address string, w io.Writer) error {
-	if u, err := url.Parse(address); err == nil { // a wildcard address is asked through loopback
-		if ip := net.ParseIP(u.Hostname()); ip != nil && ip.IsUnspecified() {
-			address = "http://" + net.JoinHostPort("127.0.0.1", u.Port())
-		}
-	}
-	client := http.Client{Timeout: 2 * time.Second}
-	for told := time.Now(); ; {
-		status, said, err := health(ctx, &client, address)
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err == nil && status == http.StatusOK:
-			return nil
-		case time.Since(told) >= patience:
-			told = time.Now()
-			if errors.Is(err, syscall.ECONNREFUSED) {
-				said = "for the gateway, which does not listen yet"
-			} else if err != nil {
-				said = err.Error()
-			}
-			fmt.Fprintf(w, "waiting   %s\n", said)
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-func health(ctx context.Context, client *http.Client, address string) (status int, said string, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address+"/health", nil)
-	if err != nil {
-		return 0, "", err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return 0, "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
-	return resp.StatusCode, strings.TrimSpace(string(body)), err
 }
