@@ -179,7 +179,9 @@ func (r *replicas) apply(ask wire.Replicas, granted func() (grants, error)) wire
 				"instance have fewer", needs(more, report.NPUs), len(has.spare), need-len(has.spare))
 		}
 		if ask.Check {
-			r.weigh(&report, r.groups[i].Group, more, has)
+			if err := r.foresee(&report, &r.groups[i], more, has); err != nil {
+				return no("%v", err)
+			}
 		}
 	case more < 0:
 		has, err := granted()

@@ -35,11 +35,8 @@ var roleLetters = map[rune]string{'E': StageEncode, 'P': StagePrefill, 'D': Stag
 
 // RoleNamed is the role that an operator means by encoder, prefill, decoder, or by letters such as EP.
 func RoleNamed(word string) (string, error) {
-	if letter := map[string]string{"encoder": "E", "prefill": "P", "decoder": "D"}[word]; letter != "" {
-		word = letter
-	}
 	var roles []string
-	for _, letter := range word {
+	for _, letter := range RoleLetters(word) {
 		role := roleLetters[letter]
 		if role == "" || slices.Contains(roles, role) {
 			roles = nil

@@ -2,7 +2,6 @@ package stage
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 
@@ -86,38 +85,13 @@ func (s *Stage) DropWeights(npu int, keep hf.Experts) error {
 	return s.weights.drop(npu, kept)
 }
 
-// each are the parts of the model that the roles need.
-func (w *weights) each() (parts []hf.Parts) {
-	for _, part := range []hf.Parts{hf.Text, hf.Vision} {
-		if w.parts&part != 0 && (part != hf.Vision || w.stage.Model.Vision != nil) {
-			parts = append(parts, part)
-		}
-	}
-	return parts
-}
-
-// needs are the objects of what the roles need with some experts, with their sizes in bytes.
-func (w *weights) needs(experts hf.Experts) (map[object]int64, error) {
-	all := map[object]int64{}
-	for _, part := range w.each() {
-		set, err := w.stage.folder.Needs(part, experts)
-		if err != nil {
-			return nil, err
-		}
-		for i, n := range set.Numbers {
-			all[object{set.Key, n}] = set.Sizes[i]
-		}
-	}
-	return all, nil
-}
-
 // costs is what another layout, on NPUs of other numbers by slot, needs in bytes: fresh is what some memory domain has to get, there being
 // what some have, beside which the larger of both layouts and over bytes more are in use until the old one is let go.
 func (w *weights) costs(
 	there whole, npus []int, layout placement.Layout, next []int, then placement.Layout,
 ) (fresh, over int64, err error) {
 	var before, after int64
-	was, will := w.groups(npus), w.groups(next)
+	was, will := groups(npus, w.stage.HBM.Domain), groups(next, w.stage.HBM.Domain)
 	for domain, g := range was {
 		has, err := w.needs(wanted(npus, layout, g.slots))
 		if err != nil {
@@ -148,62 +122,6 @@ func (w *weights) costs(
 		after, fresh = after+sum(needs), fresh+sum(there.lacks(domain, needs))
 	}
 	return fresh, max(0, before+fresh-max(before, after)), nil
-}
-
-// whole are the weight sets of which a memory domain has every object, whoever uses them.
-type whole struct {
-	sets map[setIn]bool
-	keys map[hf.Parts][32]byte
-}
-
-type setIn struct {
-	domain int
-	key    [32]byte
-}
-
-// whole asks the HMM for the sets that this stage can use. What a domain has only a part of does not count: nobody says which.
-func (w *weights) whole(ctx context.Context) (whole, error) {
-	all := whole{sets: map[setIn]bool{}, keys: map[hf.Parts][32]byte{}}
-	objects, parts := map[string]int{}, map[string][32]byte{}
-	for _, part := range w.each() {
-		set, err := w.stage.folder.Needs(part, nil)
-		if err != nil {
-			return whole{}, err
-		}
-		name := hex.EncodeToString(set.Key[:])
-		all.keys[part], objects[name], parts[name] = set.Key, len(set.Numbers), set.Key
-	}
-	stats, err := w.stage.HBM.Stats(ctx)
-	if err != nil {
-		return whole{}, err
-	}
-	for _, x := range stats.Weights {
-		if n := objects[x.Key]; n > 0 && x.Objects == n && x.Loaded == x.Bytes && !w.disk.own {
-			all.sets[setIn{x.Domain, parts[x.Key]}] = true
-		}
-	}
-	return all, nil
-}
-
-// has reports whether a domain has all of a part of the model.
-func (a *whole) has(domain int, part hf.Parts) bool { return a.sets[setIn{domain, a.keys[part]}] }
-
-// lacks are the objects that are in no such set of a domain.
-func (a *whole) lacks(domain int, needs map[object]int64) map[object]int64 {
-	lacking := map[object]int64{}
-	for x, n := range needs {
-		if !a.sets[setIn{domain, x.key}] {
-			lacking[x] = n
-		}
-	}
-	return lacking
-}
-
-func sum(objects map[object]int64) (bytes int64) {
-	for _, n := range objects {
-		bytes += n
-	}
-	return bytes
 }
 
 // ReleaseWeights takes all weights from an NPU, which is to leave the stage, as DropWeights does.

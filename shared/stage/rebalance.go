@@ -44,7 +44,14 @@ func (s *Stage) weigh(
 	ctx context.Context, p *wire.ChangePlan, ask *wire.Change, present placement.Layout, change *placement.Change, next []int,
 ) error {
 	npus := s.NPUs()
-	there, err := s.weights.whole(ctx)
+	stats, err := s.HBM.Stats(ctx)
+	if err != nil {
+		return err
+	}
+	if s.weights.disk.own { // what others have is not used
+		stats.Weights = nil
+	}
+	there, err := s.weights.whole(stats.Weights)
 	if err != nil {
 		return err
 	}

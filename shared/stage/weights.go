@@ -19,15 +19,14 @@ import (
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/sched/placement"
-	"trireme.dev/shared/wire"
 )
 
 // weights are what a stage has of its model: objects in the HMM's memory, where the first stage of the node that wanted them has
 // loaded them, and the mapped files.
 type weights struct {
+	source
 	stage *Stage
 	told  func(done, total int64) // Config.Loading
-	parts hf.Parts
 	disk  diskRate
 	less  Without
 
@@ -43,12 +42,6 @@ type weights struct {
 	faults    int64              // of this process when it was ready
 }
 
-// object names an object of a weight set.
-type object struct {
-	key    [32]byte
-	number int
-}
-
 // held is an object that is mapped.
 type held struct {
 	set   *hbm.Weights // it came with
@@ -61,15 +54,8 @@ type held struct {
 // loadWeights loads or attaches what the roles need, and begins to populate it in the background.
 func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	w := &weights{
-		stage: s, told: cfg.Loading, populated: make(chan struct{}), domains: map[int]map[object]*held{},
+		source: newSource(s.folder, s.Role), stage: s, told: cfg.Loading, populated: make(chan struct{}), domains: map[int]map[object]*held{},
 		disk: diskRate{own: cfg.OwnWeights, rate: cfg.DiskRate}, less: cfg.Without,
-	}
-	for _, role := range wire.Roles(s.Role) {
-		if role == Encode {
-			w.parts |= hf.Vision
-		} else {
-			w.parts |= hf.Text
-		}
 	}
 	switch cfg.Indirection {
 	case "", IndirectionTable:
@@ -91,35 +77,6 @@ func (s *Stage) loadWeights(ctx context.Context, cfg *Config) (err error) {
 	return nil
 }
 
-// group are the NPUs of an instance that are in one memory domain.
-type group struct {
-	slots   placement.Set
-	numbers []int
-}
-
-// groups are the NPUs of these numbers, by slot, by memory domain.
-func (w *weights) groups(numbers []int) map[int]group {
-	all := map[int]group{}
-	for slot, n := range numbers {
-		if n >= 0 {
-			domain := w.stage.HBM.Domain(n)
-			g := all[domain]
-			all[domain] = group{g.slots.With(slot), append(g.numbers, n)}
-		}
-	}
-	return all
-}
-
-// wanted are the experts that some NPUs of an instance on these have: all, where all NPUs are.
-func wanted(numbers []int, layout placement.Layout, some placement.Set) hf.Experts {
-	for slot, n := range numbers {
-		if n >= 0 && !some.Has(slot) {
-			return func(layer, expert int) bool { return layout[layer][expert]&some != 0 }
-		}
-	}
-	return nil
-}
-
 // load gives each NPU its weights, and the experts that the layout says. NPUs of one memory domain share theirs: the same memory is
 // mapped once, with the experts that any of them has. What is mapped already stays so until keep. It returns what was not. o.Told
 // is told of one domain after the other, together.
@@ -127,7 +84,7 @@ func (w *weights) load(ctx context.Context, npus []NPU, layout placement.Layout,
 	told := o.Told
 	o.pace = hbm.NewPacer(o.Rate)
 	var there int64 // in the domains before
-	for _, g := range w.groups(numbers(npus)) {
+	for _, g := range groups(numbers(npus), w.stage.HBM.Domain) {
 		if told != nil {
 			o.Told = func(done, total int64) { told(there+done, there+total) }
 		}
@@ -210,7 +167,7 @@ func (w *weights) prepare(ctx context.Context, npus []NPU, layout placement.Layo
 // keep unmaps what no NPU of a layout has: that of NPUs that have left, and experts that are elsewhere now. No step may use it any more.
 func (w *weights) keep(npus []NPU, layout placement.Layout) error {
 	has := numbers(npus)
-	groups := w.groups(has)
+	groups := groups(has, w.stage.HBM.Domain)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var errs []error
