@@ -15,8 +15,8 @@ import (
 	"trireme.dev/shared/mem"
 )
 
-// serveNamesake runs another daemon of the node n1, whose end the test looks at.
-func serveNamesake(t *testing.T, nc *nats.Conn) (socket string, ended chan error) {
+// serveNamesake runs another daemon of the node n1, one that says it has been there for so much longer, whose end the test looks at.
+func serveNamesake(t *testing.T, nc *nats.Conn, age time.Duration) (socket string, ended chan error) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "hmm")
 	must(t, err)
@@ -24,6 +24,7 @@ func serveNamesake(t *testing.T, nc *nats.Conn) (socket string, ended chan error
 	socket = filepath.Join(dir, "s")
 	d, err := hmm.New(hmm.Config{Socket: socket, Node: "n1", NPUs: 1, NPUBytes: 64 * page, HostBytes: 64 * page, NATS: nc, NameEvery: 20 * time.Millisecond}, quiet())
 	must(t, err)
+	d.Age(age)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended = make(chan error, 1)
 	stopped := make(chan struct{})
@@ -34,22 +35,19 @@ func serveNamesake(t *testing.T, nc *nats.Conn) (socket string, ended chan error
 
 // Of two daemons of one name, neither of which has seen the other start, exactly one ends, and the other one's clients notice nothing.
 func TestNamesake(t *testing.T) {
-	for _, late := range []bool{false, true} {
+	for _, age := range []time.Duration{0, time.Hour} { // of the first: with none who ends is chance
 		one, other := natsServer(t)
-		socket, first := serveNamesake(t, one)
+		socket, first := serveNamesake(t, one, age)
 		c := dial(t, socket, hbm.Hello{Instance: "d1", Role: "decode"})
 		o := alloc(t, c, hbm.Spec{Kind: mem.KindKV, NPU: 0, Bytes: 100, Ref: ref("r", 1)})
-		if late {
-			time.Sleep(1100 * time.Millisecond) // so long that who was first counts, not chance
-		}
-		socket2, second := serveNamesake(t, other)
+		socket2, second := serveNamesake(t, other, 0)
 		var err error
 		select {
 		case err = <-second:
 			free(t, c, o...)
 			must(t, c.Close())
 		case err = <-first:
-			if late {
+			if age > 0 {
 				t.Fatalf("the one that was there for longer ended: %v", err)
 			}
 			must(t, dial(t, socket2, hbm.Hello{Instance: "d2", Role: "decode"}).Close())
