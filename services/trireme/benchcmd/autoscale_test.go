@@ -11,25 +11,32 @@ import (
 	"testing"
 )
 
+// saysTwice runs what writes a table twice: it has to say some words, and both times the same.
+func saysTwice(t *testing.T, out *bytes.Buffer, run func() error, words ...string) {
+	t.Helper()
+	if err := run(); err != nil {
+		t.Fatal(err)
+	}
+	first := out.String()
+	for _, want := range words {
+		if !strings.Contains(first, want) {
+			t.Errorf("the table does not say %q:\n%s", want, first)
+		}
+	}
+	out.Reset()
+	if err := run(); err != nil || out.String() != first {
+		t.Errorf("the same seed gives another table, %v", err)
+	}
+}
+
 // One scenario, as a table and as JSON with its files.
 func TestAutoscale(t *testing.T) {
 	dir := t.TempDir()
 	var out, progress bytes.Buffer
 	env := Env{Context: context.Background(), Out: &out, Err: &progress}
 	c := Autoscale{Scenarios: []string{"paper"}, Pace: "distserve-opt-13b-a100", Seed: 3, Seeds: 1}
-	if err := c.Run(env); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"SIMULATED", "trireme", "best static", "epd-trigger", "elasticmoe-rule", "hpa-queue", "simulated, not measured"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("the table does not say %q:\n%s", want, out.String())
-		}
-	}
-	first := out.String()
-	out.Reset()
-	if err := c.Run(env); err != nil || out.String() != first {
-		t.Errorf("the same seed gives another table, %v", err)
-	}
+	saysTwice(t, &out, func() error { return c.Run(env) },
+		"SIMULATED", "trireme", "best static", "epd-trigger", "elasticmoe-rule", "hpa-queue", "simulated, not measured")
 	out.Reset()
 	c.JSON, c.CSV, c.Plot = true, filepath.Join(dir, "a.csv"), filepath.Join(dir, "a.svg")
 	if err := c.Run(env); err != nil {

@@ -39,19 +39,8 @@ func TestPlan(t *testing.T) {
 	env := Env{Context: t.Context(), Out: &out, Err: new(bytes.Buffer)}
 	c := smallPlan()
 	c.Beside = []string{"3EPD"}
-	if err := c.Run(env); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"SIMULATED", "2E1PD", "3EPD", "E ", "Not simulated", "Run it:  trireme up --topology ", "2 topologies by chance"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("the table does not say %q:\n%s", want, out.String())
-		}
-	}
-	first := out.String()
-	out.Reset()
-	if err := c.Run(env); err != nil || out.String() != first {
-		t.Errorf("the same seed gives another table, %v", err)
-	}
+	saysTwice(t, &out, func() error { return c.Run(env) },
+		"SIMULATED", "2E1PD", "3EPD", "E ", "Not simulated", "Run it:  trireme up --topology ", "2 topologies by chance")
 	out.Reset()
 	c.JSON, c.Plot = true, filepath.Join(t.TempDir(), "p.svg")
 	if err := c.Run(env); err != nil {
@@ -255,7 +244,10 @@ func TestRunning(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for !slices.ContainsFunc(all.All(), func(i wire.Instance) bool { return i.ID == name }) {
+		for deadline := time.Now().Add(time.Minute); !slices.ContainsFunc(all.All(), func(i wire.Instance) bool { return i.ID == name }); {
+			if time.Now().After(deadline) {
+				t.Fatalf("no heartbeat of %s", name)
+			}
 			time.Sleep(10 * time.Millisecond)
 		}
 	}
