@@ -106,10 +106,10 @@ func copies(from, to []placement.Set) int {
 }
 
 // TestBruteForce compares plans with every placement that there is: the busiest NPU has at most a tenth more than in the best
-// one, and the copies are, all cases together, at most 4% more than the fewest with which a placement as good as the plan's can be
+// one, and the copies are, all cases together, at most 1.5% more than the fewest with which a placement as good as the plan's can be
 // reached, and never fewer.
 func TestBruteForce(t *testing.T) {
-	const cases, slack = 1000, 0.05
+	const cases, slack = 10_000, 0.05
 	r := rand.New(rand.NewPCG(1, 2))
 	made, fewest, worst := 0, 0, 1.0
 	for range cases {
@@ -136,7 +136,7 @@ func TestBruteForce(t *testing.T) {
 		made, fewest, worst = made+len(c.Copies), fewest+few, max(worst, got/best)
 	}
 	t.Logf("%d cases: at worst %.3f of the best balance, %d copies where %d are the fewest", cases, worst, made, fewest)
-	if float64(made) > 1.04*float64(fewest) {
+	if float64(made) > 1.015*float64(fewest) {
 		t.Errorf("%d copies, %d are the fewest", made, fewest)
 	}
 }

@@ -161,6 +161,14 @@ func (l *layer) price(e int, to Set) int {
 	return (to &^ l.old[e]).Len() - (l.has[e] &^ l.old[e]).Len()
 }
 
+// copies are how many have to be made.
+func (l *layer) copies() (n int) {
+	for e, s := range l.has {
+		n += (s &^ l.old[e]).Len()
+	}
+	return n
+}
+
 // thin undoes what turned out not to be needed: a new copy goes, or back to where the expert was, if the bound holds without it.
 func (l *layer) thin(bound uint64) {
 	bound = max(bound, l.busiest())

@@ -89,8 +89,8 @@ func (l *layer) heaviest() int {
 }
 
 // fill places all experts anew, as EPLB does: one copy each; then, spare times, one more of the expert whose copies have the
-// largest share; then the copies by falling share, each to the NPU with the least load that has a slot.
-func (l *layer) fill(spare int) {
+// largest share, but not of the expert single; then the copies by falling share, each to the NPU with the least load that has a slot.
+func (l *layer) fill(spare, single int) {
 	copies := make([]int, len(l.has))
 	for e := range copies {
 		copies[e] = 1
@@ -98,7 +98,7 @@ func (l *layer) fill(spare int) {
 	for range spare {
 		most := -1
 		for e, c := range copies {
-			if c < l.npus.Len() && (most < 0 || l.share(e, c) > l.share(most, copies[most])) {
+			if c < l.npus.Len() && e != single && (most < 0 || l.share(e, c) > l.share(most, copies[most])) {
 				most = e
 			}
 		}

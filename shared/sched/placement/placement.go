@@ -13,6 +13,7 @@ package placement
 import (
 	"errors"
 	"fmt"
+	"math"
 	"math/bits"
 )
 
@@ -164,37 +165,67 @@ func place(present []Set, load []uint64, npus Set, o Options) []Set {
 	if len(present) == 0 {
 		return []Set{}
 	}
-	bound, anew := makeAnew(load, len(present), npus, o)
 	repaired := newLayer(present, load, npus, o.Slots)
 	repaired.old = present
+	aim := uint64(float64(repaired.least()) * (1 + o.Slack))
+	bound := uint64(math.MaxUint64) // aim, or what the busiest NPU has in the best placement that is found, where nothing comes to the aim
+	var anew []*layer
+	untried := starts(repaired)
+	try := func() {
+		l := newLayer(make([]Set, len(present)), load, npus, o.Slots)
+		l.fill(untried[0].spare, untried[0].single)
+		l.improve(aim)
+		bound = min(bound, max(aim, l.busiest()))
+		anew, untried = append(anew, l), untried[1:]
+	}
+	for len(untried) > 0 && bound > aim {
+		try()
+	}
 	repaired.complete()
 	repaired.improve(bound)
 	repaired.thin(bound)
 	if repaired.busiest() <= bound {
 		return repaired.has
 	}
-	anew.rename(present)
-	anew.thin(bound)
-	return anew.has
-}
-
-// makeAnew returns a layer placed without regard to where experts are, and what the busiest NPU of a placement may have: no more
-// than there, or than the slack allows above what nobody can do better. How many second copies are best depends on how well they
-// pack: all that there is room for are tried first, then fewer.
-func makeAnew(load []uint64, experts int, npus Set, o Options) (bound uint64, best *layer) {
-	for part := 4; part >= 0; part-- {
-		l := newLayer(make([]Set, experts), load, npus, o.Slots)
-		bound = uint64(float64(l.least()) * (1 + o.Slack))
-		l.fill((npus.Len()*o.Slots - experts) * part / 4)
-		l.improve(bound)
-		if best == nil || l.busiest() < best.busiest() {
+	// It is stuck. Of the others that are good enough the one takes its place that needs the fewest copies, once the NPUs have changed their parts so
+	// that much is where it was.
+	for len(untried) > 0 {
+		try()
+	}
+	var best *layer
+	for _, l := range anew {
+		if l.busiest() > bound {
+			continue
+		}
+		l.rename(present)
+		l.thin(bound)
+		if best == nil || l.copies() < best.copies() {
 			best = l
 		}
-		if best.busiest() <= bound {
-			return bound, best
+	}
+	return best.has
+}
+
+// start is how a layer is placed without regard to where experts are.
+type start struct {
+	spare  int // second copies
+	single int // an expert that gets none; -1: any may
+}
+
+// starts are those that are worth a try. How many second copies are best depends on how well they pack: all that there is room for come first,
+// then fewer. Where they are few and large it can be best that one of the experts that nearly fill an NPU has a single one.
+func starts(l *layer) (all []start) {
+	most := l.npus.Len()*l.slots - len(l.load)
+	for part := 4; part >= 0; part-- {
+		all = append(all, start{most * part / 4, -1})
+	}
+	const large = 4 // most of them that are tried
+	for e, load := range l.load {
+		if load > l.mean/2 && load <= l.mean*5/4 && len(all) < 5+large {
+			all = append(all, start{most, e})
 		}
 	}
-	return best.busiest(), best
+	return all
 }
 
 // scale is the load of a layer as a whole: loads are scaled to it, so that sums stay exact integers.
