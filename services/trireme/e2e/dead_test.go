@@ -195,6 +195,7 @@ func TestQuarantineAndReplay(t *testing.T) {
 	if status != 500 || !bytes.Contains(text, []byte(wire.CodeQuarantined)) {
 		t.Fatalf("the request that kills got %d %s", status, text)
 	}
+	eventually(t, "four encoders have said why they end", func() bool { return crashes() >= 4 })
 	if n := crashes(); n != 4 {
 		t.Errorf("%d encoders ran out of memory, want 4", n)
 	}
@@ -220,9 +221,7 @@ func TestQuarantineAndReplay(t *testing.T) {
 	if second.ReplayOf != first.ID || second.Seed != 0 || len(second.Fetched) != 0 || second.Tenant != "search" {
 		t.Errorf("letter of the replay %+v", second)
 	}
-	if got := c.metric(t, "trireme_dead_letters_total"); got != 2 {
-		t.Errorf("%d dead letters are counted", got)
-	}
+	eventually(t, "both dead letters are counted", func() bool { return c.metric(t, "trireme_dead_letters_total") == 2 })
 	before := answers.Load()
 	eventually(t, "the others go on", func() bool { return answers.Load() > before || t.Failed() })
 	stop.Store(true)

@@ -3,8 +3,8 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,7 +38,11 @@ func (c *cluster) events(tb testing.TB, more ...string) []wire.Event {
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	c := start(t)
-	ready := c.events(t, "--kind", wire.EventReady)
+	var ready []wire.Event
+	eventually(t, "events tell of the gateway and of three stages", func() bool { // which are ready before they tell it
+		ready = c.events(t, "--kind", wire.EventReady)
+		return len(ready) >= 4
+	})
 	var decoder string
 	for _, e := range ready {
 		if e.Role == "decode" {
@@ -49,8 +53,8 @@ func TestEvents(t *testing.T) {
 		t.Fatalf("the gateway and three stages are ready, events are %+v", ready)
 	}
 	kill(t, c.pid(t, "decoder"))
-	// What is told of decoders: each of them by kind and whether it is the first one.
-	want := []string{"instance.ready first", "instance.gone first", "instance.ready other"}
+	// What is told of decoders: each of them by kind and whether it is the first one. That it is gone the HMM tells, by a connection of its own.
+	want := []string{"instance.gone first", "instance.ready first", "instance.ready other"}
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		var got []string
 		for _, e := range c.events(t, "--kind", "instance") {
@@ -58,7 +62,7 @@ func TestEvents(t *testing.T) {
 				got = append(got, e.Kind+map[bool]string{true: " first", false: " other"}[e.Instance == decoder])
 			}
 		}
-		if fmt.Sprint(got) == fmt.Sprint(want) {
+		if slices.Sort(got); slices.Equal(got, want) {
 			break
 		}
 		if time.Now().After(deadline) {

@@ -92,8 +92,9 @@ func TestReplicasComeAndGo(t *testing.T) {
 			t.Errorf("%s: %d %s; want %d, %s", x.body, status, said, x.status, x.says)
 		}
 	}
+	// The one that has ended takes nothing any more before it lets go of its NPU, which is kept for it for a while then.
 	status, r, said := post(`{"role":"prefill","replicas":2}`)
-	for deadline := time.Now().Add(time.Minute); strings.Contains(said, "kept for") && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); strings.Contains(said, "spare NPUs") && time.Now().Before(deadline); {
 		time.Sleep(100 * time.Millisecond)
 		status, r, said = post(`{"role":"prefill","replicas":2}`)
 	}

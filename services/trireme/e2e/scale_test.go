@@ -126,7 +126,7 @@ func (c *cluster) scaleOnce(t *testing.T, npus, domains string, epoch uint64) ti
 		return r.Total
 	}
 	want := []string{wire.EventScalePlan, wire.EventScalePrepare, wire.EventScaleCommit, wire.EventScaleRelease, wire.EventScaleDone}
-	if k := c.kinds(t, r.ID); !slices.Equal(k, want) {
+	if k := c.told(t, r.ID); !slices.Equal(k, want) {
 		t.Errorf("events %v, want %v", k, want)
 	}
 	return r.Total

@@ -60,6 +60,7 @@ func TestStandby(t *testing.T) {
 func standby(t *testing.T, domains string) {
 	c := start(t, "--topology", "1E1P1D,1Dx0+1", "--threads", "1", "--domains", domains)
 	c.expectNPUs(t, "decoder-0 1", "decoder-1 0")
+	eventually(t, "an event tells of the standby", func() bool { return len(c.events(t, "--kind", wire.EventStandby)) > 0 })
 	if ready := c.events(t, "--kind", wire.EventStandby); len(ready) != 1 || !strings.HasPrefix(ready[0].Instance, "decoder-1") {
 		t.Errorf("events of standbys: %+v", ready)
 	}

@@ -61,7 +61,7 @@ func (d *doomed) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := lead.Config{Bus: b, ID: "doomed-" + d.Operation.ID, Lease: time.Second, Log: log}
+	cfg := lead.Config{Bus: b, ID: "doomed-" + d.Operation.ID, Lease: 3 * time.Second, Log: log} // a machine may stand still for two
 	return lead.Run(ctx, cfg, func(ctx context.Context, t *lead.Term) error {
 		op := &d.Operation
 		if t.Pending() != nil {
@@ -249,7 +249,7 @@ func TestScalerIsSucceeded(t *testing.T) {
 			t.Errorf("%s: the successor: %v", x.what, err)
 		}
 		for k := range x.commits {
-			kinds := c.kinds(t, fmt.Sprintf("%sx%d", id, k))
+			kinds := c.told(t, fmt.Sprintf("%sx%d", id, k))
 			if n := len(slices.DeleteFunc(slices.Clone(kinds), func(k string) bool { return k != wire.EventScaleCommit })); n != 1 {
 				t.Errorf("%s: half %d came to its commit %d times: %v", x.what, k, n, kinds)
 			}
