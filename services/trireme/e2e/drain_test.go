@@ -70,7 +70,7 @@ func TestRollingRestart(t *testing.T) {
 // A gateway that is told to stop answers what it has; a second signal ends it at once.
 func TestGatewayIsToldToStop(t *testing.T) {
 	t.Parallel()
-	c := start(t, "--grace", "1m")
+	c := start(t, append(eachStep(t, 10), "--grace", "1m")...)
 	p := mixed(t, 2)
 	p.MaxTokens = openai.Int(600)
 	p.SetExtraFields(map[string]any{"ignore_eos": true})

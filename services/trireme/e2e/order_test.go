@@ -31,7 +31,8 @@ func (c *cluster) waiting(tb testing.TB) map[string]any {
 func TestWhoGoesFirst(t *testing.T) {
 	t.Parallel()
 	line := []string{"TRIREME_MAX_OPEN=1", "TRIREME_MAX_QUEUE=2", "TRIREME_QUEUE_WAIT=5m"}
-	c := startWith(t, line, "--topology", "1EPD", "--late", "refuse", "--class", "batch=priority:20,ttft:none", "--tenant-weight", "search=3")
+	c := startWith(t, line, append(eachStep(t, 10), "--topology", "1EPD", "--late", "refuse", "--class", "batch=priority:20,ttft:none",
+		"--tenant-weight", "search=3")...)
 	long := openai.ChatCompletionNewParams{Model: "shapes-vl-moe", MaxTokens: openai.Int(7000),
 		Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage("Count from 1 to 9.")}}
 	long.SetExtraFields(map[string]any{"ignore_eos": true})

@@ -12,6 +12,18 @@ import (
 	"testing"
 )
 
+// eachStep is the flag by which a step of a decoder takes so many milliseconds at the least: what is to happen in the middle of an answer
+// does, however fast the machine is, and whoever else stands still for a moment.
+func eachStep(tb testing.TB, ms int) []string {
+	tb.Helper()
+	file := filepath.Join(tb.TempDir(), "steady.yaml")
+	text := fmt.Sprintf("name: steady\nsource: this test\nencode: {picture_ms: 1}\nprefill: {step_ms: 1}\ndecode: {step_ms: %d}\n", ms)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	return []string{"--pace", file}
+}
+
 // Paced NPUs answer as others do, take at least the time that their profile says, and are labelled wherever figures of theirs
 // are: status, health, models, metrics of stages and gateway, bench.
 func TestPaced(t *testing.T) {

@@ -31,7 +31,7 @@ func TestTenPicturesTravelByHandle(t *testing.T) {
 	if os.Getenv(domainsVariable) == "per-npu" {
 		t.Skip("SKIPPED: between memory domains nothing is mapped; TestDomainsPerNPU asks about ten pictures")
 	}
-	c := start(t, "--topology", "3E1P1D")
+	c := start(t, append(eachStep(t, 10), "--topology", "3E1P1D")...) // the sequence is there for half a minute
 	nc, err := nats.Connect("nats://" + c.nats)
 	if err != nil {
 		t.Fatal(err)
@@ -305,10 +305,11 @@ func (c *cluster) expectNoMemory(tb testing.TB) {
 // nothing is left but what only a cache keeps.
 func nothing(s hbm.Stats) bool { return s.Objects == s.Resting && s.Claims == 0 }
 
-// expectMemory waits until the HMM's memory is as ok wants it.
+// expectMemory waits until the HMM's memory is as ok wants it: less than the 30 s after which messages come again, by which what was forgotten
+// would be found.
 func (c *cluster) expectMemory(tb testing.TB, what string, ok func(hbm.Stats) bool) {
 	tb.Helper()
-	c.expectWithin(tb, 10*time.Second, what, ok)
+	c.expectWithin(tb, 25*time.Second, what, ok)
 }
 
 // expectWithin is expectMemory for what may take longer.
