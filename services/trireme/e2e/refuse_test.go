@@ -191,7 +191,11 @@ func TestChatAndStatus(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "trireme up") {
 		t.Errorf("chat with nothing there: %s, %v", out, err)
 	}
-	s := c.status(t)
+	var s map[string]any
+	eventually(t, "status lists a node", func() bool { // it waits a second for an HMM, which may stand still for longer
+		s = c.status(t)
+		return len(s["nodes"].([]any)) > 0
+	})
 	if n := len(s["instances"].([]any)); n != 4 {
 		t.Errorf("status lists %d instances, want 4", n)
 	}
@@ -220,11 +224,11 @@ func TestTimeoutStopsInOrder(t *testing.T) {
 // A second Ctrl-C does not wait for open requests.
 func TestSecondInterruptStopsAtOnce(t *testing.T) {
 	t.Parallel()
-	c := start(t)
+	c := start(t, eachStep(t, 10)...)
 	p := openai.ChatCompletionNewParams{
 		Model: "shapes-vl-moe", Messages: []openai.ChatCompletionMessageParamUnion{openai.UserMessage("Hello!")},
 	}
-	p.SetExtraFields(map[string]any{"ignore_eos": true}) // thousands of tokens
+	p.SetExtraFields(map[string]any{"ignore_eos": true}) // thousands of tokens: more than a minute
 	client := c.client()
 	stream := client.Chat.Completions.NewStreaming(t.Context(), p)
 	defer stream.Close()

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"os/exec"
 	"slices"
@@ -64,16 +65,25 @@ func TestSpareNPUsAndNames(t *testing.T) {
 	}
 }
 
-// table is what `trireme status` writes.
+// table is what `trireme status` writes, with NPUs.
 func (c *cluster) table(t *testing.T, args ...string) []byte {
 	t.Helper()
 	path, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command(path, append([]string{"status", "--nats-url", "nats://" + c.nats}, args...)...).Output()
-	if err != nil {
-		t.Fatalf("status %v: %v", args, err)
-	}
+	return statusOf(t, path, "nats://"+c.nats, "/0", args...)
+}
+
+// statusOf is what `trireme status` writes, once that names an NPU: it waits a second for an HMM, which may stand still for longer.
+func statusOf(t *testing.T, path, nats, npu string, args ...string) (out []byte) {
+	t.Helper()
+	eventually(t, "the HMM tells of its NPUs", func() bool {
+		var err error
+		if out, err = exec.Command(path, append([]string{"status", "--nats-url", nats}, args...)...).Output(); err != nil {
+			t.Fatalf("status %v: %v", args, err)
+		}
+		return bytes.Contains(out, []byte(npu))
+	})
 	return out
 }
