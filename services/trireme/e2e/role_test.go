@@ -118,7 +118,7 @@ func TestRoleSwitchCutOff(t *testing.T) {
 
 	// The command is killed while the first operation goes on, which ends by itself; the NPU is kept for the taker, then for anybody.
 	var said bytes.Buffer
-	cmd := c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "1s")
+	cmd := c.roleCommand(t, npu, "prefill", "--hold", "prepare", "--hold-time", "10s") // it must not come to the second one before it is killed
 	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

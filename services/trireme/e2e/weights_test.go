@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"trireme.dev/shared/hbm"
 )
@@ -14,7 +15,7 @@ import (
 func (c *cluster) weightsHeld(tb testing.TB, stages int) hbm.NPUStats {
 	tb.Helper()
 	var account hbm.NPUStats
-	c.expectMemory(tb, fmt.Sprintf("one weight set for %d stages", stages), func(s hbm.Stats) bool {
+	c.expectWithin(tb, time.Minute, fmt.Sprintf("one weight set for %d stages", stages), func(s hbm.Stats) bool {
 		if len(s.Weights) != 1 || s.Weights[0].Loaded != s.Weights[0].Bytes || s.Weights[0].Holders != stages {
 			return false
 		}
