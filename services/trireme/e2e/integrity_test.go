@@ -35,8 +35,9 @@ type rogue struct {
 
 	held uint64 // number of the last message in the queue that was held last, when that began
 
+	subs []*nats.Subscription // to messages to stages
 	mu   sync.Mutex
-	seen []*nats.Msg // all messages to stages, in order
+	seen []*nats.Msg // all of these, in order
 }
 
 func newRogue(tb testing.TB, c *cluster) *rogue {
@@ -51,13 +52,15 @@ func newRogue(tb testing.TB, c *cluster) *rogue {
 		tb.Fatal(err)
 	}
 	for _, role := range []string{stage.Encode, stage.Prefill, stage.Decode} {
-		if _, err := r.conn.Subscribe(wire.StageSubjects(role), func(m *nats.Msg) {
+		sub, err := r.conn.Subscribe(wire.StageSubjects(role), func(m *nats.Msg) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.seen = append(r.seen, m)
-		}); err != nil {
+		})
+		if err != nil {
 			tb.Fatal(err)
 		}
+		r.subs = append(r.subs, sub)
 	}
 	if r.client, err = hbm.Dial(tb.Context(), filepath.Join(c.data, "hmm.sock"), hbm.Hello{Instance: "rogue", Role: "rogue"}); err != nil {
 		tb.Fatal(err)
@@ -148,8 +151,17 @@ func (r *rogue) newest(role string) []byte {
 	return nil
 }
 
-// snapshot is all messages to stages so far.
+// snapshot is all messages to stages so far: those, too, that NATS has sent and that have not been looked at yet.
 func (r *rogue) snapshot() []*nats.Msg {
+	r.Helper()
+	r.must(r.conn.Flush())
+	for _, sub := range r.subs {
+		eventually(r, "all messages are seen", func() bool {
+			waiting, _, err := sub.Pending()
+			r.must(err)
+			return waiting == 0
+		})
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.seen)
