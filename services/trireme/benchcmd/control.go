@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -145,14 +146,17 @@ func (c *Control) start(e Env) (_ *system, err error) {
 	return s, s.healthy(s.url)
 }
 
-// freeAddress is a local address that nobody listens on.
+// freeAddress is a local address that nobody listens on: not one of the ports from 32768 on, which the system gives to anybody who asks for
+// any, and may before it is used.
 func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("looking for a free port: %w", err)
+	var err error
+	for range 100 {
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(10_000))); err == nil {
+			return l.Addr().String(), l.Close()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", fmt.Errorf("looking for a free port: %w", err)
 }
 
 // run starts a process whose processor time is booked to name.

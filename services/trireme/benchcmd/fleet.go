@@ -42,8 +42,12 @@ func (f *fleet) up(topology, pace string, args []string) error {
 	if err != nil {
 		return err
 	}
+	http, err := freeAddress()
+	if err != nil {
+		return err
+	}
 	f.nats = "nats://" + at
-	all := append([]string{"up", "--topology", topology, "--http", "127.0.0.1:0", "--nats", at, "--monitor", "127.0.0.1:0",
+	all := append([]string{"up", "--topology", topology, "--http", http, "--nats", at, "--monitor", "127.0.0.1:0",
 		"--data", f.dir, "--threads", "1"}, args...)
 	if pace != "" {
 		all = append(all, "--pace", pace)

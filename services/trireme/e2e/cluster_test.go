@@ -154,8 +154,9 @@ func startWith(tb testing.TB, env []string, args ...string) *cluster {
 	}
 	c := &cluster{data: tb.TempDir(), log: &syncBuffer{}, exited: make(chan struct{})}
 	c.nats = fmt.Sprintf("127.0.0.1:%d", freePort(tb))
+	// With port 0 up would take any, and have it free again until the gateway listens, and whenever that is killed.
 	c.cmd = exec.Command(path, append([]string{
-		"up", "--http", "127.0.0.1:0", "--nats", c.nats, "--monitor", "127.0.0.1:0", "--data", c.data,
+		"up", "--http", fmt.Sprintf("127.0.0.1:%d", freePort(tb)), "--nats", c.nats, "--monitor", "127.0.0.1:0", "--data", c.data,
 	}, args...)...)
 	c.cmd.Env = append(os.Environ(), env...)
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // it ends with the tests, however they do
