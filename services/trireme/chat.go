@@ -226,7 +226,8 @@ func (c *chatCmd) explain(err error) error {
 		return err
 	case errors.As(err, &api) && api.StatusCode == http.StatusNotFound:
 		return fmt.Errorf("%s is a server, but not one with OpenAI's API: it answers 404; say with --url where the gateway is", c.URL)
-	case strings.Contains(err.Error(), "malformed HTTP"):
+	// The other one is what net/http says of a server that speaks first, as NATS does, and is heard before it was asked anything.
+	case strings.Contains(err.Error(), "malformed HTTP"), strings.Contains(err.Error(), "readLoopPeekFailLocked: %!w(<nil>)"):
 		return fmt.Errorf("what listens at %s does not speak HTTP: say with --url where the gateway is", c.URL)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("%s closed the connection before the answer was complete: it has stopped or was started again; ask once more", c.URL)
