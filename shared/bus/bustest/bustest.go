@@ -3,8 +3,10 @@
 package bustest
 
 import (
+	"errors"
 	"os"
 	"testing"
+	"time"
 
 	"trireme.dev/shared/bus/embedded"
 )
@@ -54,9 +56,14 @@ func (s *Server) Wipe() {
 // Start starts the server again after Stop, with the same port and store.
 func (s *Server) Start() {
 	s.tb.Helper()
-	server, err := embedded.Start(embedded.Options{Port: s.port, MonitorPort: -1, StoreDir: s.dir})
-	if err != nil {
-		s.tb.Fatal(err)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) { // until the port is free again
+		server, err := embedded.Start(embedded.Options{Port: s.port, MonitorPort: -1, StoreDir: s.dir})
+		if err == nil {
+			s.server = server
+			return
+		}
+		if !errors.Is(err, embedded.ErrPortInUse) || time.Now().After(deadline) {
+			s.tb.Fatal(err)
+		}
 	}
-	s.server = server
 }
