@@ -91,8 +91,8 @@ func (g *Gateway) guard(next echo.HandlerFunc) echo.HandlerFunc {
 
 // windDown returns when all requests that were taken are answered, or have had their time.
 func (g *Gateway) windDown(server *http.Server) {
-	g.doors.stop()
 	server.SetKeepAlivesEnabled(false) // each answer says that it is the connection's last
+	g.doors.stop()                     // behind that: who hears it sends no more on a connection that is about to be closed
 	g.log.Info("stopping: not ready any more", "notice", g.cfg.Notice, "grace", g.cfg.Grace)
 	time.Sleep(g.cfg.Notice)
 	empty := g.doors.close()
