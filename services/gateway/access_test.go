@@ -71,6 +71,7 @@ func TestKeys(t *testing.T) {
 // What is not named as open needs a key, also what there is not.
 func TestWhatNeedsAKey(t *testing.T) {
 	f := keyed(t)
+	f.await("healthy", f.healthy)
 	for _, x := range []struct {
 		method, path, auth string
 		status             int
