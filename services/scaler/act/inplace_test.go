@@ -37,10 +37,15 @@ func TestInPlace(t *testing.T) {
 	s, _ := r.Open(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
 		return s.Serve(ctx, stage.Role{Name: stage.Decode, Slots: 1, Start: func(*stage.Stage) (stage.Worker, error) { return rest{}, nil }})
 	})
-	a, err := act.New(t.Context(), act.Config{Bus: r.Bus, Processes: act.Up, Wait: 100 * time.Millisecond})
-	if err != nil {
-		t.Fatal(err)
+	// An actuator waits for instances that are not there: for one that is about to show itself long, for one that never comes not.
+	actuator := func(wait time.Duration) act.Actuator {
+		a, err := act.New(t.Context(), act.Config{Bus: r.Bus, Processes: act.Up, Wait: wait})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
 	}
+	a := actuator(time.Minute)
 	tm, end := term(t, r.Bus, "one")
 	key := wire.LayoutKey("n", "decoder-0")
 	record := func() *wire.Layout {
@@ -94,10 +99,13 @@ func TestInPlace(t *testing.T) {
 	if out := do("d", autoscale.Change{Action: autoscale.Rebalance, Instance: "decoder-0"}); !out.Done {
 		t.Errorf("rebalance: %+v", out)
 	}
+	patient := a
+	a = actuator(100 * time.Millisecond)
 	if out := do("e", autoscale.Change{Action: autoscale.Move, From: "decoder-0", Instance: "prefill-0", Numbers: spare[:1]}); out.Done ||
 		!strings.Contains(out.Why, fmt.Sprintf("NPUs n/%d left decoder-0 and joined nobody", spare[0])) || len(out.Reports) != 1 {
 		t.Errorf("a move to an instance that is not there: %+v", out)
 	}
+	a = patient
 	if out := do("f", autoscale.Change{Action: autoscale.Remove, Roles: "D", Instance: "decoder-0"}); out.Done || !strings.Contains(out.Why, "nobody starts or stops processes on node n") {
 		t.Errorf("remove where no `trireme up` is: %+v", out)
 	}
