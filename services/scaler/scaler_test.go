@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -27,7 +28,8 @@ import (
 
 // system answers on a real NATS as a gateway, an HMM and an instance of each stage do, whose prefill is asked for more than it does.
 type system struct {
-	bus *bus.Bus
+	bus   *bus.Bus
+	beats *bus.Instances
 
 	mu    sync.Mutex
 	asked uint64 // rounds of questions so far
@@ -39,6 +41,18 @@ type system struct {
 func newSystem(t *testing.T, url string) *system {
 	t.Helper()
 	s := &system{bus: connect(t, url, "system"), npus: [3][]int{{0}, {1}, {2}}, spare: []int{3, 4}}
+	var err error
+	if s.beats, err = s.bus.Instances(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// As if a scaler before had given up the lead: the first one waits for no lease, which is so long that a slow machine does not lose it.
+	store, err := s.bus.JetStream().KeyValue(t.Context(), wire.BucketScaler)
+	if err == nil {
+		_, err = store.Put(t.Context(), "leader", []byte("{}"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	names := []string{"encode", "prefill", "decode"}
 	s.announce(t, func() wire.Instance { return wire.Instance{ID: "gateway-x", Role: "gateway", Node: "n", Ready: true} })
 	for k, role := range names {
@@ -122,6 +136,9 @@ func connect(t *testing.T, url, name string) *bus.Bus {
 	return b
 }
 
+// lease is longer than a busy machine stands still. Who ends in order gives the lead up, so that it is waited for by nobody.
+const lease = 10 * time.Second
+
 // hands is an actuator that makes every change of the system as it is asked for it, and remembers for whom.
 type hands struct {
 	system *system
@@ -153,14 +170,43 @@ func (h *hands) Do(ctx context.Context, t *lead.Term, op *lead.Operation) (act.O
 	defer h.mu.Unlock()
 	if !h.made[op.ID] {
 		h.made[op.ID] = true
-		s := h.system
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		n := len(op.Change.Numbers)
-		s.npus[op.Change.Stage] = append(s.npus[op.Change.Stage], op.Change.Numbers...)
-		s.spare = s.spare[min(n, len(s.spare)):]
+		h.system.change(&op.Change)
+	}
+	if err := h.system.told(ctx); err != nil {
+		return act.Outcome{}, err
 	}
 	return act.Outcome{Done: true}, nil
+}
+
+func (s *system) change(c *autoscale.Change) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.npus[c.Stage] = append(s.npus[c.Stage], c.Numbers...)
+	s.spare = s.spare[min(len(c.Numbers), len(s.spare)):]
+}
+
+// told waits until the heartbeats say which NPUs instances have: what is measured soon behind a change is to be measured with it.
+func (s *system) told(ctx context.Context) error {
+	for {
+		changed, told := s.beats.Changed(), 0
+		s.mu.Lock()
+		for k, role := range []string{"encode", "prefill", "decode"} {
+			for _, i := range s.beats.Role(role) {
+				if slices.Equal(i.NPUs, s.npus[k]) {
+					told++
+				}
+			}
+		}
+		s.mu.Unlock()
+		if told == len(s.npus) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // run runs a scaler until the returned function is called, which returns its error.
@@ -225,7 +271,7 @@ func TestDecidesActsAndTells(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop := run(t, Config{
-		NATSURL: url, Policy: policy, Record: file, Settle: time.Second, Lease: time.Second,
+		NATSURL: url, Policy: policy, Record: file, Settle: time.Second, Lease: lease,
 		Actuator: func(*bus.Bus, *slog.Logger) (act.Actuator, error) { return h, nil },
 	})
 	e := await(t, s.bus, "of a decision", func(e wire.Event) bool { return e.Kind == wire.EventScalerDecision })
@@ -284,7 +330,7 @@ func TestASuccessorEndsWhatWasBegun(t *testing.T) {
 	s.load = 3000
 	h := &hands{system: s, made: map[string]bool{}, begun: make(chan struct{}), hold: make(chan struct{})}
 	cfg := Config{
-		NATSURL: url, Mode: autoscale.Auto, Settle: time.Second, Lease: time.Second,
+		NATSURL: url, Mode: autoscale.Auto, Settle: time.Second, Lease: lease,
 		Actuator: func(*bus.Bus, *slog.Logger) (act.Actuator, error) { return h, nil },
 	}
 	first := run(t, cfg)
@@ -323,7 +369,7 @@ func TestASuccessorMeasuresTheOutcome(t *testing.T) {
 	s.load = 3000
 	h := &hands{system: s, made: map[string]bool{}}
 	cfg := Config{
-		NATSURL: url, Mode: autoscale.Auto, Settle: time.Hour, Lease: time.Second,
+		NATSURL: url, Mode: autoscale.Auto, Settle: time.Hour, Lease: lease,
 		Actuator: func(*bus.Bus, *slog.Logger) (act.Actuator, error) { return h, nil },
 	}
 	first := run(t, cfg)
