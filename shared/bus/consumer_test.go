@@ -237,12 +237,12 @@ func TestDropIsRedelivered(t *testing.T) {
 
 func TestInProgressOutlivesAckWait(t *testing.T) {
 	t.Parallel()
-	const ackWait = 3 * time.Second
+	const ackWait = 8 * time.Second // of which a third passes between two signs of life: the rest is for a machine that stands still
 	b := connect(t, bustest.Run(t).URL(), bus.WithAckWait(ackWait))
 	c := consumer(t, b, bus.StageDecode)
 	publish(t, b, bus.StageDecode, "r", "")
 	d := next(t, c, 1, 1, long)[0]
-	next(t, c, 1, 0, 2*ackWait)
+	next(t, c, 1, 0, ackWait*3/2)
 	ack(t, d)
 	if q := queue(t, b, bus.StageDecode); q.InWork != 0 || q.Redelivered != 0 {
 		t.Errorf("after the ack: %+v", q)

@@ -1,6 +1,7 @@
 package bus_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -24,6 +25,7 @@ type line struct {
 	mu       sync.Mutex
 	moved    *sync.Cond
 	up, down bool // bytes are held
+	waits    bool // what a client has published is
 	conns    []net.Conn
 }
 
@@ -70,6 +72,7 @@ func (l *line) pass(to, from net.Conn, held *bool) {
 	for {
 		n, err := from.Read(buffer)
 		l.mu.Lock()
+		l.waits = l.waits || *held && bytes.Contains(buffer[:n], []byte("PUB "))
 		for *held {
 			l.moved.Wait()
 		}
@@ -92,8 +95,24 @@ func (l *line) pass(to, from net.Conn, held *bool) {
 func (l *line) hold(up, down bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.up, l.down = up, down
+	l.up, l.down, l.waits = up, down, false
 	l.moved.Broadcast()
+}
+
+// untilWaits waits until something that a client has published is held.
+func (l *line) untilWaits(t *testing.T) {
+	t.Helper()
+	for deadline := time.Now().Add(long); ; time.Sleep(time.Millisecond) {
+		l.mu.Lock()
+		waits := l.waits
+		l.mu.Unlock()
+		if waits {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nothing is held")
+		}
+	}
 }
 
 // cut ends all connections. What is held of what their client has sent still gets to the server when it is held no more.
@@ -267,14 +286,20 @@ func TestUnclearLayout(t *testing.T) {
 		}
 		revision := swap(t, b, underWay("op"), 0)
 		line.hold(x.up, x.down)
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-		_, err := b.SwapLayout(ctx, layoutKey, committed("op"), revision)
-		cancel()
-		if !errors.Is(err, bus.ErrUnclear) {
-			t.Fatalf("%s: %v", name, err)
-		}
-		if !x.up {
+		ctx, cancel := context.WithCancel(t.Context())
+		swapped := make(chan error, 1)
+		go func() {
+			_, err := b.SwapLayout(ctx, layoutKey, committed("op"), revision)
+			swapped <- err
+		}()
+		if x.up {
+			line.untilWaits(t)
+		} else {
 			untilLayout(t, direct, "op")
+		}
+		cancel()
+		if err := <-swapped; !errors.Is(err, bus.ErrUnclear) {
+			t.Fatalf("%s: %v", name, err)
 		}
 		got, _, err := direct.SettleLayout(t.Context(), layoutKey, given("op"), "op", revision)
 		if err != nil || !reflect.DeepEqual(got, x.want) {
