@@ -24,11 +24,12 @@ import (
 	"trireme.dev/services/gateway"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/leaktest"
 )
 
 func TestMain(m *testing.M) {
 	// nats-server's file store has a goroutine that outlives its shutdown by a moment.
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/nats-io/nats-server/v2/server.(*fileStore).flushLoop"),
+	leaktest.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/nats-io/nats-server/v2/server.(*fileStore).flushLoop"),
 		goleak.IgnoreTopFunction("github.com/nats-io/nats.go/jetstream.(*jetStream).resetPendingAcksOnReconnect")) // see shared/bus
 }
 

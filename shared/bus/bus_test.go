@@ -15,6 +15,7 @@ import (
 
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/bus/bustest"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/wire"
 )
@@ -23,7 +24,7 @@ func TestMain(m *testing.M) {
 	bustest.ServeIfAsked()
 	// nats.go 1.55: a publisher that is cleaned up at once, as behind a Put into an object store, takes the channel away that this
 	// goroutine of its own is about to read, which then waits for nothing.
-	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/nats-io/nats.go/jetstream.(*jetStream).resetPendingAcksOnReconnect"))
+	leaktest.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/nats-io/nats.go/jetstream.(*jetStream).resetPendingAcksOnReconnect"))
 }
 
 // connect opens a Bus that is closed before the test's server stops.
