@@ -79,6 +79,22 @@ func (r *Rig) Process() *Process {
 	return r.process(nil)
 }
 
+// ProcessWith starts a stage process that holds in the middle of what m says.
+func (r *Rig) ProcessWith(m Middle) *Process {
+	r.tb.Helper()
+	return r.process(&m)
+}
+
+// Holds reports whether the process holds, or has ended.
+func (p *Process) Holds() bool {
+	select {
+	case <-p.held:
+		return true
+	default:
+		return false
+	}
+}
+
 // process starts a stage process that holds in the middle of what m says, if that is not nil.
 func (r *Rig) process(m *Middle) *Process {
 	r.tb.Helper()

@@ -71,7 +71,9 @@ func (g *Gateway) Return() {
 					g.Unheard--
 					return
 				}
-				g.lost = append(g.lost, m)
+				if !slices.Contains(g.lost, m) { // else an answer was slow, and it is told once more
+					g.lost = append(g.lost, m)
+				}
 			})
 			if unheard {
 				return

@@ -3,6 +3,7 @@ package stagetest
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"time"
 
 	"trireme.dev/shared/hbm"
@@ -12,6 +13,7 @@ import (
 // Middle is a moment in the middle of a computation: of the first step, or piece of a picture, that is as it says.
 type Middle struct {
 	Seqs  int // a step of so many sequences or more
+	Rows  int // and of so many tokens or more
 	After int // such steps before it
 	Piece int // the so-manieth piece of a picture, from 1; then the others do not count
 }
@@ -29,15 +31,8 @@ func (m *Middle) text() string {
 // stage, and has claimed all that it has taken.
 func (r *Rig) KillInTheMiddle(role string, messages int, m Middle) {
 	r.tb.Helper()
-	p := r.process(&m)
-	r.Until("the process is in the middle", func() bool {
-		select {
-		case <-p.held:
-			return true
-		default:
-			return false
-		}
-	})
+	p := r.ProcessWith(m)
+	r.Until("the process is in the middle", p.Holds)
 	r.Until("it has claimed what it has taken", func() bool {
 		_, taken := r.Queue(role)
 		return taken >= messages && r.Stats().Claims == taken
@@ -93,8 +88,12 @@ func newHolder(c kernel.Compute, text string) (*holder, error) {
 // layer is where steps are held: in the attention of a layer that is neither the first nor the last.
 const layer = 1
 
-// smallStep is how much longer steps are that have too few sequences.
-const smallStep = 20 * time.Millisecond
+// smallStep is how much longer steps are that have too few sequences. It is what keeps a sequence of some ten tokens there while
+// whoever is to bring the others stands still for a few seconds.
+const smallStep = 100 * time.Millisecond
+
+// Slow is in no step: it makes each one longer, whatever the machine is, by a tenth of a second.
+var Slow = Middle{Seqs: math.MaxInt}
 
 // Attention implements kernel.Compute.
 func (h *holder) Attention(l int, shape kernel.AttnShape, out, q []float32, seqs []kernel.Seq) {
@@ -102,12 +101,20 @@ func (h *holder) Attention(l int, shape kernel.AttnShape, out, q []float32, seqs
 	case h.at.Piece > 0 || l != layer:
 	case len(seqs) < h.at.Seqs: // who is there must not be done before the others have come, on however few cores
 		time.Sleep(smallStep)
+	case rows(seqs) < h.at.Rows:
 	default:
 		if h.steps++; h.steps > h.at.After {
 			h.hold()
 		}
 	}
 	h.Compute.Attention(l, shape, out, q, seqs)
+}
+
+func rows(seqs []kernel.Seq) (n int) {
+	for i := range seqs {
+		n += seqs[i].Rows
+	}
+	return n
 }
 
 // SegmentAttention implements kernel.Compute. There is one call a block, which is a piece.

@@ -50,10 +50,10 @@ type Rig struct {
 }
 
 // Long and Short are times after which a message that nobody keeps in progress comes again: longer than any test, and
-// as short as a busy machine allows.
+// as short as a busy machine allows, on which who keeps it may stand still for two seconds.
 const (
 	Long  = 10 * time.Minute
-	Short = time.Second
+	Short = 4 * time.Second
 )
 
 // New starts NATS and an HMM, connects to both and opens the model.
@@ -182,15 +182,26 @@ func (r *Rig) Done(request string, choice int) {
 	}
 }
 
-// Cancel ends requests, as a gateway does on NATS, and waits until a stage knows.
+// Cancel ends requests, as a gateway does on NATS, and waits until a stage has ended what it does for them.
 func (r *Rig) Cancel(s *stage.Stage, requests ...wire.Request) {
 	r.tb.Helper()
 	for _, req := range requests {
 		r.Done(req.ID, -1)
 	}
+	r.Heard(s)
 	for _, req := range requests {
-		r.Until(s.ID+" knows of the end", func() bool { return s.Ended(req, -1) })
+		if !s.Ended(req, -1) {
+			r.tb.Errorf("%s does not know of the end of %s", s.ID, req.ID)
+		}
 	}
+}
+
+// Heard waits until a stage has done what follows from all ends that were told so far: it takes one after the other.
+func (r *Rig) Heard(s *stage.Stage) {
+	r.tb.Helper()
+	last := r.Request("nobody")
+	r.Done(last.ID, -1)
+	r.Until(s.ID+" knows of the end", func() bool { return s.Ended(last, -1) })
 }
 
 // Queue is the number of a stage's messages that wait and of those that are being worked on.
