@@ -233,7 +233,7 @@ func TestDryRunRefusesNobody(t *testing.T) {
 		return ended
 	}
 	same, other := len(s.HBM.NPUs()), len(s.HBM.NPUs())+1
-	dry := held(wire.Change{ID: "dry", NPUs: other, DryRun: true, Hold: "plan", HoldTime: time.Second})
+	dry := held(wire.Change{ID: "dry", NPUs: other, DryRun: true, Hold: "plan", HoldTime: 4 * time.Second}) // long enough to be seen
 	for _, id := range []string{"another dry run", "a change"} {
 		if got, err := ask(wire.Change{ID: id, NPUs: same, DryRun: id != "a change"}, nil); err != nil || got.Refused {
 			t.Errorf("%s beside a dry run: %+v, %v", id, got, err)

@@ -3,6 +3,10 @@ package stage_test
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -111,17 +115,57 @@ func TestGatewayComesBack(t *testing.T) {
 	r.NoMemory()
 }
 
+// relay has stages reach NATS by a way of their own, which nobody gets through while it is shut.
+func (r *rig) relay() (shut *atomic.Bool) {
+	r.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		r.Fatal(err)
+	}
+	shut = new(atomic.Bool)
+	var work sync.WaitGroup
+	work.Go(func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			var server net.Conn
+			if !shut.Load() {
+				server, err = net.Dial("tcp", strings.TrimPrefix(r.NATS.URL(), "nats://"))
+			}
+			if server == nil || err != nil {
+				_ = client.Close()
+				continue
+			}
+			for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
+				work.Go(func() { _, _ = io.Copy(way[0], way[1]); _ = way[0].Close() })
+			}
+		}
+	})
+	r.Cleanup(func() { _ = l.Close(); work.Wait() }) // stages have ended, and with them their connections
+	r.Stage.NATSURL = "nats://" + l.Addr().String()
+	return shut
+}
+
 // Signs of life that NATS does not bring are not missing: work goes on over an outage that is longer than the lease.
 func TestOutageIsNoSilence(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	r.Stage.Lease = 200 * time.Millisecond
-	_, busy, causes := r.blocked(stage.Decode)
+	shut := r.relay()
+	s, busy, causes := r.blocked(stage.Decode)
 	req := r.send(stage.Decode)
 	r.Until("it is in work", func() bool { return busy.Load() == 1 })
 	r.NATS.Stop()
 	time.Sleep(5 * r.Stage.Lease) // the outage; nothing is waited for
+	// The gateway is back first: with so short a lease it would be gone for good if it were the later one.
+	shut.Store(true)
 	r.NATS.Start()
 	if err := r.Bus.Conn().FlushTimeout(time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	shut.Store(false)
+	if err := s.Bus.Conn().FlushTimeout(time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	select {

@@ -6,9 +6,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
 	"trireme.dev/shared/wire"
@@ -99,16 +101,19 @@ func TestIdleTakesFirst(t *testing.T) {
 	prompts := stage.Role{Name: stage.Prefill, Slots: 32}
 	_, stopA := k.start("a", prompts)
 	defer stopA()
-	_, stopB := k.start("b", prompts)
+	other, stopB := k.start("b", prompts)
 	defer stopB()
 	k.publish(stage.Prefill, 8)
 	if a, b := k.of("a"), k.of("b"); a != 4 || b != 4 {
 		t.Errorf("of 8 prompts one has %d, the other %d", a, b)
 	}
 	close(k.goOn["b"]) // from now on it works at once
-	k.publish(stage.Prefill, 24)
-	// In turns it would have been 12. In the moment in which the idle one has taken a prompt and not asked again, or asks anew at
-	// another level, the busy one is alone.
+	for range 24 {
+		k.Until("the idle one has nothing in work", func() bool { return other.LoadWithout("") == sched.Load{} })
+		time.Sleep(5 * time.Millisecond) // most likely it has asked anew by then, at another level
+		k.publish(stage.Prefill, 1)
+	}
+	// In turns it would have been 12. In the moment in which the idle one asks anew the busy one is alone.
 	if a := k.of("a") - 4; a > 6 {
 		t.Errorf("%d of 24 prompts went to an instance that was busy while another one was idle", a)
 	}

@@ -136,13 +136,14 @@ func TestOffersWithoutAnAnswer(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	for name, x := range map[string]struct {
 		other func(wire.Offer) (answers, taken bool)
-		ours  int32 // messages that the offerer works on
+		wait  time.Duration // for an answer: those that come may take long, on a busy machine, and so may a claim
+		ours  int32         // messages that the offerer works on
 		count map[string]int
 	}{
-		"refused":                   {func(wire.Offer) (bool, bool) { return true, false }, 1, map[string]int{"refused": 1}},
-		"accepted":                  {func(wire.Offer) (bool, bool) { return true, true }, 0, map[string]int{"taken": 1}},
-		"lost":                      {func(wire.Offer) (bool, bool) { return false, false }, 1, map[string]int{"unanswered": 1}},
-		"accepted, the answer lost": {func(wire.Offer) (bool, bool) { return false, true }, 0, map[string]int{"taken": 1}},
+		"refused":                   {func(wire.Offer) (bool, bool) { return true, false }, time.Minute, 1, map[string]int{"refused": 1}},
+		"accepted":                  {func(wire.Offer) (bool, bool) { return true, true }, time.Minute, 0, map[string]int{"taken": 1}},
+		"lost":                      {func(wire.Offer) (bool, bool) { return false, false }, 0, 1, map[string]int{"unanswered": 1}},
+		"accepted, the answer lost": {func(wire.Offer) (bool, bool) { return false, true }, 4 * time.Second, 0, map[string]int{"taken": 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var mu sync.Mutex
@@ -178,6 +179,7 @@ func TestOffersWithoutAnAnswer(t *testing.T) {
 			}
 			defer sub.Unsubscribe() //nolint:errcheck // it ends with the connection
 			w := &trader{to: id}
+			r.Stage.OfferTimeout = x.wait
 			s, stop := r.trade(2, w)
 			defer stop()
 			req := r.publish()
