@@ -153,7 +153,7 @@ func TestDeadlineEndsWhatNobodyCancels(t *testing.T) {
 	})
 	c := &stagetest.Cases(t)[6]
 	req := r.Request(r.gateway.ID)
-	req.Left = time.Second
+	req.Left = 5 * time.Second // in which a busy machine comes to the second piece
 	_, messages := r.prepare(c, req)
 	r.publish(messages...)
 	m.Await()

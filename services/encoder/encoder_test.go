@@ -229,7 +229,6 @@ func TestMarkedShardPublishes(t *testing.T) {
 // An encoder that is killed is succeeded at once, and leaves no memory.
 func TestKilledEncoderIsSucceeded(t *testing.T) {
 	r := newRig(t, stagetest.Long)
-	process := r.Process()
 	c := stagetest.Cases(t)[23]
 	var requests []wire.Request
 	for range 4 {
@@ -237,7 +236,7 @@ func TestKilledEncoderIsSucceeded(t *testing.T) {
 		r.publish(messages...)
 		requests = append(requests, req)
 	}
-	process.KillAtWork(stage.Encode)
+	r.KillInTheMiddle(stage.Encode, 1, stagetest.Middle{Piece: 20}) // of the third picture or so
 	r.encoder()
 	seen := map[string]bool{}
 	for _, d := range r.Pull(stage.Prefill, len(requests)) {

@@ -1,8 +1,10 @@
 package prefill_test
 
 import (
+	"context"
 	"slices"
 	"testing"
+	"time"
 
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/mem"
@@ -119,13 +121,15 @@ func (r *rig) long() *wire.Spec {
 // A request that ends while it waits, or is computed, leaves at once; others are not disturbed.
 func TestDoneLeavesAtOnce(t *testing.T) {
 	r := newRig(t, stagetest.Long)
-	s, _ := r.prefill(prefill.Config{Rows: 1})
+	s, m := r.metered(prefill.Config{Rows: 1})
+	m.Hold(3)
 	computed := r.start(r.long())
 	queued := r.start(r.long())
+	m.Await()
 	r.Until("both are in work", func() bool { return r.Stats().Claims == 2 && r.Stats().Objects >= 8 })
 	short := r.start(r.Model.Greedy(stagetest.Cases(t)[0].Input, 3))
-	r.Done(queued.Request.ID, -1)
-	r.Done(computed.Request.ID, -1)
+	r.Cancel(s, queued.Request, computed.Request)
+	m.Release()
 	if d := r.decodes(1); d[short.Request.ID+"/0"] == nil {
 		t.Errorf("decode messages %v", d)
 	}
@@ -149,15 +153,27 @@ func TestDoneLeavesAtOnce(t *testing.T) {
 func TestSuccession(t *testing.T) {
 	r := newRig(t, stagetest.Long)
 	r.Stage.Drain = -1 // not even what is short is finished
-	process := r.Process()
 	m := r.start(r.long())
-	r.Until("it is in work", func() bool { return r.Stats().Claims == 1 && r.Stats().Objects >= 4 })
-	process.KillAtWork(stage.Prefill)
+	r.KillInTheMiddle(stage.Prefill, 1, stagetest.Middle{Seqs: 1, After: 20})
 	r.Until("its memory is freed", func() bool { return r.Stats().Objects == 0 })
 
-	s, stop := r.prefill(prefill.Config{Rows: 1})
-	r.Until("it is in work again", func() bool { return r.Stats().Claims == 1 && r.Stats().Objects >= 4 })
-	stop()
+	var meter *stagetest.Meter
+	s, stop := r.Open(stage.Prefill, func(ctx context.Context, s *stage.Stage) error {
+		meter = r.Meter(s)
+		meter.Hold(3)
+		return prefill.Serve(ctx, s, prefill.Config{Rows: 1})
+	})
+	meter.Await()
+	stopped := make(chan struct{})
+	go func() { stop(); close(stopped) }()
+	for waits := true; waits; {
+		select {
+		case <-stopped:
+			waits = false
+		case <-time.After(10 * time.Millisecond):
+			meter.Hold(meter.Begun()) // one more step: all of them would take seconds
+		}
+	}
 	if n := r.Outcomes(s, "handed back"); n != 1 {
 		t.Errorf("%d messages handed back", n)
 	}
@@ -171,12 +187,14 @@ func TestSuccession(t *testing.T) {
 // A prefill whose claim was taken publishes nothing.
 func TestFencedPrefillPublishesNothing(t *testing.T) {
 	r := newRig(t, stagetest.Short)
-	s, _ := r.prefill(prefill.Config{Rows: 1})
+	s, meter := r.metered(prefill.Config{Rows: 1})
+	meter.Hold(3)
 	m := r.start(r.long())
-	r.Until("it is in work", func() bool { return r.Stats().Claims == 1 && r.Stats().Objects >= 4 })
+	meter.Await()
 	if _, err := r.HBM.Claim(t.Context(), part(m.Request), "nowhere"); err != nil {
 		t.Fatal(err)
 	}
+	meter.Release()
 	r.Until("it has noticed", func() bool { return r.Outcomes(s, "taken over") == 1 })
 	waiting, _ := r.Queue(stage.Decode)
 	if _, taken := r.Queue(stage.Prefill); taken != 1 || waiting != 0 || len(r.gateway.Answer(m.Request.ID, 0).Runs) != 0 {

@@ -18,6 +18,7 @@ import (
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/kv"
 	"trireme.dev/shared/mem"
+	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
 	"trireme.dev/shared/wire"
@@ -42,7 +43,15 @@ func slow(s *stage.Stage) {
 	s.Copied(context.Background(), stage.Copy{Role: stage.Prefill, Bytes: 1 << 20}, time.Now().Add(-10*time.Second))
 }
 
-// endings is a prompt of more than a slab and an end of its own.
+// idle waits until stages have nothing in work, not even what is settled already: they bid by that.
+func (r *rig) idle(stages ...*stage.Stage) {
+	r.Helper()
+	for _, s := range stages {
+		r.Until(s.ID+" is idle", func() bool { return s.LoadWithout("") == sched.Load{} })
+	}
+}
+
+// ending is a prompt of more than a slab and an end of its own.
 func (r *rig) ending(i int) *wire.Spec {
 	input := stagetest.Cases(r.T)[1].Input
 	prompt := slices.Repeat(input, 20)
@@ -69,6 +78,7 @@ func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
 	r := apart(t)
 	has, meter := r.metered(prefill.Config{})
 	r.compute(r.ending(0))
+	r.idle(has)
 	r.Stage.OfferWait = time.Millisecond // less than any prompt takes
 	other, _ := r.prefill(prefill.Config{})
 	slow(other)
@@ -79,6 +89,7 @@ func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
 			t.Fatal("the other one never offers anything")
 		}
 		r.compute(r.ending(n))
+		r.idle(has, other)
 	}
 	if a, b := r.Outcomes(has, "done"), r.Outcomes(other, "done"); a != n || b != 0 {
 		t.Errorf("of %d prompts %d were computed where their beginning is, %d elsewhere", n, a, b)
@@ -97,6 +108,8 @@ func TestPromptsGoWhereTheirBeginningIs(t *testing.T) {
 		if i > 200 {
 			t.Fatal("the other one computes nothing")
 		}
+		r.idle(other)
+		time.Sleep(5 * time.Millisecond) // most likely it asks for more by then: the busy one would never end what it takes
 		r.compute(r.ending(n + 1 + i))
 	}
 	if r.Offers(other, "refused") == 0 || r.Copied(other, stage.Prefill) == before {
@@ -121,7 +134,12 @@ func TestPromptsGoToTheNPUOfTheirBeginning(t *testing.T) {
 		spec.Salt = salt
 		return spec
 	}
+	free := func() {
+		t.Helper()
+		r.Until("places are free", func() bool { return s.Held(0).Seqs+s.Held(1).Seqs == 0 })
+	}
 	r.compute(r.ending(0))
+	free()
 	// Two that come at once are computed one on each; what began on the second NPU goes on there.
 	meter.Hold(meter.Begun())
 	first := r.start(salted("a", 0))
@@ -137,10 +155,6 @@ func TestPromptsGoToTheNPUOfTheirBeginning(t *testing.T) {
 	r.Done(second.Request.ID, -1)
 	slow(s)
 	before := r.Copied(s, stage.Prefill)
-	free := func() {
-		t.Helper()
-		r.Until("places are free", func() bool { return s.Held(0).Seqs+s.Held(1).Seqs == 0 })
-	}
 	for i := range 3 {
 		free()
 		m := r.start(salted("b", i+1))
@@ -208,6 +222,7 @@ func TestSequencesStayOnTheNodeOfTheirPrompt(t *testing.T) {
 			t.Errorf("answer %v, want %v", a.IDs, want)
 		}
 		r.Done(m.Request.ID, -1)
+		r.idle(has, other)
 	}
 	r.Empty(stage.Decode)
 	if n := r.Outcomes(other, "done"); n != 0 || r.Offers(has, "accepted") != r.Offers(other, "taken") {
@@ -224,7 +239,8 @@ func TestPromptsGoToTheNodeOfTheirBeginning(t *testing.T) {
 		"name: slow\nsource: this test\nencode: {picture_ms: 1}\nprefill: {token_ms: 1}\ndecode: {step_ms: 1}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r.Stage.NPU.Pace = profile // so that computing takes long, however fast the machine is
+	r.Stage.NPU.Pace = profile              // so that computing takes long, however fast the machine is
+	r.Stage.OfferTimeout = 12 * time.Second // a quarter of it is what the other HMM has to answer
 	has, _ := r.prefill(prefill.Config{})
 	compute := func(i int, salt string) {
 		t.Helper()
@@ -243,6 +259,7 @@ func TestPromptsGoToTheNodeOfTheirBeginning(t *testing.T) {
 	other, _ := r.prefill(prefill.Config{})
 	for i := 1; r.Outcomes(other, "done") == 0; i++ { // so that it knows how long prompts take it
 		compute(i, fmt.Sprint(i))
+		r.idle(has, other)
 	}
 	r.Until("it is said what was done", func() bool { return r.Outcomes(other, "done") == 1 })
 	for i := 1; r.Offers(other, "taken") < 2; i++ {
@@ -250,6 +267,7 @@ func TestPromptsGoToTheNodeOfTheirBeginning(t *testing.T) {
 			t.Fatal("the other node never offers anything")
 		}
 		compute(i, "")
+		r.idle(has, other)
 	}
 	if n := r.Outcomes(other, "done"); n != 1 {
 		t.Errorf("%d prompts were computed on the other node", n)
@@ -302,6 +320,7 @@ func TestPromptsStayWhereTheirPictureWas(t *testing.T) {
 		r.Empty(stage.Encode)
 		r.Empty(stage.Prefill)
 		r.Done(m.Request.ID, -1)
+		r.idle(stages...)
 	}
 	if n := r.Copied(stages[0], stage.Prefill) + r.Copied(stages[1], stage.Prefill) - before; n != 0 {
 		t.Errorf("%d bytes were copied for prompts of one picture", n)
@@ -313,7 +332,8 @@ func TestPromptsStayWhereTheirPictureWas(t *testing.T) {
 // taker does not come back to it by itself.
 func TestAcceptorDies(t *testing.T) {
 	r := apart(t)
-	child := r.Process() // one row a step
+	t.Setenv(childRows, "32")
+	child := r.ProcessWith(stagetest.Slow) // what it accepts takes it seconds
 	r.compute(r.ending(0))
 	other, _ := r.prefill(prefill.Config{})
 	slow(other)
@@ -375,6 +395,7 @@ func TestSequencesStayWhereTheirPromptWas(t *testing.T) {
 			t.Errorf("answer %v, want %v", a.IDs, want)
 		}
 		r.Done(m.Request.ID, -1)
+		r.idle(stages...)
 	}
 	copied := 0
 	for _, s := range stages {

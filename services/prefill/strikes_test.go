@@ -3,7 +3,6 @@ package prefill_test
 import (
 	"slices"
 	"testing"
-	"time"
 
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/hbm"
@@ -15,7 +14,7 @@ import (
 // A request that whoever runs it dies of is quarantined, and nobody else: here each process that has taken it is killed. Those that
 // were in the same batch the first time run alone, too, and are computed.
 func TestKillerIsQuarantined(t *testing.T) {
-	t.Setenv(childRows, "8192") // one chunk, which takes seconds: no progress before the end
+	t.Setenv(childRows, "8192") // one chunk: no progress before the end
 	r := newRig(t, stagetest.Long)
 	long := r.Model.Greedy(slices.Repeat(stagetest.Cases(t)[1].Input, 250), 5) // 7,000 tokens
 	killer := r.start(long)
@@ -39,12 +38,11 @@ func TestKillerIsQuarantined(t *testing.T) {
 		if deaths > 20 {
 			t.Fatal("it is not quarantined")
 		}
-		process := r.Process()
-		r.Until("a process has taken the request, or quarantined it", func() bool { return told() || !free() })
+		process := r.ProcessWith(stagetest.Middle{Seqs: 1, Rows: len(long.Prompt)})
+		r.Until("a process computes the request, or has quarantined it", func() bool { return told() || process.Holds() })
 		if told() {
 			break
 		}
-		time.Sleep(100 * time.Millisecond) // most likely it is being computed then; if not, the death is one for nothing
 		process.Kill()
 		r.Until("the HMM has noticed", func() bool {
 			orphans, err := r.HBM.Orphans(t.Context(), stage.Prefill)
