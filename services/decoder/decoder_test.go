@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 func TestMain(m *testing.M) {
 	stagetest.Child(stage.Decode, func(ctx context.Context, s *stage.Stage) error {
 		if len(s.NPUs()) == 2 {
-			go shuttle(ctx, s)
+			go shuttle(ctx, s, new(atomic.Int64))
 		}
 		return decoder.Serve(ctx, s, decoder.Config{})
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	dto "github.com/prometheus/client_model/go"
@@ -14,8 +15,8 @@ import (
 	"trireme.dev/shared/wire"
 )
 
-// shuttle has the sequences of a stage move between its two NPUs until ctx ends. It returns how often an NPU that had some had none then.
-func shuttle(ctx context.Context, s *stage.Stage) (moves int) {
+// shuttle has the sequences of a stage move between its two NPUs until ctx ends, and counts how often an NPU that had some had none then.
+func shuttle(ctx context.Context, s *stage.Stage, moves *atomic.Int64) {
 	for slot := 0; ctx.Err() == nil; slot = 1 - slot {
 		if !s.Ready() {
 			continue
@@ -23,11 +24,10 @@ func shuttle(ctx context.Context, s *stage.Stage) (moves int) {
 		had := s.Held(slot).Seqs
 		if s.Vacate(ctx, slot) == nil {
 			if s.Stay(slot); had > 0 {
-				moves++
+				moves.Add(1)
 			}
 		}
 	}
-	return moves
 }
 
 // busy is the bytes of KV and logs that are booked to an NPU and are not only cached.
@@ -208,24 +208,24 @@ func TestSequencesMoveAllTheTime(t *testing.T) {
 			moving, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			s, stop := r.decoder(decoder.Config{})
-			go shuttle(moving, s)
+			go shuttle(moving, s, new(atomic.Int64))
 			all(150)
 			stop()
 			cancel()
 			s, stop = r.decoder(decoder.Config{})
 			defer stop()
 			moving, cancel = context.WithCancel(t.Context())
-			moves := make(chan int)
-			go func() { moves <- shuttle(moving, s) }()
+			var moves atomic.Int64
+			var shuttling sync.WaitGroup
+			shuttling.Go(func() { shuttle(moving, s, &moves) })
+			r.Until("something has moved", func() bool { return moves.Load() > 0 })
 			r.deaf(false)
 			r.same(long, 0, r.gateway.Ended(a.ID, 0))
 			for c := range short.Choices {
 				r.same(short, c, r.gateway.Ended(b.ID, c))
 			}
 			cancel()
-			if n := <-moves; n == 0 {
-				t.Error("nothing has moved")
-			}
+			shuttling.Wait()
 			r.Done(a.ID, -1)
 			r.end(b)
 		})

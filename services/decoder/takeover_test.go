@@ -221,7 +221,9 @@ func TestKilledDecoderIsSucceeded(t *testing.T) {
 			r.deaf(true) // so that no answer is complete before the kill
 			spec := r.Model.Random(prompt(t, "case01"), 400, 2)
 			req := r.start(spec)
-			r.gateway.Tokens(req.ID, 0, 60)
+			for c := range spec.Choices { // so that a sibling gets none of them before the kill
+				r.gateway.Tokens(req.ID, c, 60)
+			}
 			stop := func() {}
 			if !late {
 				_, stop = r.decoder(decoder.Config{})
