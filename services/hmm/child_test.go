@@ -172,7 +172,7 @@ func TestKilledWriter(t *testing.T) {
 
 // TestSuccessorGetsTheNPU shows that NPUs of a process that has just died are there for the one started in its place.
 func TestSuccessorGetsTheNPU(t *testing.T) {
-	_, socket := daemon(t)
+	d, socket := daemon(t)
 	dial(t, socket, hbm.Hello{Instance: "other", NPUs: 1})
 	for range 5 {
 		cmd, said := start(t, "idle", socket)
@@ -180,5 +180,6 @@ func TestSuccessorGetsTheNPU(t *testing.T) {
 			t.Fatalf("NPUs: %v", said.NPUs)
 		}
 		kill(t, cmd)
+		eventually(t, "the HMM knows that its connection has ended", func() bool { return d.Stats().Connections == 1 })
 	}
 }

@@ -26,6 +26,7 @@ func TestPullOfEverySize(t *testing.T) {
 	if got := c.Stats(); got.Bytes != total || got.Wasted != 0 || got.Failures != 0 || got.Pulls != 16 || got.Dials > 4 {
 		t.Errorf("client: %+v; %d bytes were pulled over 4 connections", got, total)
 	}
+	until(t, "the server to have counted all bytes", func() bool { return server.Stats().Bytes >= total }) // the last ones come before that
 	if got := server.Stats(); got.Bytes != total || got.Failures != 0 {
 		t.Errorf("server: %+v, want %d bytes", got, total)
 	}
