@@ -10,12 +10,12 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"go.uber.org/goleak"
 
 	"trireme.dev/services/decoder"
 	"trireme.dev/services/hmm"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 		}
 		return decoder.Serve(ctx, s, decoder.Config{})
 	})
-	goleak.VerifyTestMain(m)
+	leaktest.VerifyTestMain(m)
 }
 
 // npuBytes is the memory of each NPU in tests.

@@ -11,13 +11,13 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"go.uber.org/goleak"
 
 	"trireme.dev/services/encoder"
 	"trireme.dev/services/hmm"
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/hf"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
@@ -26,7 +26,7 @@ import (
 
 func TestMain(m *testing.M) {
 	stagetest.Child(stage.Encode, encoder.Serve)
-	goleak.VerifyTestMain(m)
+	leaktest.VerifyTestMain(m)
 }
 
 func serveHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {

@@ -10,9 +10,8 @@ import (
 	"time"
 	"unsafe"
 
-	"go.uber.org/goleak"
-
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/mem/memtest"
 
@@ -25,7 +24,7 @@ func TestMain(m *testing.M) {
 	if part := os.Getenv(childPart); part != "" {
 		os.Exit(child(part))
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.VerifyTestMain(m)
 }
 
 // traced names the tests that memtest.NoLeaks watches.

@@ -12,13 +12,13 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"go.uber.org/goleak"
 
 	"trireme.dev/services/decoder"
 	"trireme.dev/services/hmm"
 	"trireme.dev/services/prefill"
 	"trireme.dev/shared/hbm"
 	"trireme.dev/shared/kv"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/stage"
@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 		}
 		return prefill.Serve(ctx, s, prefill.Config{Rows: rows})
 	})
-	goleak.VerifyTestMain(m)
+	leaktest.VerifyTestMain(m)
 }
 
 func serveHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {

@@ -7,10 +7,10 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"trireme.dev/shared/hbm/protocol"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/mem/host"
 	"trireme.dev/shared/mem/memtest"
@@ -18,7 +18,7 @@ import (
 
 // The client with a real daemon is tested in services/hmm; here it meets what a real daemon does not do.
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.VerifyTestMain(m) }
 
 // fake listens, answers one hello with what reply makes of it, and closes.
 func fake(t *testing.T, reply func(conn *net.UnixConn, id uint64)) string {

@@ -12,11 +12,11 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"go.uber.org/goleak"
 
 	"trireme.dev/services/hmm"
 	"trireme.dev/shared/bus"
 	"trireme.dev/shared/hbm"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/mem"
 	"trireme.dev/shared/stage"
 	"trireme.dev/shared/stage/stagetest"
@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) {
 	stagetest.Child("", nil)
-	goleak.VerifyTestMain(m)
+	leaktest.VerifyTestMain(m)
 }
 
 func serveHMM(ctx context.Context, socket string, conn *nats.Conn, log *slog.Logger) error {

@@ -5,18 +5,17 @@ import (
 	"slices"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"trireme.dev/shared/engine"
 	"trireme.dev/shared/hf"
 	"trireme.dev/shared/kernel"
+	"trireme.dev/shared/leaktest"
 	"trireme.dev/shared/model"
 	"trireme.dev/shared/npu"
 	"trireme.dev/shared/sched"
 	"trireme.dev/shared/stage/runner"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.VerifyTestMain(m) }
 
 // lab is the bundled model and what is written down of a runner's work, all on its goroutine.
 type lab struct {
