@@ -27,6 +27,8 @@ type pattern struct {
 var takenOver = []pattern{
 	{regexp.MustCompile(`(encoder|prefill|decoder)-\d+ .*level=WARN msg="runs alone, as an instance died while it ran it" .*strikes=1\s*$`),
 		"a stage killed while it computed: what it ran has a strike"},
+	{regexp.MustCompile(`level=WARN msg="heartbeat failed; it is tried again" .*context deadline exceeded`),
+		"a machine that is busy for a moment, or NATS killed: a heartbeat had no answer in time, and the next one makes it up"},
 }
 
 // reconnected is what may be said when the HMM, NATS, or a stage without siblings is killed.
@@ -39,9 +41,13 @@ var reconnected = []pattern{
 	{regexp.MustCompile(`gateway-\d+ .*level=WARN msg="connecting to the HMM" .*(connection reset by peer|broken pipe|EOF)`),
 		"HMM killed: its socket still took a connection while it died"},
 	{regexp.MustCompile(`level=WARN msg="connection to NATS broke; connecting again"`), "NATS killed: clients connect again"},
-	{regexp.MustCompile(`level=WARN msg="heartbeat failed; it is tried again"`), "NATS killed: a heartbeat had no answer"},
+	{regexp.MustCompile(`level=WARN msg="heartbeat failed; it is tried again"`), "NATS killed: a heartbeat could not be sent"},
+	{regexp.MustCompile(`(gateway|encoder|prefill|decoder)-\d+ .*level=WARN msg="no HMM answers yet: waiting for`),
+		"HMM killed: who was started again before it waits for it"},
 	{regexp.MustCompile(`nats-\d+ .*\[WRN\] Filestore \[\w+\] Stream state detected prior state, could not locate msg block`),
 		"NATS killed: it reads its streams without the index that it writes when it is stopped"},
+	{regexp.MustCompile(`nats-\d+ .*\[WRN\] Filestore \[\w+\] Stream state outdated, last block has additional entries, will rebuild`),
+		"NATS killed: it reads its streams anew behind an index that it wrote before"},
 	{regexp.MustCompile(`nats-\d+ .*\[WRN\] Filestore \[\w+\] Recovering stream state from index errored: prior state file`),
 		"NATS killed: it reads its streams without the index that it writes when it is stopped"},
 }
