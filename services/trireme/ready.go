@@ -65,9 +65,8 @@ func health(ctx context.Context, client *http.Client, address string) (status in
 // healthy with one instance of each stage; whoever then changes "the decoder" by command should reach what was started, not what was fastest.
 func waitStages(ctx context.Context, natsURL, node string, names func() []string, w io.Writer) error {
 	b, err := look(ctx, natsURL, "up-ready", ackFlag{})
-	for err != nil && ctx.Err() == nil { // it was there a moment ago
+	for ; err != nil && ctx.Err() == nil; b, err = look(ctx, natsURL, "up-ready", ackFlag{}) { // it was there a moment ago
 		wait(ctx, nil, time.Second)
-		b, err = look(ctx, natsURL, "up-ready", ackFlag{})
 	}
 	if err != nil {
 		return err
